@@ -40,6 +40,8 @@ from kcwb.tasks.metrics import Loss
 _ROWS = 512
 #: Bytes of the logits of a batch.
 _LOGIT_BYTES = 2**27
+#: Bytes of all senders' shares of the logits, beyond which they are not kept.
+_SHARE_BYTES = 2**29
 #: Candidates of the first batch, and at least.
 _FIRST, _SMALLEST = 32, 4
 #: What `predict_seconds` supposes.
@@ -175,11 +177,21 @@ class Search:
         plan = self.current.plan(node) if node < self.model.graph.n_senders else None
         expected = torch.ones(len(rows), dtype=torch.bool)
         largest = max(_SMALLEST, min(self._most, _ROWS // read[..., 0].numel()))
+        shares = self._logit_shares(read, cuts) if plan is None else None
         start = 0
         while start < len(rows):
             stop = min(start + min(self.size, largest), len(rows))
             part, guess = cuts[start:stop], expected[start:stop]
-            losses = self._losses(column, plan, read, part, guess)
+            try:
+                if shares is None:
+                    losses = self._losses(column, plan, read, part, guess)
+                else:
+                    losses = self._final_losses(shares, read, slice(start, stop), part, guess)
+            except torch.OutOfMemoryError:
+                if stop == start + 1:
+                    raise
+                largest = (stop - start + 1) // 2
+                continue
             increases, accepted = self._judge(losses, guess)
             decided = slice(start, start + accepted)
             cut = self._cuts(increases)
@@ -190,6 +202,8 @@ class Search:
             gone = cut[:accepted].nonzero()[:, 0]
             if len(gone):
                 read = read - part[gone.to(part.device)].sum(0)
+                if shares is not None:
+                    shares[-1] -= shares[start + gone.to(part.device)].sum(0)
                 self.value = losses[int(gone[-1])]
             expected[start + accepted : stop] = cut[accepted:]
             self.size = min(2 * self.size, 256) if start + accepted == stop else max(_SMALLEST, 2 * accepted)
@@ -205,11 +219,29 @@ class Search:
         guess: Tensor,
     ) -> list[float]:
         """M of each candidate: itself cut, and those before it that are expected to be."""
-        weights = guess.to(part.device, part.dtype)[:, None, None, None]
-        reads = read - ((part * weights).cumsum(0) + part * (1 - weights))
+        reads = _without(read, part, guess)
         if plan is None:
             return self.loss(self.model.network.logits(reads)).tolist()
         return self.current.loss_after(plan, self.current.node_output(column, reads)).tolist()
+
+    def _logit_shares(self, read: Float[Tensor, "N A D"], cuts: Float[Tensor, "C N A D"]) -> Tensor | None:
+        """What each candidate of `logits` adds to the logits, and last the whole: `[C + 1, N, A, V]`.
+
+        The final norm is linear but for its scale, so that a removal is a difference of vectors instead of a product
+        with the unembedding. None if they take too much memory.
+        """
+        network = self.model.network
+        if 4 * (len(cuts) + 1) * read[..., 0].numel() * network.d_vocab > _SHARE_BYTES:
+            return None
+        parts = [*cuts.split(self._most), read[None]]
+        return torch.cat([network.logit_shares(part) for part in parts])
+
+    def _final_losses(
+        self, shares: Tensor, read: Float[Tensor, "N A D"], batch: slice, part: Float[Tensor, "B N A D"], guess: Tensor
+    ) -> list[float]:
+        """As `_losses`, for the receiver `logits`, from the candidates' shares of the logits."""
+        left = _without(shares[-1], shares[batch], guess)
+        return self.loss(self.model.network.logits_of_shares(left, _without(read, part, guess))).tolist()
 
     def _judge(self, losses: list[float], guess: Tensor) -> tuple[Float[Tensor, " B"], int]:
         """Each candidate's increase over the circuit before it, and how many of the decisions hold."""
@@ -235,6 +267,14 @@ class Search:
     def result(self) -> Pruned:
         """What was found."""
         return Pruned(self.kept, self.increases, self.value, self.evaluations, self.near_ties)
+
+
+def _without(
+    whole: Float[Tensor, "N P X"], parts: Float[Tensor, "B N P X"], expected: Bool[Tensor, " B"]
+) -> Float[Tensor, "B N P X"]:
+    """The whole without each part, and without those before it that are expected to go."""
+    weights = expected.to(parts.device, parts.dtype)[:, None, None, None]
+    return whole - ((parts * weights).cumsum(0) + parts * (1 - weights))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _COUNTERS = ("visited", "evaluations", "near_ties", "size", "value")
 #: Raised with every change of the search that may change its decisions.
-_VERSION = 1
+_VERSION = 2
 
 
 def checkpoint_folder() -> Path:

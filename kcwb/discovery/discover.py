@@ -281,6 +281,7 @@ def _provenance(model: Model, task: Task, loss: Loss, started: float) -> dict[st
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             "prepend_bos": model.prepend_bos,
+            "d_model": model.network.d_model,
         },
         "relation": {"name": task.relation.name, "digest": task.relation.digest},
         "template": task.template,

@@ -113,8 +113,13 @@ def resize(
     Raises
     ------
     CircuitError
-        If the circuit's edges are not all scored.
+        If the circuit's edges are not all scored, or it was found by pruning: an increase is known for the edges that
+        were still there when it was measured, which is no ranking.
     """
+    if circuit.provenance.get("method") == "acdc":
+        raise CircuitError(
+            "A circuit that acdc found is resized by searching again with another tau (`kcwb.tau_path`)."
+        )
     if circuit.scores is None or bool(circuit.scores[circuit.graph.exists].isnan().any()):
         raise CircuitError(
             "Only a circuit whose every edge has a score can be resized; run an attribution method first."

@@ -216,6 +216,23 @@ class Network:
         """Logits from the final residual stream."""
         return _affine(self.norm_final(x), self.W_U, self.b_U)
 
+    def logit_shares(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """What a part of the final residual stream adds to the logits, before the final norm's scale; linear in `x`."""
+        norm = self.norm_final
+        if not norm.rms:
+            x = x - x.mean(-1, keepdim=True)
+        return _affine(x * norm.weight, self.W_U, None)
+
+    def logits_of_shares(self, shares: Float[Tensor, "... V"], x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Logits from the sum of all parts' `logit_shares` and the residual stream `x` that the parts add up to."""
+        norm = self.norm_final
+        wide = x.float()  # as the norms themselves do
+        variance = wide.square().mean(-1, keepdim=True) if norm.rms else wide.var(-1, correction=0, keepdim=True)
+        logits = shares * (variance + norm.eps).rsqrt().to(shares.dtype)
+        if norm.bias is not None:
+            logits = logits + _affine(norm.bias, self.W_U, None)
+        return logits if self.b_U is None else logits + self.b_U
+
     def constant(self, layer: int) -> Float[Tensor, " D"] | float:
         """What a layer's attention adds that belongs to no edge: its shared bias b_O (0.0 if there is none)."""
         bias = self.layers[layer].b_O
@@ -251,13 +268,14 @@ class Network:
             needed = int(positions.max()) + 1
         else:
             needed = 0  # on CUDA, looking would stall; a table too short fails there by itself
-        if self._table is None or self._table[0].shape[0] < needed:
+        table = self._table  # a name of our own: panels run a model on more than one thread
+        if table is None or table[0].shape[0] < needed:
             assert self._rotary is not None  # asked only where the architecture rotates
             steps = torch.arange(needed, device=x.device)
             cos, sin = self._rotary(x.detach(), steps[None])
-            self._table = cos[0], sin[0]
+            table = self._table = cos[0], sin[0]
         rows = slice(needed) if positions is None else positions
-        return self._table[0][rows], self._table[1][rows]
+        return table[0][rows], table[1][rows]
 
 
 def _project(

@@ -133,6 +133,45 @@ def test_batches_of_any_size_decide_alike(tiny, words: Relation, monkeypatch) ->
     assert torch.equal(acdc(Search(model, loss, cuts, tau=0.05)).kept, whole.kept)
 
 
+def test_logits_decide_alike_with_and_without_the_shares_of_each_sender(tiny, words: Relation, monkeypatch) -> None:
+    model = tiny("gpt2")
+    task = make_task(model, words, n=3)
+    cuts, loss = make_ablation(model, task, "mean"), make_loss(model, task.val)
+    shared = acdc(Search(model, loss, cuts, tau=0.02))
+    monkeypatch.setattr("kcwb.discovery.acdc._SHARE_BYTES", 0)
+    direct = acdc(Search(model, loss, cuts, tau=0.02))
+    assert torch.equal(direct.kept, shared.kept)
+    torch.testing.assert_close(direct.increases, shared.increases, atol=1e-5, rtol=1e-3, equal_nan=True)
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(tiny, words: Relation, monkeypatch) -> None:
+    model = tiny("llama")
+    task = make_task(model, words, n=3)
+    cuts, loss = make_ablation(model, task, "zero"), make_loss(model, task.val, "kl")
+    whole = acdc(Search(model, loss, cuts, tau=0.05))
+    sizes: list[int] = []
+
+    def smaller(most: int) -> None:
+        for name, part in (("_losses", 3), ("_final_losses", 3)):
+            method = getattr(Search, name)
+
+            def limited(self, *args, method=method, part=part):
+                sizes.append(len(args[part]))
+                if sizes[-1] > most:
+                    raise torch.OutOfMemoryError
+                return method(self, *args)
+
+            monkeypatch.setattr(Search, name, limited)
+
+    smaller(5)
+    found = acdc(Search(model, loss, cuts, tau=0.05))
+    assert torch.equal(found.kept, whole.kept)
+    assert max(sizes) > 5 and sum(size <= 5 for size in sizes) > sum(size > 5 for size in sizes)
+    smaller(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        acdc(Search(model, loss, cuts, tau=0.05))
+
+
 def test_the_tau_path_gives_what_single_searches_give(tiny, words: Relation) -> None:
     model = tiny("qwen2")
     task = make_task(model, words, n=3)

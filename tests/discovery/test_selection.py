@@ -173,6 +173,12 @@ def test_resizing_there_and_back_gives_the_same_circuit():
     assert resize(resize(circuit, edges=5), edges=30).kept.equal(circuit.kept)
 
 
+def test_a_pruned_circuit_is_not_resized():
+    """Increases of the loss rank no edges, even where every edge has one."""
+    with pytest.raises(CircuitError, match="tau_path"):
+        resize(scored(method="acdc"), edges=3)
+
+
 @pytest.mark.parametrize("unscored", ["all", "one"])
 def test_a_circuit_with_unscored_edges_is_not_resized(unscored):
     circuit = scored()

@@ -60,6 +60,15 @@ def test_an_input_shared_by_all_heads_need_not_be_copied(tiny, architecture: str
         torch.testing.assert_close(project(1, x), project(1, copied))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shares_of_the_logits_add_up_to_the_logits(tiny, architecture: str) -> None:
+    network = tiny(architecture).network
+    parts = torch.randn(3, 2, 5, network.d_model)
+    whole = parts.sum(0)
+    shares = network.logit_shares(parts).sum(0)
+    torch.testing.assert_close(network.logits_of_shares(shares, whole), network.logits(whole), atol=1e-5, rtol=1e-4)
+
+
 def test_attention_rows_sum_to_one_and_look_back_only(tiny) -> None:
     network = tiny("llama").network
     x = torch.randn(4, 5, network.d_model)

@@ -16,7 +16,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
+    from kcwb.analysis.compare import compare_circuits
     from kcwb.analysis.completeness import completeness
+    from kcwb.analysis.faithfulness import cmd, comprehensiveness, cpr, faithfulness_curve, minimality
+    from kcwb.analysis.knowledge import knowledge_table
+    from kcwb.analysis.stability import bootstrap_stability, template_stability
     from kcwb.circuits.ablation import make_ablation
     from kcwb.circuits.circuit import Circuit
     from kcwb.circuits.interchange import load_gv, load_mib, save_mib
@@ -32,7 +36,11 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kcwb.tasks.relations import Fact, Relation, load_relation, load_relations
 
 _HOME = {
+    "kcwb.analysis.compare": ("compare_circuits",),
     "kcwb.analysis.completeness": ("completeness",),
+    "kcwb.analysis.faithfulness": ("cmd", "comprehensiveness", "cpr", "faithfulness_curve", "minimality"),
+    "kcwb.analysis.knowledge": ("knowledge_table",),
+    "kcwb.analysis.stability": ("bootstrap_stability", "template_stability"),
     "kcwb.circuits.ablation": ("make_ablation",),
     "kcwb.circuits.circuit": ("Circuit",),
     "kcwb.circuits.interchange": ("load_gv", "load_mib", "save_mib"),

@@ -49,7 +49,8 @@ def completeness(
     k
         An answer counts as a hit when its first token is among the k most likely.
     draws
-        Random connected circuits, each with as many edges as the circuit; their Hit@k is the mean over draws.
+        Random connected circuits, each with as many edges as the circuit; their Hit@k is the mean over draws. With 0
+        the row is left out.
     seed
         Of the random circuits and the bootstrap.
     progress
@@ -64,8 +65,10 @@ def completeness(
     """
     check_same_model(model, circuit)
     check_same_weights(model, task)
-    if draws < 1 or k < 1:
-        raise SettingError(f"draws={draws}, k={k}: both must be at least 1.")
+    if draws < 0 or k < 1:
+        raise SettingError(
+            f"draws={draws}, k={k}: there are 0 or more random circuits, and Hit@k needs a k of at least 1."
+        )
     cuts = make_ablation(model, task, ablation or circuit.provenance.get("ablation", "zero"))
     splits = {"D_val": cuts.usable(task.val)}
     if len(task.test):
@@ -75,7 +78,7 @@ def completeness(
         ("circuit", [circuit]),
         ("empty circuit", [Circuit.empty(model.graph)]),
     ]
-    if circuit.n_edges:
+    if circuit.n_edges and draws:
         random = [random_circuit(model.graph, circuit.n_edges, seed + draw) for draw in range(draws)]
         runs.append(("random circuits", [*random]))
     rows = []

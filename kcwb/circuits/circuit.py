@@ -205,9 +205,13 @@ class Circuit:
         return _edges_digest(self.graph, sorted(self.edges["sender"] + "->" + self.edges["receiver"]))
 
     def save(self, path: str | Path) -> None:
-        """Write the circuit to a JSON file, and the scores of all edges to a safetensors file beside it."""
-        from safetensors.torch import save_file
+        """Write the circuit to a JSON file, and the scores of all edges to a safetensors file beside it.
 
+        Raises
+        ------
+        CircuitError
+            If it cannot be written there; a file that was there is as it was.
+        """
         path = Path(path)
         names, scores = self.edges["sender"] + "->" + self.edges["receiver"], self.edges["score"]
         edges = [
@@ -220,6 +224,16 @@ class Circuit:
         head["provenance"] = dict(self.provenance)
         lines = ",\n    ".join(json.dumps(edge, ensure_ascii=False) for edge in edges)
         text = json.dumps(head, ensure_ascii=False, indent=2)[:-2] + f',\n  "edges": [\n    {lines}\n  ]\n}}\n'
+        try:
+            self._write(path, text, stored)
+        except OSError as error:
+            raise CircuitError(
+                f"The circuit cannot be saved as {path}: {error.strerror}. Choose another place."
+            ) from error
+
+    def _write(self, path: Path, text: str, stored: str | None) -> None:
+        from safetensors.torch import save_file
+
         if self.scores is not None and stored is not None:
             with atomic_path(_scores_path(path, stored)) as temporary:
                 save_file({"scores": self.scores.contiguous()}, temporary)

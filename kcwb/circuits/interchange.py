@@ -49,7 +49,7 @@ def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
         default, 0), and the provenance.
     d_model
         The width of the model's residual stream, `model.network.d_model`: later versions of EAP-IG do not read a file
-        without it. None: as in the file that the circuit comes from, else left out.
+        without it. None: as in the circuit's provenance, else left out.
 
     Returns
     -------
@@ -62,7 +62,8 @@ def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
         "n_heads": graph.n_heads,
         "parallel_attn_mlp": graph.parallel,
     }
-    d_model = d_model if d_model is not None else _mapping(circuit.provenance.get("cfg")).get("d_model")
+    for source in ("cfg", "model"):
+        d_model = d_model if d_model is not None else _mapping(circuit.provenance.get(source)).get("d_model")
     if d_model is not None:
         cfg["d_model"] = d_model
     rows, columns = graph.exists.nonzero(as_tuple=True)

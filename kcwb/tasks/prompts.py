@@ -19,12 +19,13 @@ from torch import Tensor
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
-from kcwb.tasks.relations import Fact, Relation, check_template, load_relation
+from kcwb.progress import Progress, track
+from kcwb.tasks.relations import Fact, Relation, load_relation
 
 #: A fact is known when the model ranks its answer's first token among this many.
 KNOWN_RANK = 10
 _REFERENCE_SIZE = 32
-_CHUNK = 64
+_CHUNK = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +152,8 @@ def make_task(
     seed: int = 0,
     template: int | str = 0,
     foil: str | None = None,
+    n_test: int | None = None,
+    progress: Progress = False,
 ) -> Task:
     """Turn a relation into prompts: filter the known facts, split, tokenise, find spans, pad.
 
@@ -169,6 +172,10 @@ def make_task(
         The index of one of the relation's zero-shot templates, or a template with `{}`.
     foil
         The object that `logit_diff` compares with; None draws another object of the relation for each fact.
+    n_test
+        Facts in D_test, known or not; None for as many as in D_val.
+    progress
+        Reported per fact that the model is asked.
 
     Returns
     -------
@@ -187,8 +194,10 @@ def make_task(
         relation = load_relation(relation)
     if n < 1:
         raise SettingError(f"n={n}: D_val needs at least one fact.")
-    text = _template(relation, template)
-    everything = encode(model, relation.facts, text, relation.objects, seed, foil)
+    if n_test is not None and n_test < 0:
+        raise SettingError(f"n_test={n_test}: D_test has no facts, or some.")
+    text = relation.template(template)
+    everything = encode(model, relation.facts, text, relation.objects, seed, foil, progress)
     known = [i for i, hit in enumerate(everything.known.tolist()) if hit]
     if not known:
         raise DataError(
@@ -200,7 +209,7 @@ def make_task(
     val = sorted(known[: min(n, max(1, len(everything) // 2))])
     rest = [i for i in range(len(everything)) if i not in set(val)]
     draw.shuffle(rest)
-    test = sorted(rest[: len(val)])
+    test = sorted(rest[: len(val) if n_test is None else n_test])
     order = [*val, *rest]
     return Task(
         model_name=model.name,
@@ -217,17 +226,6 @@ def make_task(
     )
 
 
-def _template(relation: Relation, template: int | str) -> str:
-    if isinstance(template, str):
-        return check_template(template, "template")
-    templates = relation.prompt_templates_zs
-    if not 0 <= template < len(templates):
-        raise SettingError(
-            f"template={template}: {relation.name} has {len(templates)} zero-shot templates, 0 to {len(templates) - 1}."
-        )
-    return templates[template]
-
-
 class _Row(NamedTuple):
     prompt: list[int]
     answer: list[int]
@@ -236,12 +234,18 @@ class _Row(NamedTuple):
 
 
 def encode(
-    model: Model, facts: Sequence[Fact], template: str, objects: Sequence[str], seed: int = 0, foil: str | None = None
+    model: Model,
+    facts: Sequence[Fact],
+    template: str,
+    objects: Sequence[str],
+    seed: int = 0,
+    foil: str | None = None,
+    progress: Progress = False,
 ) -> Prompts:
     """Prompts of all `facts` in one template; `objects` are what foils are drawn from. See `make_task`."""
-    rows = [_encode_one(model, fact, template) for fact in facts]
+    rows = [encode_one(model, fact, template) for fact in facts]
     draw = random.Random(seed)
-    first = [_answer_tokens(model, template, facts[0].subject, name)[0] for name in ([foil] if foil else objects)]
+    first = [answer_tokens(model, template, facts[0].subject, name)[0] for name in ([foil] if foil else objects)]
     foils = [_foil(row, fact, first, foil, draw) for row, fact in zip(rows, facts, strict=True)]
     partners = [_partner(row, rows, draw) for row in rows]
     width = max(len(row.prompt) + len(row.answer) - 1 for row in rows)
@@ -271,10 +275,10 @@ def encode(
         ),
         paired=column([other is not None for other in partners]),
     )
-    return replace(prompts, ranks=_full_ranks(model, prompts))
+    return replace(prompts, ranks=_full_ranks(model, prompts, progress))
 
 
-def _encode_one(model: Model, fact: Fact, template: str) -> _Row:
+def encode_one(model: Model, fact: Fact, template: str) -> _Row:
     """Tokens of one prompt and answer, and the subject's span among them by character offsets."""
     text = template.replace("{}", fact.subject)
     encoding: Any = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -286,13 +290,13 @@ def _encode_one(model: Model, fact: Fact, template: str) -> _Row:
     bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
     return _Row(
         prompt=bos + list(encoding["input_ids"]),
-        answer=_answer_tokens(model, template, fact.subject, fact.object),
+        answer=answer_tokens(model, template, fact.subject, fact.object),
         start=inside[0] + len(bos),
         stop=inside[-1] + 1 + len(bos),
     )
 
 
-def _answer_tokens(model: Model, template: str, subject: str, answer: str) -> list[int]:
+def answer_tokens(model: Model, template: str, subject: str, answer: str) -> list[int]:
     """Tokens of " answer" as they follow the prompt, which must keep its own tokens before them."""
     text = template.replace("{}", subject)
     prompt = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -319,14 +323,16 @@ def _partner(row: _Row, rows: Sequence[_Row], draw: random.Random) -> _Row | Non
 
 
 @torch.no_grad()
-def _full_ranks(model: Model, prompts: Prompts) -> Int[Tensor, " N"]:
+def _full_ranks(model: Model, prompts: Prompts, progress: Progress) -> Int[Tensor, " N"]:
     """The full model's rank of each answer's first token."""
     ranks = []
-    for start in range(0, len(prompts), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        residual = forward(model.network, prompts.tokens[rows]).residual
-        at_end = residual[torch.arange(len(residual)), prompts.ends[rows]]
-        ranks.append(rank_of(model.network.logits(at_end), prompts.answers[rows, 0]))
+    with track(progress, len(prompts), "facts") as step:
+        for start in range(0, len(prompts), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            residual = forward(model.network, prompts.tokens[rows]).residual
+            at_end = residual[torch.arange(len(residual)), prompts.ends[rows]]
+            ranks.append(rank_of(model.network.logits(at_end), prompts.answers[rows, 0]))
+            step(len(residual))
     return torch.cat(ranks)
 
 

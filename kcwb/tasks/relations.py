@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kcwb.errors import DataError, nearest
+from kcwb.errors import DataError, SettingError, nearest
 from kcwb.files import write_text
 
 
@@ -75,6 +75,23 @@ class Relation:
     def objects(self) -> tuple[str, ...]:
         """The different objects, in order of first appearance."""
         return tuple(dict.fromkeys(fact.object for fact in self.facts))
+
+    def template(self, which: int | str) -> str:
+        """A zero-shot template by its number, or one of the caller's own, checked.
+
+        Raises
+        ------
+        SettingError
+            If there is no such template.
+        DataError
+            If a template of the caller's own does not hold `{}` exactly once.
+        """
+        if isinstance(which, str):
+            return check_template(which, "template")
+        last = len(self.prompt_templates_zs) - 1
+        if not 0 <= which <= last:
+            raise SettingError(f"template={which}: {self.name} has {last + 1} zero-shot templates, 0 to {last}.")
+        return self.prompt_templates_zs[which]
 
     @cached_property
     def digest(self) -> str:

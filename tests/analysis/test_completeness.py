@@ -157,7 +157,13 @@ def test_progress_counts_every_run(model, task, circuit):
     assert calls == [(i + 1, 14) for i in range(14)]  # three runs and four draws on two splits
 
 
-@pytest.mark.parametrize("wrong", [{"draws": 0}, {"k": 0}, {"draws": -1}, {"ablation": "none"}])
+def test_without_draws_there_is_no_row_of_random_circuits(model, task, circuit):
+    whole, less = table_of(model, circuit, task), table_of(model, circuit, task, draws=0)
+    assert whole[whole["run"] != "random circuits"].equals(less)
+    assert len(whole) > len(less)
+
+
+@pytest.mark.parametrize("wrong", [{"k": 0}, {"draws": -1}, {"ablation": "none"}])
 def test_settings_that_cannot_be_meant_are_errors(model, task, circuit, wrong):
     with pytest.raises(SettingError, match=str(next(iter(wrong.values())))):
         table_of(model, circuit, task, **wrong)

@@ -493,6 +493,14 @@ def test_a_provenance_that_is_not_json_is_an_error_before_anything_is_written(tm
     assert path.read_bytes() == before
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_by_name(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("kept")
+    with pytest.raises(CircuitError, match=r"cannot be saved as .*file.circuit\.json"):
+        random_circuit(scored=True).save(blocked / "circuit.json")
+    assert blocked.read_text() == "kept"
+
+
 def test_the_digest_is_of_the_edges_alone():
     a = random_circuit(scored=True, provenance={"method": "x"})
     assert a.digest == Circuit(GRAPH, a.kept).digest

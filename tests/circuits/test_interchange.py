@@ -84,6 +84,9 @@ def test_d_model_survives_a_round_trip_of_a_foreign_file() -> None:
     data = {"cfg": {**CFG, "d_model": 64}, "edges": {"input->logits": {"score": 1.0, "in_graph": True}}}
     assert to_mib(from_mib(data))["cfg"]["d_model"] == 64
     assert "d_model" not in to_mib(Circuit.empty(Graph(1, 1)))["cfg"]
+    found = Circuit(Graph(1, 1), Graph(1, 1).exists, provenance={"model": {"name": "m", "d_model": 48}})
+    assert to_mib(found)["cfg"]["d_model"] == 48
+    assert to_mib(found, d_model=32)["cfg"]["d_model"] == 32
 
 
 def test_nodes_as_booleans_and_scores_of_null_are_read() -> None:

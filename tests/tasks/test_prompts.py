@@ -295,6 +295,20 @@ def test_a_malformed_template_is_an_error(model, template):
         make_task(model, known_relation(model), template=template)
 
 
+@pytest.mark.parametrize("n_test", [0, 1, 3, 99])
+def test_d_test_can_have_a_size_of_its_own(model, n_test):
+    relation = known_relation(model)
+    plain, sized = make_task(model, relation, n=2), make_task(model, relation, n=2, n_test=n_test)
+    assert same(plain.val, sized.val) and same(plain.reference, sized.reference)
+    assert len(sized.test) == min(n_test, len(relation.facts) - len(sized.val))
+    assert not set(sized.test.facts) & set(sized.val.facts)
+
+
+def test_a_negative_size_of_d_test_is_an_error(model):
+    with pytest.raises(SettingError, match="n_test=-1"):
+        make_task(model, known_relation(model), n_test=-1)
+
+
 @pytest.mark.parametrize("n", [0, -3])
 def test_n_below_one_is_an_error(model, n):
     with pytest.raises(SettingError, match=f"n={n}"):

@@ -84,24 +84,25 @@ def test_masked_pass(smollm2: Model) -> None:
     say("plain pass / Hugging Face forward", f"{plain / seconds(lambda: smollm2.logits(tokens), 5):.2f}")
 
 
-def one_prompt(model: Model) -> tuple[Loss, Ablation]:
-    """The first prompt of six tokens of the task on capitals that the model knows."""
-    task = make_task(model, "country_capital", n=40)
-    wide = [i for i, n in enumerate(task.val.lengths.tolist()) if n == 6]
-    prompts = task.val.select(wide[:1])
+def language_prompts(model: Model, n: int) -> tuple[Loss, Ablation]:
+    """Prompts of six tokens, first the example of Knowledge Circuits: "The official language of France is"."""
+    task = make_task(model, "country_language", n=60, template="The official language of {} is")
+    six = [i for i, length in enumerate(task.val.lengths.tolist()) if length == 6]
+    first = next(i for i in six if task.val.facts[i].subject == "France")
+    prompts = task.val.select([first, *(i for i in six if i != first)][:n])
     return make_loss(model, prompts), make_ablation(model, task, "zero")
 
 
 @torch.no_grad()
 def test_acdc(smollm2: Model) -> None:
-    loss, cuts = one_prompt(smollm2)
+    loss, cuts = language_prompts(smollm2, 1)
     search = Search(smollm2, loss, cuts, tau=0.01)
     predicted = predict_seconds(search)
     started = time.perf_counter()
     pruned = acdc(search)
     fast = time.perf_counter() - started
     decided = int((~pruned.increases.isnan()).sum())
-    say(f"ACDC, one prompt of {loss.prompts.tokens.shape[1]} tokens, zero, tau .01", f"{fast:.0f} s")
+    say("ACDC, one prompt of 6 tokens, zero, tau .01", f"{fast:.0f} s")
     say("  predicted beforehand", f"{predicted:.0f} s")
     say("  edges kept / visited / evaluated", f"{int(pruned.kept.sum()):,} / {decided:,} / {pruned.evaluations:,}")
     say("  near ties", str(pruned.near_ties))
@@ -132,6 +133,19 @@ def test_acdc(smollm2: Model) -> None:
         "  operations executed / matrix rate",
         f"{floor:.0f} s = {floor / fast:.0%} of its time ({rate / 1e9:.0f} GFLOP/s)",
     )
+
+
+@torch.no_grad()
+def test_acdc_on_eight_prompts(smollm2: Model) -> None:
+    loss, cuts = language_prompts(smollm2, 8)
+    search = Search(smollm2, loss, cuts, tau=0.01)
+    predicted = predict_seconds(search)
+    started = time.perf_counter()
+    pruned = acdc(search)
+    say("ACDC, eight prompts of 6 tokens, zero, tau .01", f"{time.perf_counter() - started:.0f} s")
+    say("  predicted beforehand", f"{predicted:.0f} s")
+    decided = int((~pruned.increases.isnan()).sum())
+    say("  edges kept / visited / evaluated", f"{int(pruned.kept.sum()):,} / {decided:,} / {pruned.evaluations:,}")
 
 
 def time_of(run: Callable[[Tensor], Tensor], masks: list[Tensor]) -> float:

@@ -19,6 +19,7 @@ decisions; a resumed search repeats its layer's commits and goes on bit for bit 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,18 +33,17 @@ from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.propagate import Current, Need, Plan
 from kcwb.discovery.checkpoint import fingerprint, read_checkpoint, write_checkpoint
 from kcwb.discovery.sequential import NEAR_TIE, Pruned, receiver_order
+from kcwb.models.forward import memory_budget
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.tasks.metrics import Loss
 
-#: Rows (candidates x prompts x positions) of a batch beyond which a larger one is no faster.
-_ROWS = 512
-#: Bytes of the logits of a batch.
-_LOGIT_BYTES = 2**27
-#: Bytes of all senders' shares of the logits, beyond which they are not kept.
-_SHARE_BYTES = 2**29
-#: Candidates of the first batch, and at least.
-_FIRST, _SMALLEST = 32, 4
+#: Rows (candidates x prompts x positions) of a batch beyond which a larger one is no faster: on a CPU, on a GPU.
+_ROWS, _ROWS_GPU = 512, 8192
+#: The part of the memory budget that the logits of a batch may take, and that all senders' shares of them may.
+_LOGITS, _SHARES = 1 / 8, 1 / 2
+#: The work around a batch, in candidates; how soon its surprises are forgotten, per candidate; and candidates at least.
+_OVERHEAD, _MEMORY, _SMALLEST = 4, 0.9, 4
 #: What `predict_seconds` supposes.
 _EVALUATED, _LIVE = 0.5, 0.25
 
@@ -79,14 +79,16 @@ class Search:
         self.visited = 0
         self.evaluations = 1
         self.near_ties = 0
-        self.size = _FIRST
+        self.surprises, self.seen = 0.0, 0.0
         ablated = ablation.values(loss.prompts)
         self.current = Current(model.network, loss, ablated, self.kept)
         outputs = self.current.outputs.clone()
         self.differences = outputs if ablated is None else outputs - ablated
         self.full = self.value = float(loss(model.network.logits(self.current.residual[None])))
-        prompts = loss.prompts
-        self._most = max(_SMALLEST, _LOGIT_BYTES // (4 * prompts.answers.numel() * model.network.d_vocab))
+        network = model.network
+        self._budget = memory_budget(network.device) / (network.dtype.itemsize * network.d_vocab)
+        self._most = max(_SMALLEST, int(_LOGITS * self._budget / loss.prompts.answers.numel()))
+        self._rows = _ROWS if network.device.type == "cpu" else _ROWS_GPU
 
     def again(self, tau: float) -> Search:
         """The same search at another tau, from the beginning; it shares what the unpruned run gave."""
@@ -94,7 +96,8 @@ class Search:
         other.tau = tau
         other.kept = self.start.clone()
         other.increases = torch.full(self.kept.shape, torch.nan)
-        other.visited, other.evaluations, other.near_ties, other.size, other.value = 0, 1, 0, _FIRST, self.full
+        other.visited, other.evaluations, other.near_ties, other.value = 0, 1, 0, self.full
+        other.surprises, other.seen = 0.0, 0.0
         other.current = copy.copy(self.current)
         other.current.kept = other.kept
         other.current.rebuild()
@@ -176,11 +179,11 @@ class Search:
         node = int(self.model.graph.receiver_node[column])
         plan = self.current.plan(node) if node < self.model.graph.n_senders else None
         expected = torch.ones(len(rows), dtype=torch.bool)
-        largest = max(_SMALLEST, min(self._most, _ROWS // read[..., 0].numel()))
+        largest = max(_SMALLEST, min(self._most, self._rows // read[..., 0].numel()))
         shares = self._logit_shares(read, cuts) if plan is None else None
         start = 0
         while start < len(rows):
-            stop = min(start + min(self.size, largest), len(rows))
+            stop = min(start + min(self._size(), largest), len(rows))
             part, guess = cuts[start:stop], expected[start:stop]
             try:
                 if shares is None:
@@ -206,9 +209,24 @@ class Search:
                     shares[-1] -= shares[start + gone.to(part.device)].sum(0)
                 self.value = losses[int(gone[-1])]
             expected[start + accepted : stop] = cut[accepted:]
-            self.size = min(2 * self.size, 256) if start + accepted == stop else max(_SMALLEST, 2 * accepted)
+            self._remember(accepted, start + accepted < stop)
             start += accepted
             step(accepted, self._note())
+
+    def _size(self) -> int:
+        """Candidates in the next batch.
+
+        With a surprise in every n candidates a batch of b wastes about b / 2n of its work, and the overhead costs
+        `_OVERHEAD` / b of it: least in sum at b = sqrt(2 n `_OVERHEAD`).
+        """
+        often = (self.surprises + 0.02) / (self.seen + 1)
+        return max(_SMALLEST, int(math.sqrt(2 * _OVERHEAD / often)))
+
+    def _remember(self, accepted: int, surprised: bool) -> None:
+        """Count a batch in the running rate of surprises."""
+        forgotten = _MEMORY**accepted
+        self.surprises = self.surprises * forgotten + surprised
+        self.seen = self.seen * forgotten + accepted
 
     def _losses(
         self,
@@ -231,7 +249,7 @@ class Search:
         with the unembedding. None if they take too much memory.
         """
         network = self.model.network
-        if 4 * (len(cuts) + 1) * read[..., 0].numel() * network.d_vocab > _SHARE_BYTES:
+        if (len(cuts) + 1) * read[..., 0].numel() > _SHARES * self._budget:
             return None
         parts = [*cuts.split(self._most), read[None]]
         return torch.cat([network.logit_shares(part) for part in parts])
@@ -326,7 +344,7 @@ def predict_seconds(search: Search) -> float:
     less, a smaller one more.
     """
     current, graph = search.current, search.model.graph
-    batch = max(1, min(16, search._most, _ROWS // current.outputs[0, ..., 0].numel()))
+    batch = max(1, min(16, search._most, search._rows // current.outputs[0, ..., 0].numel()))
     row = graph.mlp_sender(graph.n_layers // 2)
     output = current.at(current.outputs[row], current.need(row) is Need.EVERYWHERE).expand(
         batch, *(-1,) * current.outputs[row].ndim

@@ -19,7 +19,7 @@ from kcwb.files import atomic_path
 if TYPE_CHECKING:
     from kcwb.discovery.acdc import Search
 
-_COUNTERS = ("visited", "evaluations", "near_ties", "size", "value")
+_COUNTERS = ("visited", "evaluations", "near_ties", "surprises", "seen", "value")
 #: Raised with every change of the search that may change its decisions.
 _VERSION = 2
 

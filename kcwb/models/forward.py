@@ -149,13 +149,14 @@ class _CutStream:
         return (weights @ self._differences[: self._written]).unflatten(1, self._shape) + self._base
 
 
-def prompt_chunks(network: Network, tokens: Int[Tensor, "N T"], copies: int = 3) -> Iterator[slice]:
-    """Rows of `tokens` in chunks for which `copies` of all senders' outputs fit into the memory that a pass may take.
+def memory_budget(device: torch.device) -> int:
+    """Bytes that one step of a computation may take: on CUDA a quarter of what is free, elsewhere 1 GiB."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
 
-    On CUDA that is a quarter of what is free, elsewhere 1 GiB; a chunk has at least one prompt.
-    """
+
+def prompt_chunks(network: Network, tokens: Int[Tensor, "N T"], copies: int = 3) -> Iterator[slice]:
+    """Rows of `tokens` in chunks, of one prompt at least, for which `copies` of all senders' outputs fit the budget."""
     each = copies * network.graph.n_senders * tokens.shape[1] * network.d_model * network.dtype.itemsize
-    budget = torch.cuda.mem_get_info(network.device)[0] // 4 if network.device.type == "cuda" else 2**30
-    size = max(1, budget // each)
+    size = max(1, memory_budget(network.device) // each)
     for start in range(0, len(tokens), size):
         yield slice(start, start + size)

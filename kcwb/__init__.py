@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kcwb.analysis.completeness import completeness
     from kcwb.analysis.faithfulness import cmd, comprehensiveness, cpr, faithfulness_curve, minimality
     from kcwb.analysis.knowledge import knowledge_table
+    from kcwb.analysis.nodes import ablate_nodes, ablation_summary, attention_pattern, component_logits, node_edges
     from kcwb.analysis.stability import bootstrap_stability, template_stability
     from kcwb.circuits.ablation import make_ablation
     from kcwb.circuits.circuit import Circuit
@@ -34,12 +35,22 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kcwb.tasks.metrics import answer_ranks, hit_at_k, make_loss
     from kcwb.tasks.prompts import Task, make_task
     from kcwb.tasks.relations import Fact, Relation, load_relation, load_relations
+    from kcwb.workbench.graphsvg import graph_svg
+    from kcwb.workbench.graphview import compare_view, graph_view
+    from kcwb.workbench.reports import provenance, report
 
 _HOME = {
     "kcwb.analysis.compare": ("compare_circuits",),
     "kcwb.analysis.completeness": ("completeness",),
     "kcwb.analysis.faithfulness": ("cmd", "comprehensiveness", "cpr", "faithfulness_curve", "minimality"),
     "kcwb.analysis.knowledge": ("knowledge_table",),
+    "kcwb.analysis.nodes": (
+        "ablate_nodes",
+        "ablation_summary",
+        "attention_pattern",
+        "component_logits",
+        "node_edges",
+    ),
     "kcwb.analysis.stability": ("bootstrap_stability", "template_stability"),
     "kcwb.circuits.ablation": ("make_ablation",),
     "kcwb.circuits.circuit": ("Circuit",),
@@ -54,6 +65,9 @@ _HOME = {
     "kcwb.tasks.metrics": ("answer_ranks", "hit_at_k", "make_loss"),
     "kcwb.tasks.prompts": ("Task", "make_task"),
     "kcwb.tasks.relations": ("Fact", "Relation", "load_relation", "load_relations"),
+    "kcwb.workbench.graphsvg": ("graph_svg",),
+    "kcwb.workbench.graphview": ("compare_view", "graph_view"),
+    "kcwb.workbench.reports": ("provenance", "report"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -210,6 +210,84 @@ def key_value_lookup() -> Handmade:
     )
 
 
+def additive(asks: str = "capital", n_layers: int = 2) -> Handmade:
+    """Four heads that add up, one of each role. GPT-2, two layers or more of four heads.
+
+    A subject has a capital (o0 ... o7) and a language (p0 ... p7), and its embedding holds both (`knows`) and a flag;
+    the words "capital" and "language" hold another flag and their `kind`; END ("is") a third. In layer 1 every query
+    reads END's flag:
+
+    - h1 is a mover: its key reads the subject's flag, and it copies `knows` to `says`, capital and language alike;
+    - h2 is a relation head: its key reads the relation word's flag, and it raises all objects of that kind alike;
+    - h3 is a mixture: its key reads both flags, and it does a half of both (for capitals alone);
+    - h0 is a suppressor: a mover that writes with a strength of -0.4.
+
+    Mover alone cannot tell the capital from the language, relation head alone cannot tell one capital from another:
+    the answer has both (the additive motif of arXiv 2402.07321). a0.h1 is a decoy, a mover that writes where nobody
+    reads. `asks` chooses which of the two relations comes with the model, whose weights are the same for both. The
+    edges are those of the four heads; not each of them is needed to answer. Layers beyond the second hold distractors,
+    fainter ones, since their noise adds up.
+    """
+    shape = (64, 16)
+    at = _channels(64, knows=16, says=16, unread=16, own=5, flags=3, kind=2, constant=2, filler=2)
+    subject, relation, end = at["flags"]
+    kinds, subjects = ["capital", "language"], [f"s{i}" for i in range(16)]
+    objects = [*(f"o{i}" for i in range(8)), *(f"p{i}" for i in range(8))]
+    words = ["the", "of", "big", "is", *kinds, *subjects, *objects]
+    tokens = {word: i for i, word in enumerate(_vocabulary(words))}
+    module = _gpt2(len(tokens), n_layers=n_layers, n_heads=4, at=at, size=shape[0])
+    embedding = torch.zeros(len(tokens), shape[0])
+    embedding[tokens["is"], end] = 1.0
+    for i, word in enumerate(kinds):
+        embedding[tokens[word], [relation, at["kind"][i]]] = 1.0
+    for i, word in enumerate(subjects):
+        embedding[tokens[word], [subject, at["knows"][i % 8], at["knows"][8 + (i + 3) % 8]]] = 1.0
+    embedding[:, at["own"]] = 0.15 * torch.randn(len(tokens), 5)
+    strength = math.sqrt(5.0 * math.sqrt(shape[1]))
+    for weights in map(_block, _blocks(module)[2:]):
+        for weight in weights:
+            weight *= 0.3
+    query = _map(shape, [end], [0], strength)
+    says = _map(shape, at["says"], range(16)).T
+    mover: dict[str, Tensor] = {
+        "q": query, "k": _map(shape, [subject], [0], strength), "v": _map(shape, at["knows"], range(16)), "o": says,
+    }  # fmt: skip
+    _write_head(module, 1, 1, **mover)
+    _write_head(module, 1, 0, **{**mover, "o": -0.4 * says})
+    _write_head(module, 0, 1, **{**mover, "o": _map(shape, at["unread"], range(16)).T})
+    raises = torch.zeros_like(says)
+    raises[0, at["says"][:8]] = raises[1, at["says"][8:]] = 1.0
+    _write_head(
+        module, 1, 2, q=query, k=_map(shape, [relation], [0], strength), v=_map(shape, at["kind"], [0, 1]), o=raises
+    )
+    both = torch.zeros_like(says)
+    both[range(8), at["says"][:8]] = 1.0
+    both[8, at["says"][:8]] = 1.0
+    _write_head(
+        module, 1, 3,
+        q=query,
+        k=_map(shape, [subject, relation], [0, 0], strength),
+        v=_map(shape, [*at["knows"][:8], at["kind"][0]], range(9)),
+        o=both,
+    )  # fmt: skip
+    _write_ends(module, at, embedding, says=[tokens[word] for word in objects], strength=7.0)
+    answers = {
+        "capital": [objects[i % 8] for i in range(16)],
+        "language": [objects[8 + (i + 3) % 8] for i in range(16)],
+    }
+    facts = [
+        Fact(f"big {word}" if i % 3 == 0 else word, answer)
+        for i, (word, answer) in enumerate(zip(subjects, answers[asks], strict=True))
+    ]
+    reads = {f"input->a1.h{head}<{letter}>" for head in range(4) for letter in "qkv"}
+    return Handmade(
+        load_model(module, _tokenizer(words), device="cpu"),
+        _relation(asks, f"the {asks} of {{}} is", facts),
+        frozenset(reads | {f"a1.h{head}->logits" for head in range(4)}),
+        {},
+    )
+
+
 def _channels(size: int, **named: int) -> dict[str, list[int]]:
     """Name the channels of the residual stream, one after the other."""
     at, start = {}, 0

@@ -344,7 +344,7 @@ def predict_seconds(search: Search) -> float:
     less, a smaller one more.
     """
     current, graph = search.current, search.model.graph
-    batch = max(1, min(16, search._most, search._rows // current.outputs[0, ..., 0].numel()))
+    batch = max(1, min(8, search._most, search._rows // current.outputs[0, ..., 0].numel()))
     row = graph.mlp_sender(graph.n_layers // 2)
     output = current.at(current.outputs[row], current.need(row) is Need.EVERYWHERE).expand(
         batch, *(-1,) * current.outputs[row].ndim

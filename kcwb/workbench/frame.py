@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
 from IPython.display import display, update_display
@@ -17,9 +18,64 @@ from kcwb.progress import ProgressCallback
 from kcwb.workbench import tables
 from kcwb.workbench.runner import Runner
 
+if TYPE_CHECKING:
+    from kcwb.workbench.plots import Plot
+
+PANEL_CLASS = "kcwb-panel"
+"""The CSS class of a whole panel, in which `kcwb.workbench.nodepanel` looks for the graph that was clicked."""
+
 _REDRAW = 0.1  # seconds between two drawings of the progress bar
+_LOCK = threading.RLock()
+"""Held while what any panel shows is changed, by whichever thread: one for all, since panels hold one another."""
 ROW = W.Layout(flex_flow="row wrap", align_items="center", grid_gap="2px 14px", width="100%", overflow="visible")
 """Widgets side by side, on a second line where there is no room."""
+
+
+class _Notes:
+    """Takes the warnings of worker threads, each thread its own, while other threads' go where they always went.
+
+    Python keeps its filters and `showwarning` for the whole process, so that two threads in `warnings.catch_warnings`
+    undo each other's. Here the first thread to come replaces them and the last one to leave puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken: dict[int, list[str]] = {}  # by thread
+        self._before: warnings.catch_warnings | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[list[str]]:
+        """The texts of the UserWarnings that this thread gives meanwhile."""
+        thread, notes = threading.get_ident(), []
+        with self._lock:
+            if not self._taken:
+                self._replace()
+            self._taken[thread] = notes
+        try:
+            yield notes
+        finally:
+            with self._lock:
+                del self._taken[thread]
+                if not self._taken and self._before is not None:
+                    self._before.__exit__(None, None, None)
+
+    def _replace(self) -> None:
+        self._before = warnings.catch_warnings()
+        self._before.__enter__()
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
+            notes = self._taken.get(threading.get_ident())
+            if notes is None:
+                usual(message, category, *more, **named)
+            elif category is UserWarning:
+                notes.append(str(message))
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", UserWarning)
+
+
+_NOTES = _Notes()
 
 
 class Panel:
@@ -34,14 +90,14 @@ class Panel:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # what the panel shows; callbacks come from two threads
+        self._lock = _LOCK
         self._quiet = False
         self._runner = Runner(on_change=self._show_state, on_error=self._tell)
         self._stage, self._stage_started, self._drawn = "", 0.0, 0.0
         self._displays: dict[str, str] = {}  # id -> what was last drawn there for pages without widgets
         self._bar = W.FloatProgress(min=0, max=1, layout=W.Layout(width="220px", margin="0"))
         self._status = W.HTML()
-        self._cancel_button = W.Button(description="Cancel", icon="stop", layout=W.Layout(width="96px"))
+        self._cancel_button = button("Cancel", "stop")
         self._cancel_button.on_click(self._guarded(lambda _: self.cancel()))
         self._message = W.HTML()
         self._progress = (self._cancel_button, self._bar, self._status)
@@ -96,12 +152,10 @@ class Panel:
         """Run a job on the worker; the latest wins. Its warnings are told as notes."""
 
         def noting(progress: ProgressCallback) -> Any:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", UserWarning)
+            with _NOTES.taken() as notes:
                 result = job(progress)
-            notes = dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
             if notes:
-                self._say("kc-note", "\n".join(notes))
+                self._say("kc-note", "\n".join(dict.fromkeys(notes)))
             return result
 
         self._runner.submit(name, noting, on_done, self._report)
@@ -192,6 +246,37 @@ class Panel:
             if drawn != bundle["text/html"]:
                 update_display(bundle, display_id=key, raw=True)
                 self._displays[key] = bundle["text/html"]
+
+
+def picture(plot: Plot, words: str) -> str:
+    """A plot as an image in HTML, described by `words`."""
+    png, size = plot._repr_png_()
+    source = base64.b64encode(png).decode("ascii")
+    return (
+        f'<img class="kc-picture" alt="{tables.text(words, 1000)}" width="{size["width"]}" '
+        f'style="max-width:100%;border-radius:4px" src="data:image/png;base64,{source}">'
+    )
+
+
+def dropdown(name: str, options: Any, value: Any, *, wide: bool = False) -> W.Dropdown:
+    """A menu with its name beside it."""
+    return W.Dropdown(options=options, value=value, description=name, layout=room(400 if wide else 205))
+
+
+def room(least: int) -> W.Layout:
+    """A widget that grows with the panel, from a width in pixels."""
+    return W.Layout(flex=f"1 1 {least}px", min_width=f"min({least}px, 100%)", width="auto")
+
+
+def button(words: str, icon: str, *, width: int = 96, **more: Any) -> W.Button:
+    """A button."""
+    return W.Button(description=words, icon=icon, layout=W.Layout(width=f"{width}px"), **more)
+
+
+def brief(words: str, most: int = 120) -> str:
+    """One line of a text, for menus: shortened where it would fill a screen, without what turns or breaks lines."""
+    line = "".join(c if c.isprintable() else " " for c in words)
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def _line(words: str) -> str:

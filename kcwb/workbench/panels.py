@@ -7,53 +7,31 @@ result stays on screen.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as W
 import pandas as pd
 
-from kcwb.analysis.compare import compare_circuits
 from kcwb.analysis.completeness import completeness
-from kcwb.circuits.ablation import ABLATIONS
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
-from kcwb.discovery.discover import METHODS, discover, predict
+from kcwb.discovery.discover import discover, predict
 from kcwb.discovery.selection import resize
-from kcwb.errors import KcwbError, SettingError, choose
+from kcwb.errors import CircuitError, KcwbError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
-from kcwb.tasks.metrics import METRICS
-from kcwb.tasks.prompts import Prompts, Task, make_task
-from kcwb.tasks.relations import Relation, load_relation, relation_files
-from kcwb.workbench import tables
-from kcwb.workbench.frame import ROW, Panel, duration
+from kcwb.tasks.prompts import Task, make_task
+from kcwb.tasks.relations import Relation
+from kcwb.workbench import findings, tables
+from kcwb.workbench.controls import Controls
+from kcwb.workbench.findings import Finding
+from kcwb.workbench.frame import PANEL_CLASS, ROW, Panel, button, dropdown, duration, room
 from kcwb.workbench.graphview import graph_view
+from kcwb.workbench.nodepanel import GRAPH_CLASS, NodePanel
 
-_ROWS = 100  # of a table of edges or nodes
-_TABS = ("Is it the model?", "Strongest edges", "Nodes", "Facts", "Compare runs")
-
-
-@dataclass(eq=False)
-class Finding:
-    """One run: a circuit, what it was found on, and how it does alone.
-
-    Attributes
-    ----------
-    label
-        What the list of runs calls it.
-    circuit, task
-        The task is None for a loaded circuit whose relation is not at hand.
-    completeness
-        None until it is computed for this very circuit.
-    """
-
-    label: str
-    circuit: Circuit
-    task: Task | None
-    completeness: pd.DataFrame | None = None
+_NODE, _COMPARE = "Node", "Compare runs"
+_TABS = ("Is it the model?", "Strongest edges", "Nodes", _NODE, "Facts", _COMPARE)
 
 
 class DiscoveryPanel(Panel):
@@ -71,6 +49,9 @@ class DiscoveryPanel(Panel):
         How many edges an attribution method selects.
     tau
         The loss increase below which `acdc` cuts an edge.
+    within
+        How many edges `acdc` searches, chosen by `eap-ig` under the same ablation (`mean` where none is said, since
+        attribution says little about `zero`); None searches all.
     n, seed, template
         As in `kcwb.make_task`; a template of your own is offered beside the relation's.
     draws
@@ -82,6 +63,8 @@ class DiscoveryPanel(Panel):
     ----------
     history
         Every run, in order.
+    nodes
+        The `NodePanel` for the circuit on screen.
 
     Raises
     ------
@@ -104,60 +87,41 @@ class DiscoveryPanel(Panel):
         metric: str = "nll",
         edges: int = 300,
         tau: float = 0.01,
+        within: int | None = None,
         n: int = 8,
         seed: int = 0,
         template: int | str = 0,
         draws: int = 10,
         height: int = 560,
     ) -> None:
-        choose("The method", method, METHODS)
-        choose("The metric", metric, METRICS)
-        choose("The ablation", ablation or "zero", ABLATIONS)
-        if not 1 <= edges <= model.graph.n_edges:
-            raise SettingError(f"edges={edges}: {model.name} has {model.graph.n_edges:,}; ask for 1 to that many.")
         super().__init__()
+        self.controls = Controls(
+            model, relation, template=template, method=method, ablation=ablation, metric=metric,
+            edges=edges, tau=tau, within=within, n=n, seed=seed,
+        )  # fmt: skip
         self.model = model
         self.history: list[Finding] = []
         self._shown: Finding | None = None
         self._draws, self._height = draws, height
         self._task: tuple[tuple, Task] | None = None  # the last one made, and of what
+        self._searched: tuple[tuple, Circuit] | None = None  # the last preselection, and of what
 
-        self._relations: dict[str, Relation | Path] = dict(relation_files())
-        if not isinstance(relation, str) or relation.endswith(".json"):
-            relation = relation if isinstance(relation, Relation) else load_relation(relation)
-            self._relations[relation.name] = relation
-        chosen = relation.name if isinstance(relation, Relation) else load_relation(relation).name
-        self._relation = _dropdown("Relation", self._relation_options(), chosen, wide=True)
-        self._template = _dropdown("Template", *self._template_options(template), wide=True)
-        self._method = _dropdown("Method", list(METHODS), method)
-        self._ablation = _dropdown(
-            "Ablation", [("usual for the method", ""), *((a, a) for a in ABLATIONS)], ablation or ""
-        )
-        self._metric = _dropdown("Metric", list(METRICS), metric)
-        self._n = W.BoundedIntText(n, min=1, max=10_000, description="Facts", layout=_room(120))
-        self._seed = W.IntText(seed, description="Seed", layout=_room(120))
-        self._edges = W.FloatLogSlider(
-            value=edges,
-            min=0,
-            max=math.log10(model.graph.n_edges),
-            step=0.02,
-            description="Edges",
-            readout_format=",.0f",
-            continuous_update=False,
-            layout=_room(320),
-        )
-        self._tau = W.FloatText(tau, step=0.005, description="τ, nats", layout=_room(160))
-        self._run_button = W.Button(description="Run", icon="play", button_style="primary", layout=_button())
+        self._run_button = button("Run", "play", button_style="primary")
         self._run_button.layout.margin = "2px 2px 2px 90px"
-        self._runs = _dropdown("Shown", [], None, wide=True)
+        self._ask_button = button("Ask", "question", tooltip="Which facts does the model know?")
+        self._predict_button = button("How long?", "clock-o", tooltip="Time a few steps of ACDC, without running it")
+        self._runs = dropdown("Shown", [], None, wide=True)
         self._summary, self._graph = W.HTML(), W.HTML(layout=W.Layout(width="100%"))
+        self._graph.add_class(GRAPH_CLASS)
         self._tables = {name: W.HTML() for name in _TABS}
-        self._other = _dropdown("Against", [], None, wide=True)
-        self._path = W.Text("circuit.json", description="File", layout=_room(320))
-        self._save_button = W.Button(description="Save", icon="download", layout=_button())
-        self._load_button = W.Button(description="Load", icon="upload", layout=_button())
-        self._connect()
+        self.nodes = NodePanel(model, graph=False)
+        self._other = dropdown("Against", [], None, wide=True)
+        self._both = W.HTML(layout=W.Layout(width="100%"))
+        self._path = W.Text("circuit.json", description="File", layout=room(320))
+        self._save_button = button("Save", "download")
+        self._load_button = button("Load", "upload")
         self._lay_out()
+        self._connect()
 
     # --- in a script ---
 
@@ -178,40 +142,53 @@ class DiscoveryPanel(Panel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What Run would run, as parameters of `make_task` and `discover`."""
-        method = self._method.value
-        common = {
-            "relation": self._relation.value,
-            "template": self._template.value,
-            "n": self._n.value,
-            "seed": self._seed.value,
-            "method": method,
-            "ablation": self._ablation.value or None,
-            "metric": self._metric.value,
-        }
-        return common | ({"tau": self._tau.value} if method == "acdc" else {"edges": self._size()})
+        """What Run would run, as parameters of `make_task` and `discover`; `within` as a number of edges, or None."""
+        return self.controls.settings
 
     def run(self) -> None:
         """Discover with the settings on screen, then test the circuit alone; returns at once, see `wait`."""
         self._message.value = ""
         settings = self.settings
-        name = settings.pop("relation")
-        asked = {key: settings.pop(key) for key in ("n", "seed", "template")}
 
         def job(progress: ProgressCallback) -> Finding:
-            self._enter(f"Asking {self.model.name} for the facts", progress)
-            task = self._make_task(self._relations[name], **asked)
+            task, how = self._prepare(settings, progress)
             stage = "Discovering the circuit"
-            if settings["method"] == "acdc":
-                self._enter("Timing a few steps of ACDC", progress)
-                ablation = settings["ablation"] or "zero"
-                seconds = predict(self.model, task, metric=settings["metric"], ablation=ablation)
-                stage += f" (about {duration(seconds)})"
+            if how["method"] == "acdc":
+                stage += f" (about {duration(self._seconds(task, how, progress))})"
             self._enter(stage, progress)
-            circuit = discover(self.model, task, progress=progress, **settings)
-            return Finding("", circuit, task)
+            return Finding("", discover(self.model, task, progress=progress, **how), task)
 
         self._start("discovery", job, self._add)
+
+    def ask(self) -> None:
+        """Show which facts the model knows, before a run; returns at once, see `wait`."""
+        self._message.value = ""
+        settings = self.settings
+
+        def done(task: Task) -> None:
+            with self._lock:
+                self._tables["Facts"].value = tables.styled(findings.facts_table(task))
+                self._result.layout.display = ""
+                self._open("Facts")
+
+        self._start("ask", lambda progress: self._ask(settings, progress), done)
+
+    def predict(self) -> None:
+        """Say how long ACDC would take with the settings on screen; returns at once, see `wait`."""
+        self._message.value = ""
+        settings = self.settings
+        if settings["method"] != "acdc":
+            raise SettingError(
+                "Only ACDC takes long enough to be timed first; the others show what is left as they run."
+            )
+
+        def job(progress: ProgressCallback) -> str:
+            task, how = self._prepare(settings, progress)
+            searched = self.model.graph.n_edges if how["within"] is None else how["within"].n_edges
+            took = duration(self._seconds(task, how, progress))
+            return f"ACDC over {searched:,} edges and {len(task.val)} facts takes about {took} on this machine."
+
+        self._start("prediction", job, lambda words: self._say("kc-note", words))
 
     def show(self, number: int) -> None:
         """Show a run of the history, counted from 0."""
@@ -226,7 +203,7 @@ class DiscoveryPanel(Panel):
             self._runner.cancel()  # of the size that is left
         finding.circuit = resize(finding.circuit, edges=edges)
         finding.completeness = None
-        finding.label = self._label(finding, self.history.index(finding))
+        finding.label = findings.label(finding.circuit, self.history.index(finding))
         self._show(finding)
         if self._runner.job in (None, "test"):
             self._test(finding)
@@ -248,139 +225,175 @@ class DiscoveryPanel(Panel):
             self._enter("Reading the circuit", progress)
             circuit = Circuit.load(source)
             check_same_model(self.model, circuit)
-            return Finding("", circuit, self._task_of(circuit))
+            return Finding("", circuit, self._task_of(circuit, progress))
 
         self._start("load", job, self._add)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until nothing is running, here and in `nodes`; see `Panel.wait`."""
+        super().wait(timeout)
+        self.nodes.wait(timeout)
+        self._refresh()
 
     def to_html(self) -> str:
         """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
         finding = self._shown
         if finding is None:
-            return tables.styled(tables.heading("Settings"), tables.pairs(self.settings), self._message.value)
-        edges = finding.circuit.edges
+            settings = {name: "all" if value is None else value for name, value in self.settings.items()}
+            settings["ablation"] = self.settings["ablation"] or "usual for the method"
+            return tables.styled(tables.heading("Settings"), tables.pairs(settings), self._message.value)
         return tables.styled(
             self._message.value,
             tables.heading("Settings"),
-            tables.pairs(_settings_of(finding)),
-            self._summary_of(finding),
+            tables.pairs(findings.settings_of(finding.circuit)),
+            findings.summary(finding),
             self._graph.value,
             tables.heading("Is it the model?"),
-            _completeness_table(finding),
+            findings.completeness_table(finding),
             tables.heading("Strongest edges"),
-            tables.table(edges.head(10), _SCORE),
+            tables.table(finding.circuit.edges.head(10), findings.SCORE),
+            self.nodes.to_html() if self.nodes.nodes else "",
         )
 
     # --- making ---
 
-    def _relation_options(self) -> list[tuple[str, str]]:
-        kinds = {
-            name: source.relation_type if isinstance(source, Relation) else source.parent.name
-            for name, source in self._relations.items()
-        }
-        return [(f"{kind}: {name}", name) for kind, name in sorted((kind, name) for name, kind in kinds.items())]
-
-    def _template_options(self, wanted: int | str) -> tuple[list[tuple[str, int | str]], int | str]:
-        """The chosen relation's templates, and a template of one's own if that is wanted; and what to select."""
-        name = str(self._relation.value)
-        known = self._read(self._relations[name]).prompt_templates_zs
-        options: list[tuple[str, int | str]] = [(text, i) for i, text in enumerate(known)]
-        if isinstance(wanted, str):
-            options.append((wanted, wanted))
-        elif not 0 <= wanted < len(known):
-            raise SettingError(
-                f"template={wanted}: {name} has {len(known)} zero-shot templates, 0 to {len(known) - 1}."
-            )
-        return options, wanted
-
-    @staticmethod
-    def _read(source: Relation | Path) -> Relation:
-        return source if isinstance(source, Relation) else load_relation(source)
-
     def _connect(self) -> None:
         """What happens on which event."""
 
-        def on_value(widget: W.Widget, work: Any) -> None:
-            widget.observe(self._guarded(work), "value")
+        def on(widget: W.Widget, work: Any, trait: str = "value") -> None:
+            widget.observe(self._guarded(work), trait)
 
-        on_value(self._relation, lambda _: self._offer_templates())
-        on_value(self._method, lambda _: self._offer_size())
-        on_value(self._edges, lambda _: self._recut())
-        on_value(self._runs, lambda change: self.show(change["new"]))
-        on_value(self._other, lambda _: self._draw_comparison())
+        on(self.controls.relation, lambda _: self.controls.offer_templates())
+        on(self.controls.method, lambda _: self._offer_size())
+        on(self.controls.edges, lambda _: self._recut())
+        on(self._runs, lambda change: self.show(change["new"]))
+        on(self._other, lambda _: self._draw_comparison())
+        on(self._tabs, lambda _: self._draw_comparison(), "selected_index")
+        on(self.nodes.clicks.field, self._on_click)
         self._run_button.on_click(self._guarded(lambda _: self.run()))
+        self._ask_button.on_click(self._guarded(lambda _: self.ask()))
+        self._predict_button.on_click(self._guarded(lambda _: self.predict()))
         self._save_button.on_click(self._guarded(lambda _: self.save(self._path.value)))
         self._load_button.on_click(self._guarded(lambda _: self.load(self._path.value)))
 
     def _lay_out(self) -> None:
-        rows = [
-            [self._relation, self._template],
-            [self._method, self._ablation, self._metric],
-            [self._edges, self._tau, self._n, self._seed],
-        ]
-        pages: list[W.Widget] = [self._tables[name] for name in _TABS]
-        pages[-1] = W.VBox([W.HBox([self._other], layout=ROW), pages[-1]])
+        graph = self.model.graph
+        size = f"{graph.n_layers} layers of {graph.n_heads} heads, {graph.n_edges:,} edges"
+        about = W.HTML(tables.styled(tables.muted(f"{self.model.name}: {size}")))
+        against = W.VBox([W.HBox([self._other], layout=ROW), self._tables[_COMPARE], self._both])
+        boxes = {_NODE: self.nodes.widget, _COMPARE: against}
+        self._tabs = W.Tab([boxes.get(name, self._tables[name]) for name in _TABS], titles=_TABS, selected_index=0)
         self._result = W.VBox(
-            [W.HBox([self._runs], layout=ROW), self._summary, self._graph, W.Tab(pages, titles=_TABS)],
+            [W.HBox([self._runs], layout=ROW), self._summary, self._graph, self.nodes.clicks.widget, self._tabs],
             layout=W.Layout(display="none"),
         )
-        controls = [W.HBox(row, layout=ROW) for row in rows]
-        buttons = W.HBox([self._run_button, *self._progress], layout=ROW)
+        for name in _TABS:
+            self._tables[name].value = tables.styled(tables.muted("Press Run."))
+        buttons = W.HBox([self._run_button, self._ask_button, self._predict_button, *self._progress], layout=ROW)
         self._offer_size()
         files = W.HBox([self._path, self._save_button, self._load_button], layout=ROW)
-        self._assemble(*controls, buttons, self._message, self._result, files)
+        self.widget.add_class(PANEL_CLASS)
+        self._assemble(about, self.controls.widget, buttons, self._message, self._result, files)
 
     # --- events ---
 
-    def _offer_templates(self) -> None:
-        options, wanted = self._template_options(0)
-        self._template.options, self._template.value = options, wanted
-
     def _offer_size(self) -> None:
-        """Edges for attribution, tau for ACDC."""
-        acdc = self._method.value == "acdc"
-        self._edges.layout.display, self._tau.layout.display = ("none", "") if acdc else ("", "none")
-
-    def _size(self) -> int:
-        return min(max(1, round(self._edges.value)), self.model.graph.n_edges)
+        self.controls.offer_size()
+        self._predict_button.layout.display = "" if self.controls.method.value == "acdc" else "none"
 
     def _recut(self) -> None:
         """Follow the size slider, if the circuit on screen can."""
-        if self._shown and _resizable(self._shown.circuit):
+        if self._shown and findings.resizable(self._shown.circuit):
             self._message.value = ""
-            self.resize(self._size())
+            self.resize(self.controls.size)
+
+    def _on_click(self, change: Any) -> None:
+        """A node was clicked, which the node panel shows: bring it to the front."""
+        if self.nodes.clicks.names(change["new"], self.model):
+            self._open(_NODE)
+
+    def _open(self, name: str) -> None:
+        self._tabs.selected_index = _TABS.index(name)
 
     # --- work; these run on the worker ---
 
-    def _make_task(self, source: Relation | Path, **asked: Any) -> Task:
-        """A task, made anew only when it differs from the last one."""
-        relation = self._read(source)
-        key = (relation.digest, *sorted(asked.items()))
+    def _prepare(self, settings: dict[str, Any], progress: ProgressCallback) -> tuple[Task, dict[str, Any]]:
+        """The task, and what `discover` is told beside it."""
+        task = self._ask(settings, progress)
+        how = {key: settings[key] for key in ("method", "ablation", "metric")}
+        if settings["method"] != "acdc":
+            return task, {**how, "edges": settings["edges"]}
+        how |= {"tau": settings["tau"], "within": None}
+        if not 0 < how["tau"] < float("inf"):
+            raise SettingError(f"τ = {how['tau']}: the loss increase to allow must be above 0 nats (try 0.01).")
+        if settings["within"] is not None:
+            how["ablation"] = how["ablation"] or "mean"
+            how["within"] = self._preselect(task, settings["within"], how["metric"], how["ablation"], progress)
+        return task, how
+
+    def _ask(self, settings: dict[str, Any], progress: ProgressCallback) -> Task:
+        """The task, made anew only when it differs from the last one."""
+        self._enter(f"Asking {self.model.name} for the facts", progress)
+        return self._make_task(
+            self.controls.read(settings["relation"]), settings["n"], settings["seed"], settings["template"], progress
+        )
+
+    def _make_task(
+        self, relation: Relation, n: int, seed: int, template: int | str, progress: ProgressCallback
+    ) -> Task:
+        key = (relation.digest, n, seed, template)
         if self._task is None or self._task[0] != key:
-            self._task = key, make_task(self.model, relation, **asked)
+            self._task = key, make_task(self.model, relation, n, seed, template, progress=progress)
         return self._task[1]
 
-    def _task_of(self, circuit: Circuit) -> Task | None:
+    def _preselect(self, task: Task, edges: int, metric: str, ablation: str, progress: ProgressCallback) -> Circuit:
+        """The circuit that ACDC searches; scored anew only for another task, metric or ablation."""
+        key = (task, metric, ablation)
+        if self._searched is None or self._searched[0] != key:
+            self._enter("Choosing by attribution which edges to search", progress)
+            found = discover(
+                self.model, task, "eap-ig", metric=metric, ablation=ablation, edges=edges, progress=progress
+            )
+            self._searched = key, found
+        return resize(self._searched[1], edges=edges)
+
+    def _seconds(self, task: Task, how: dict[str, Any], progress: ProgressCallback) -> float:
+        """The predicted time of a run of ACDC."""
+        self._enter("Timing a few steps of ACDC", progress)
+        ablation = how["ablation"] or "zero"
+        return predict(self.model, task, metric=how["metric"], ablation=ablation, within=how["within"])
+
+    def _task_of(self, circuit: Circuit, progress: ProgressCallback) -> Task | None:
         """The task that a loaded circuit was found on; None, with a note, if its relation is not at hand."""
         source = circuit.provenance
         try:
             named = source["relation"]
-            relation = self._read(self._relations[named["name"]])
+            relation = self.controls.read(named["name"])
             if relation.digest != named["digest"]:
                 raise KeyError(named["name"])
-            return self._make_task(relation, n=source["n"], seed=source["seed"], template=source["template"])
+            return self._make_task(relation, source["n"], source["seed"], source["template"], progress)
         except (KeyError, TypeError, KcwbError):
             self._say("kc-note", "The relation of this circuit is not at hand in the same words; it is shown untested.")
             return None
 
     def _add(self, finding: Finding) -> None:
         with self._lock:
-            asked = finding.circuit.provenance.get("parameters", {}).get("edges", self._size())
-            moved = self._runner.job == "discovery" and asked != self._size()  # the slider, meanwhile
-            if moved and _resizable(finding.circuit):
-                finding.circuit = resize(finding.circuit, edges=self._size())
-            finding.label = self._label(finding, len(self.history))
+            size = self.controls.size
+            asked = findings.parameter(finding.circuit, "edges") or size
+            moved = self._runner.job == "discovery" and asked != size  # the slider, meanwhile
+            if moved and findings.resizable(finding.circuit):
+                finding.circuit = resize(finding.circuit, edges=size)
+            finding.label = findings.label(finding.circuit, len(self.history))
             self.history.append(finding)
-            self._show(finding)
+            before = self._shown
+            try:
+                self._show(finding)
+            except Exception as error:  # of a file that holds what no run writes
+                self.history.remove(finding)
+                self._shown = before
+                if before is not None:
+                    self._show(before)
+                raise CircuitError(f"This circuit cannot be shown: {type(error).__name__}: {error}") from error
             self._test(finding)
 
     def _test(self, finding: Finding) -> None:
@@ -406,16 +419,16 @@ class DiscoveryPanel(Panel):
 
     def _show(self, finding: Finding) -> None:
         """Draw a finding everywhere but in the controls."""
+        circuit = finding.circuit
+        graph = graph_view(circuit, height=self._height, title=findings.title(circuit))._repr_html_()
+        drawn = {"Strongest edges": findings.edge_table(circuit), "Nodes": findings.node_table(circuit)}
+        drawn["Facts"] = findings.facts_table(finding.task)
         with self._silently():
             self._shown = finding
-            circuit = finding.circuit
-            self._graph.value = graph_view(circuit, height=self._height, title=_title(circuit))._repr_html_()
+            self._graph.value = graph
             self._draw_completeness(finding)
-            edges, nodes = circuit.edges, circuit.nodes.sort_values("score", ascending=False, kind="stable")
-            for name, frame in (("Strongest edges", edges), ("Nodes", nodes.drop(columns=["layer", "head"]))):
-                more = tables.muted(f"The first {_ROWS} of {len(frame):,}.") if len(frame) > _ROWS else ""
-                self._tables[name].value = tables.styled(more, tables.table(frame.head(_ROWS), _SCORE, scroll=True))
-            self._tables["Facts"].value = tables.styled(*_facts(finding.task))
+            for name, table in drawn.items():
+                self._tables[name].value = tables.styled(table)
             self._runs.options = [(one.label, i) for i, one in enumerate(self.history)]
             self._runs.value = self.history.index(finding)
             others = [(one.label, i) for i, one in enumerate(self.history) if one is not finding]
@@ -423,129 +436,30 @@ class DiscoveryPanel(Panel):
             self._other.options = others
             self._other.value = kept if kept is not None else others[-1][1] if others else None
             self._draw_comparison()
-            asked = circuit.provenance.get("parameters", {}).get("edges")
-            if asked and _resizable(circuit) and asked != self._size():
-                self._edges.value = asked
+            asked = findings.parameter(circuit, "edges")
+            if asked and findings.resizable(circuit) and asked != self.controls.size:
+                self.controls.edges.value = asked
             self._result.layout.display = ""
+            self.nodes.show(circuit, finding.task)
 
     def _draw_completeness(self, finding: Finding) -> None:
-        self._summary.value = tables.styled(self._summary_of(finding))
-        self._tables["Is it the model?"].value = tables.styled(_completeness_table(finding))
+        self._summary.value = tables.styled(findings.summary(finding))
+        self._tables["Is it the model?"].value = tables.styled(findings.completeness_table(finding))
 
     def _draw_comparison(self) -> None:
+        """Two runs side by side, once somebody looks."""
+        if self._tabs.selected_index != _TABS.index(_COMPARE):
+            return
         other, shown = self._other.value, self._shown
         if other is None or shown is None:
             words = "Run once more, with other settings, to compare two circuits."
-            self._tables["Compare runs"].value = tables.styled(tables.muted(words))
+            self._tables[_COMPARE].value, self._both.value = tables.styled(tables.muted(words)), ""
             return
-        table = compare_circuits(shown.circuit, self.history[other].circuit)
-        table = table.rename(
-            columns={"left": "shown", "right": "other", "only_left": "only shown", "only_right": "only other"}
-        )
-        self._tables["Compare runs"].value = tables.styled(tables.table(table.reset_index(names="")))
-
-    def _label(self, finding: Finding, number: int) -> str:
-        source, circuit = finding.circuit.provenance, finding.circuit
-        name = (
-            source.get("relation", {}).get("name", "circuit") if isinstance(source.get("relation"), dict) else "circuit"
-        )
-        how = [str(source[key]) for key in ("method", "ablation", "metric") if key in source]
-        asked = [f"“{source['template']}”"] if "template" in source else []
-        return f"{number + 1}. {', '.join([name, *asked, *how])}: {circuit.n_edges:,} edges"
-
-    def _summary_of(self, finding: Finding) -> str:
-        circuit = finding.circuit
-        source, graph = circuit.provenance, circuit.graph
-        lines = [
-            f"{circuit.n_edges:,} of {graph.n_edges:,} edges ({circuit.n_edges / graph.n_edges:.2%}), "
-            f"{circuit.n_nodes} of {graph.n_senders - 1} heads and MLPs"
-        ]
-        asked = source.get("parameters", {}).get("edges")
-        if asked and asked != circuit.n_edges:
-            lines[0] += f" · {asked:,} chosen, {asked - circuit.n_edges:,} led nowhere"
-        if "seconds" in source:
-            lines[0] += f" · found in {source['seconds']:.1f} s"
-        if finding.completeness is not None:
-            table = finding.completeness.set_index(["split", "run"])["hit"]
-            told = [
-                f"{split} {table[split, 'circuit']:.2f} (full model {table[split, 'full model']:.2f}, "
-                f"empty circuit {table[split, 'empty circuit']:.2f})"
-                for split in ("D_val", "D_test")
-                if (split, "circuit") in table.index
-            ]
-            lines.append(f"Hit@10 alone: {' · '.join(told)}")
-        return "".join(f'<div class="kc-summary">{tables.text(line, 1000)}</div>' for line in lines)
-
-
-_SCORE = {"score": lambda score: tables.number(float(score))}
-
-
-def _dropdown(name: str, options: Any, value: Any, *, wide: bool = False) -> W.Dropdown:
-    return W.Dropdown(options=options, value=value, description=name, layout=_room(400 if wide else 205))
-
-
-def _room(least: int) -> W.Layout:
-    """A widget that grows with the panel, from a width in pixels."""
-    return W.Layout(flex=f"1 1 {least}px", min_width=f"{least}px", width="auto")
-
-
-def _button() -> W.Layout:
-    return W.Layout(width="96px")
+        numbers, graph = findings.comparison(shown, self.history[other], self._height)
+        self._tables[_COMPARE].value, self._both.value = tables.styled(numbers), graph
 
 
 def _file(path: str | Path) -> Path:
     if not str(path).strip():
         raise SettingError("Give the file a name, for example circuit.json.")
     return Path(path).expanduser()
-
-
-def _resizable(circuit: Circuit) -> bool:
-    """Whether it was cut from scores of all edges; ACDC's were each measured in another circuit."""
-    if circuit.scores is None or circuit.provenance.get("method") == "acdc":
-        return False
-    return not bool(circuit.scores[circuit.graph.exists].isnan().any())
-
-
-def _title(circuit: Circuit) -> str:
-    return str(circuit.provenance.get("template", "")) or "Knowledge circuit"
-
-
-def _settings_of(finding: Finding) -> dict[str, object]:
-    source = finding.circuit.provenance
-    relation = source.get("relation")
-    values = {"model": source.get("model", {}).get("name"), "relation": relation and relation.get("name")}
-    values |= {key: source.get(key) for key in ("template", "n", "seed", "method", "ablation", "metric")}
-    values |= source.get("parameters", {})
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _completeness_table(finding: Finding) -> str:
-    if finding.completeness is None:
-        words = "being computed…" if finding.task else "The facts that this circuit was found on are not at hand."
-        return tables.muted(words)
-    return tables.table(tables.completeness_rows(finding.completeness)) + tables.muted(
-        "Hit@10: the share of facts whose answer is among the ten likeliest tokens, with its 95% interval. The empty "
-        "circuit shows what the ablation alone gives away, the random circuits what any circuit of its size reaches."
-    )
-
-
-def _facts(task: Task | None) -> list[str]:
-    if task is None:
-        return [tables.muted("The facts that this circuit was found on are not at hand.")]
-    parts = [tables.muted(f"{task.model_name} knows {task.n_known} of {task.n_facts} facts in “{task.template}”.")]
-    for name, prompts in (
-        ("D_val: known facts, for discovery", task.val),
-        ("D_test: other facts, for the test", task.test),
-    ):
-        parts += [tables.heading(name), tables.table(_fact_rows(prompts))]
-    return parts
-
-
-def _fact_rows(prompts: Prompts) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "prompt": prompts.texts,
-            "answer": [fact.object for fact in prompts.facts],
-            "the model's rank of it": prompts.ranks.tolist(),
-        }
-    )

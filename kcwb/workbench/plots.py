@@ -1,18 +1,36 @@
-"""Plots in seaborn on Figures of their own: one look, nothing global, nothing printed, no pyplot."""
+"""Plots in seaborn on Figures of their own: one look, nothing global, nothing printed, no pyplot.
+
+Text from outside (tokens, facts, names) is drawn as it is: a `$` begins no formula, what cannot be seen is written as
+its escape.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from kcwb.errors import SettingError
 
 _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e6ea"}
 _RUNS = {"full model": "#656d76", "circuit": "#0072b2", "empty circuit": "#e69f00", "random circuits": "#cc79a7"}
+_INK, _MUTED = "#1f2328", "#656d76"
+_QUANTITIES = {"rank": "rank (geometric mean)", "probability": "probability", "hit_10": "Hit@10"}
+# control characters, marks that turn the direction of writing, characters without width, halves of characters
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_MOST_CELLS_WITH_NUMBERS = 150
 
 
 class Plot(Figure):
@@ -23,6 +41,19 @@ class Plot(Figure):
         self.savefig(buffer, format="png", dpi=144)
         return buffer.getvalue(), {"width": round(100 * self.get_figwidth())}
 
+    def draw(self, renderer: Any) -> None:
+        """Draw without remarks on letters that the font lacks: they are drawn as boxes."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
+            super().draw(renderer)
+
+
+def plain(text: object, longest: int = 60) -> str:
+    """Any text as matplotlib draws it verbatim: one line, no formulas, shortened."""
+    shown = _UNSEEN.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), str(text))
+    shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
+    return shown.replace("$", r"\$")
+
 
 def plot_knowledge(table: pd.DataFrame) -> Plot:
     """Draw the table of `kcwb.analysis.knowledge.knowledge_table`: Hit@10 as pale bars, Hit@1 as full ones inside.
@@ -30,7 +61,7 @@ def plot_knowledge(table: pd.DataFrame) -> Plot:
     Bars are coloured and grouped by category; beside each relation stands how many different answers it has.
     """
     ordered = table.sort_values(["category", "hit_10"], ascending=[True, False], kind="stable")
-    names = [f"{row.relation}  ({row.answers})" for row in ordered.itertuples()]
+    names = [f"{plain(row.relation)}  ({row.answers})" for row in ordered.itertuples()]
     ordered = ordered.assign(name=names)
     categories = list(dict.fromkeys(ordered["category"]))
     colours = dict(zip(categories, sns.color_palette("colorblind", len(categories)), strict=True))
@@ -44,8 +75,8 @@ def plot_knowledge(table: pd.DataFrame) -> Plot:
     axes.grid(axis="y", visible=False)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", labelsize=9, length=0)
-    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    handles = [Patch(color=colour, label=plain(name)) for name, colour in colours.items()]
+    _finish(figure, handles, None, "upper")
     return figure
 
 
@@ -72,11 +103,291 @@ def plot_completeness(tables: Mapping[str, pd.DataFrame]) -> Plot:
             rows = table[table["run"] == run].set_index("split").loc[splits]
             middles = [bar.get_x() + bar.get_width() / 2 for bar in bars.patches]
             axes.vlines(middles, rows["low"], rows["high"], color="#1f2328", linewidth=1.1)
-        axes.set(title=title, ylim=(0, 1.02), xlabel="", ylabel="Hit@10")
+        axes.set(title=plain(title), ylim=(0, 1.02), xlabel="", ylabel="Hit@10" if axes is panes[0] else "")
         axes.title.set_fontsize(10)
         axes.grid(axis="x", visible=False)
         axes.set_axisbelow(True)
     shown = {run for table in tables.values() for run in table["run"]}
     handles = [Patch(color=colour, label=run) for run, colour in _RUNS.items() if run in shown]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    _finish(figure, handles, None)
     return figure
+
+
+def plot_lens(
+    table: pd.DataFrame, quantities: Sequence[str] = ("rank", "probability"), *, title: str | None = None
+) -> Plot:
+    """Draw logit-lens curves: what the model would say after each layer, for object and subject.
+
+    Parameters
+    ----------
+    table
+        As of `kcwb.analysis.lens.lens`: columns `layer`, `quantity`, `who`, `value`, and `low` and `high`, the interval
+        drawn as a band (NaN for none).
+    quantities
+        Which of them, a pane each. Ranks are on a logarithmic axis, the best at the top.
+    title
+        A heading, for example the fact.
+
+    Raises
+    ------
+    SettingError
+        If the table lacks a column or a quantity.
+    """
+    _need(table, ("layer", "quantity", "who", "value", "low", "high"))
+    found = list(dict.fromkeys(table["quantity"]))
+    if not quantities or not set(quantities) <= set(found):
+        raise SettingError(f"quantities={list(quantities)}: the table has {', '.join(map(str, found)) or 'none'}.")
+    palette = _palette(table["who"])
+    figure, panes = _panes(len(quantities), 4.6, 3.2, sharey=False)
+    for axes, quantity in zip(panes, quantities, strict=True):
+        some = table[table["quantity"] == quantity]
+        for who, curve in some.groupby("who", sort=False):
+            curve = curve.sort_values("layer")
+            _band(axes, curve["layer"], curve, "value", palette[who])
+        axes.set(xlabel="after layer", ylabel=_QUANTITIES.get(quantity, plain(quantity)))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if quantity == "rank":
+            axes.set_yscale("log")
+            axes.invert_yaxis()
+        else:
+            axes.set_ylim(bottom=0)
+    _finish(figure, [Line2D([], [], color=palette[who], linewidth=2, label=plain(who)) for who in palette], title)
+    return figure
+
+
+def plot_heads(table: pd.DataFrame, value: str, *, title: str | None = None, label: str | None = None) -> Plot:
+    """Draw one number per head as a map: layers from bottom to top, heads side by side, as in the graph.
+
+    Parameters
+    ----------
+    table
+        Columns `layer` and `head` (or `node`, `a<layer>.h<head>`) and `value`. Heads that it lacks stay grey.
+    value
+        The column that is drawn. Numbers of both signs have colours that part at 0, others grow from 0.
+    title, label
+        A heading; the name of the number, by default the column's.
+
+    Raises
+    ------
+    SettingError
+        If a column is missing, a head is named twice, or nothing is left to draw.
+    """
+    _need(table, (value,))
+    table = _with_places(table).dropna(subset=[value])
+    if table.empty or bool(table.duplicated(["layer", "head"]).any()):
+        twice = table[table.duplicated(["layer", "head"])].head(1)
+        what = (
+            f"a{twice['layer'].iloc[0]}.h{twice['head'].iloc[0]} is in it twice" if len(twice) else "it has no number"
+        )
+        raise SettingError(f"A map of heads cannot be drawn from this table: {what}.")
+    grid = table.pivot(index="layer", columns="head", values=value).astype(float)
+    grid = grid.reindex(index=range(int(max(grid.index)), -1, -1), columns=range(int(max(grid.columns)) + 1))
+    largest = float(grid.abs().max().max()) or 1.0
+    signed = bool((grid < 0).any().any())
+    colours = {"cmap": "vlag", "vmin": -largest, "vmax": largest} if signed else {"cmap": "Blues", "vmin": 0}
+    with sns.axes_style("white"):
+        figure = Plot(figsize=(1.8 + 0.42 * grid.shape[1], 1.2 + 0.22 * grid.shape[0]), layout="constrained")
+        axes = figure.subplots()
+    axes.set_facecolor("#d5d9de")
+    name = plain(label or value)
+    sns.heatmap(grid, ax=axes, cbar_kws={"label": name}, linewidths=0.5, linecolor="white", **colours)
+    axes.set(xlabel="head", ylabel="layer")
+    axes.tick_params(length=0, labelsize=8, rotation=0)
+    _finish(figure, [], title)
+    return figure
+
+
+def plot_attention(pattern: pd.DataFrame, *, title: str | None = None) -> Plot:
+    """Draw where each token of a prompt attends.
+
+    Parameters
+    ----------
+    pattern
+        As of `kcwb.analysis.nodes.attention_pattern`: rows are queries, columns keys, both labelled by their tokens;
+        shares of attention between 0 and 1. What a causal model cannot see, keys after the query, stays blank.
+    title
+        A heading, for example the head.
+
+    Raises
+    ------
+    SettingError
+        If the pattern is empty or holds numbers that are not shares.
+    """
+    values = pattern.to_numpy(dtype=float)
+    if not values.size or not np.isfinite(values).all() or values.min() < -1e-6 or values.max() > 1 + 1e-4:
+        raise SettingError("An attention pattern holds shares between 0 and 1, one row per query and column per key.")
+    n_queries, n_keys = values.shape
+    later = np.arange(n_keys)[None, :] > np.arange(n_queries)[:, None] + n_keys - n_queries
+    hidden = later & bool((values[later] == 0).all())
+    rows, columns = ([plain(label, 24) for label in labels] for labels in (pattern.index, pattern.columns))
+    with sns.axes_style("white"):
+        figure = Plot(figsize=(2.4 + 0.34 * n_keys, 1.6 + 0.3 * n_queries), layout="constrained")
+        axes = figure.subplots()
+    sns.heatmap(
+        pd.DataFrame(values), mask=hidden, vmin=0, vmax=1, cmap="Blues", linewidths=0.5, linecolor="white", ax=axes,
+        annot=values.size <= _MOST_CELLS_WITH_NUMBERS, fmt=".2f", annot_kws={"fontsize": 6.5},
+        xticklabels=False, yticklabels=False, cbar_kws={"label": "attention"},
+    )  # fmt: skip
+    axes.set_xticks(np.arange(n_keys) + 0.5, columns, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(np.arange(n_queries) + 0.5, rows)
+    axes.set(xlabel="to", ylabel="from")
+    axes.tick_params(length=0, labelsize=8)
+    _finish(figure, [], title)
+    return figure
+
+
+def plot_faithfulness(curves: pd.DataFrame | Mapping[str, pd.DataFrame], *, title: str | None = None) -> Plot:
+    """Draw faithfulness over the size of circuits, with its intervals.
+
+    Parameters
+    ----------
+    curves
+        A table of `kcwb.analysis.faithfulness.faithfulness_curve`, or several by name.
+    title
+        A heading.
+
+    Raises
+    ------
+    SettingError
+        If there is no curve, or a table lacks a column.
+    """
+    named = {"circuit": curves} if isinstance(curves, pd.DataFrame) else dict(curves)
+    if not named:
+        raise SettingError("There is no faithfulness curve to draw.")
+    for table in named.values():
+        _need(table, ("fraction", "faithfulness", "low", "high"))
+    palette = _palette(pd.Series(list(named)))
+    figure, (axes,) = _panes(1, 7, 3.4)
+    for level in (0, 1):  # the empty circuit, the full model
+        axes.axhline(level, color=_MUTED, linewidth=0.8, linestyle="--", zorder=1)
+    for name, table in named.items():
+        _band(axes, table["fraction"], table, "faithfulness", palette[name], marker="o")
+    fractions = pd.concat([table["fraction"] for table in named.values()])
+    if bool((fractions == 0).any()):
+        axes.set_xscale("symlog", linthresh=float(fractions[fractions > 0].min()))
+    else:
+        axes.set_xscale("log")
+    axes.set(xlabel="share of all edges asked for", ylabel="faithfulness")
+    handles = [Line2D([], [], color=palette[name], marker="o", label=plain(name)) for name in named]
+    _finish(figure, handles if len(handles) > 1 else [], title)
+    return figure
+
+
+def plot_bars(
+    table: pd.DataFrame,
+    x: str,
+    y: str = "value",
+    *,
+    hue: str | None = None,
+    column: str | None = None,
+    low: str = "low",
+    high: str = "high",
+    label: str | None = None,
+    title: str | None = None,
+) -> Plot:
+    """Draw bars with their intervals, for example before and after an edit or an ablation.
+
+    Parameters
+    ----------
+    table
+        One row per bar.
+    x, y
+        The columns of the groups and of the bars' heights.
+    hue
+        The column that tells the bars of a group apart, for example `state` with `before` and `after`.
+    column
+        The column whose values have a pane each.
+    low, high
+        The columns of the interval; NaN draws none.
+    label, title
+        The name of the number, by default the column's; a heading.
+
+    Raises
+    ------
+    SettingError
+        If a column is missing, or two rows are one bar.
+    """
+    keys = [name for name in (x, hue, column) if name is not None]
+    _need(table, (*keys, y, low, high))
+    if table.empty or bool(table.duplicated(keys).any()):
+        raise SettingError(f"Bars need one row for each {' and '.join(keys)}; take means first.")
+    groups = list(dict.fromkeys(table[x]))
+    kinds = list(dict.fromkeys(table[hue])) if hue else [None]
+    shades = dict(zip(kinds, _shades(len(kinds)), strict=True))
+    parts = {None: table} if column is None else {key: part for key, part in table.groupby(column, sort=False)}
+    figure, panes = _panes(len(parts), max(3.2, 1.2 + 0.42 * len(groups) * len(kinds)), 3.2)
+    width = 0.8 / len(kinds)
+    for axes, (name, part) in zip(panes, parts.items(), strict=True):
+        for i, kind in enumerate(kinds):
+            rows = (part if hue is None else part[part[hue] == kind]).set_index(x).reindex(groups)
+            places = np.arange(len(groups)) - 0.4 + (i + 0.5) * width
+            axes.bar(places, rows[y], width * 0.94, color=shades[kind])
+            axes.vlines(places, rows[low], rows[high], color=_INK, linewidth=1.1)
+        axes.set_xticks(range(len(groups)), [plain(group, 24) for group in groups])
+        axes.set(title="" if column is None else plain(name))
+        axes.title.set_fontsize(10)
+        axes.grid(axis="x", visible=False)
+        axes.set_axisbelow(True)
+        axes.axhline(0, color=_MUTED, linewidth=0.8)
+        if len(groups) * max(len(plain(group, 24)) for group in groups) > 60:
+            axes.tick_params(axis="x", rotation=60)
+            figure.set_figheight(4.4)
+    panes[0].set_ylabel(plain(label or y))
+    _finish(figure, [Patch(color=shades[kind], label=plain(kind)) for kind in kinds] if hue else [], title)
+    return figure
+
+
+# --- shared ---
+
+
+def _need(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise SettingError(
+            f"The table has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns)) or 'none'}."
+        )
+
+
+def _with_places(table: pd.DataFrame) -> pd.DataFrame:
+    """The heads of a table with whole numbers for `layer` and `head`, read from `node` if it lacks them."""
+    if not {"layer", "head"} <= set(table):
+        _need(table, ("node",))
+        places = table["node"].astype(str).str.extract(r"^a(?P<layer>\d+)\.h(?P<head>\d+)$")
+        table = table.drop(columns=["layer", "head"], errors="ignore").join(places).dropna(subset=["layer", "head"])
+    heads = table[table["head"].astype(int) >= 0]  # an MLP has none
+    return heads.astype({"layer": int, "head": int})
+
+
+def _panes(count: int, width: float, height: float, *, sharey: bool = True) -> tuple[Plot, list[Axes]]:
+    with sns.axes_style("white", _STYLE):
+        figure = Plot(figsize=(width * count, height), layout="constrained")
+        return figure, list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
+
+
+def _band(axes: Axes, x: pd.Series, table: pd.DataFrame, y: str, colour: Any, **line: Any) -> None:
+    """A line and its interval."""
+    sns.lineplot(x=x, y=table[y], color=colour, errorbar=None, ax=axes, zorder=3, **line)
+    axes.fill_between(x, table["low"], table["high"], color=colour, alpha=0.15, linewidth=0)
+
+
+def _palette(names: pd.Series) -> dict[Any, Any]:
+    """A colour per name, safe for colour blindness, in the order of first mention."""
+    found = list(dict.fromkeys(names))
+    return dict(zip(found, sns.color_palette("colorblind", len(found)), strict=True))
+
+
+def _shades(count: int) -> list[Any]:
+    """For before and after: pale and full; for more, colours."""
+    return ["#9ecae1", "#0072b2"] if count == 2 else sns.color_palette("colorblind", count)
+
+
+def _finish(figure: Plot, handles: Sequence[Any], title: str | None, legend_at: str = "lower") -> None:
+    """Title and legend; the figure grows by the lines that the legend takes."""
+    if handles:
+        longest = max(len(handle.get_label()) for handle in handles)
+        columns = max(1, min(len(handles), int(11 * figure.get_figwidth() / (longest + 6))))
+        figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(handles) / columns) - 0.22)
+        place: Any = f"outside {legend_at} center"
+        figure.legend(handles=handles, loc=place, ncols=columns, frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(plain(title, 90), fontsize=11)

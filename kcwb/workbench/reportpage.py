@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
+from kcwb.workbench.tables import text as escaped
+
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup
     from jinja2 import Environment
@@ -91,8 +93,8 @@ def facts_table(entries: Sequence[Mapping[str, Any]]) -> str:
     for entry in entries:
         details = {key: value for key, value in entry.items() if key not in ("kind", "name", "digest")}
         notes = "; ".join(f"{key} {_value(value, 80)}" for key, value in details.items() if value not in (None, ""))
-        digest = f'<br><code class="kc-digest">{_text(entry["digest"], 80)}</code>' if entry.get("digest") else ""
-        cells = [_text(entry.get("kind", ""), 40), _text(entry.get("name", ""), 120) + digest, _text(notes, 1000)]
+        digest = f'<br><code class="kc-digest">{escaped(entry["digest"], 80)}</code>' if entry.get("digest") else ""
+        cells = [escaped(entry.get("kind", ""), 40), escaped(entry.get("name", ""), 120) + digest, escaped(notes, 1000)]
         rows.append(f"<tr><th>{cells[0]}</th><td>{cells[1]}</td><td>{cells[2]}</td></tr>")
     head = "<thead><tr><th></th><th>Name and SHA-256</th><th>Details</th></tr></thead>"
     return f'<table class="kc-facts">{head}<tbody>{"".join(rows)}</tbody></table>'
@@ -126,10 +128,6 @@ def _value(value: Any, length: int) -> str:
 
 def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _text(text: Any, length: int) -> str:
-    return html.escape(_shorten(str(text), length))
 
 
 def _date(iso: str) -> str:
@@ -319,11 +317,11 @@ def _widget(reference: str, states: Mapping[str, Any]) -> str:
     if kind in ("HTML", "HTMLMath"):
         return f"<div>{state.get('value', '')}</div>"
     if kind == "Image" and entry.get("buffers"):
-        return f'<img alt="" src="data:image/{_text(state["format"], 20)};base64,{entry["buffers"][0]["data"]}">'
+        return f'<img alt="" src="data:image/{escaped(state["format"], 20)};base64,{entry["buffers"][0]["data"]}">'
     value = _selected(state) if "_options_labels" in state else state.get("value")
     if value is None:
         return ""
-    name = f"<span>{_text(state.get('description') or '', 120)}</span>" if state.get("description") else ""
+    name = f"<span>{escaped(state.get('description') or '', 120)}</span>" if state.get("description") else ""
     return f'<div class="kc-setting">{name}<bdi>{html.escape(_value(value, 600))}</bdi></div>'
 
 

@@ -315,9 +315,18 @@ def _describe_circuit(circuit: Circuit) -> dict[str, Any]:
     made = circuit.provenance
     keys = ("method", "metric", "ablation", "parameters", "template", "n", "seed", "seconds")
     name = made["relation"]["name"] if "relation" in made else made.get("method", "circuit")
-    size = {"edges": f"{circuit.n_edges:,} of {circuit.graph.n_edges:,}"}
+    size: dict[str, Any] = {"edges": f"{circuit.n_edges:,} of {circuit.graph.n_edges:,}"}
+    if "of" in made:
+        size["of"] = ", ".join(_origin(part) for part in made["of"])
     details = {key: made[key] for key in keys if key in made and made[key] not in (None, {}, [])}
     return {"kind": "circuit", "name": name, "digest": circuit.digest} | size | details
+
+
+def _origin(made: Mapping[str, Any]) -> str:
+    """What one of the circuits that a circuit was made of was: `acdc of country_capital`."""
+    words = [made.get("method", "a circuit"), *(["of", made["relation"]["name"]] if "relation" in made else [])]
+    inside = ", ".join(_origin(part) for part in made.get("of", ()))
+    return " ".join(map(str, words)) + (f" ({inside})" if inside else "")
 
 
 def _sources(made: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -334,15 +343,26 @@ def _sources(made: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _distinct(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each thing once, with all that is said of it, in the order of first mention: models, data, circuits."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    """Each thing once, with all that is said of it, in the order of first mention: models, data, circuits.
+
+    Two circuits of the same edges that were found in different ways are two things.
+    """
+    found: list[dict[str, Any]] = []
     for entry in entries:
-        key = tuple(str(entry.get(part, "")) for part in ("kind", "name", "digest"))
-        if not any(key):
-            key = (json.dumps(entry, sort_keys=True, default=str),)
-        found[key] = found.get(key, {}) | dict(entry)
+        same = next((other for other in found if _same(other, entry)), None)
+        if same is None:
+            found.append(dict(entry))
+        else:
+            same.update(entry)
     order = ("model", "relation", "circuit")
-    return sorted(found.values(), key=lambda e: order.index(e["kind"]) if e.get("kind") in order else len(order))
+    return sorted(found, key=lambda e: order.index(e["kind"]) if e.get("kind") in order else len(order))
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two entries can be of one thing: the same kind, name and digest, and nothing that differs."""
+    named = any(one.get(key) for key in ("kind", "name", "digest"))
+    alike = all(one.get(key) == other.get(key) for key in ("kind", "name", "digest"))
+    return alike and all(one[key] == other[key] for key in one.keys() & other.keys()) and (named or one == other)
 
 
 def _collect(notebook: NotebookNode) -> list[dict[str, Any]]:

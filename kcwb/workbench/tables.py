@@ -43,9 +43,13 @@ def styled(*parts: str) -> str:
 
 def text(value: object, longest: int = _LONGEST) -> str:
     """Any value as escaped text, shortened where it would fill a page."""
-    plain = str(value)
-    plain = plain if len(plain) <= longest else plain[: longest - 1] + "…"
-    return html.escape(plain.encode("utf-8", "replace").decode("utf-8"), quote=True)
+    plain = _whole(str(value))
+    return html.escape(plain if len(plain) <= longest else plain[: longest - 1] + "…", quote=True)
+
+
+def _whole(text: str) -> str:
+    """Without halves of characters, which neither pandas nor files can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def table(frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, *, scroll: bool = False) -> str:
@@ -79,7 +83,8 @@ def table(frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, *, s
 
 def pairs(values: Mapping[str, object]) -> str:
     """Names and values as a table of one row."""
-    return table(pd.DataFrame([[number(value) for value in values.values()]], columns=list(values)))
+    row = [_whole(number(value)) for value in values.values()]
+    return table(pd.DataFrame([row], columns=[_whole(name) for name in values]))
 
 
 def heading(words: str) -> str:

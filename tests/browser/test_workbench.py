@@ -1,4 +1,4 @@
-"""The workbench in a real JupyterLab: open 01_discovery, run all, move the size slider, see the circuit change."""
+"""The workbench in a real JupyterLab: open 01_discovery, run all, move the slider, click a node, cancel and go on."""
 
 from __future__ import annotations
 
@@ -89,65 +89,129 @@ def page() -> Iterator[Any]:
         browser.close()
 
 
-def graph_counts(page) -> str:
-    """What the panel's graph says of itself, "47 nodes · 201 edges"."""
-    frame = page.frame_locator(".jp-OutputArea-output .widget-html iframe").first
-    return frame.locator("#kc-counts").inner_text()
+class Workbench:
+    """The discovery panel on a page."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.outputs = page.locator(".jp-OutputArea-output")
+        self.panel = self.outputs.filter(has=page.locator(".kcwb-graph iframe")).first
+
+    def control(self, name: str) -> Any:
+        return self.panel.get_by_label(name, exact=True)
+
+    def button(self, name: str) -> Any:
+        return self.panel.locator("button").filter(has_text=re.compile(rf"^\s*{re.escape(name)}\s*$")).first
+
+    def graph(self) -> Any:
+        """The page inside the graph's frame, once it is drawn."""
+        handle = self.panel.locator(".kcwb-graph iframe").element_handle(timeout=60_000)
+        frame = handle.content_frame()
+        frame.wait_for_function("document.getElementById('kc-counts')?.textContent", timeout=60_000)
+        return frame
+
+    def counts(self) -> str:
+        """What the graph says of itself, "47 nodes · 201 edges"."""
+        return self.graph().evaluate("document.getElementById('kc-counts').textContent")
+
+    def wait_for_other_counts(self, before: str) -> None:
+        self.page.wait_for_function(
+            """(before) => [...document.querySelectorAll(".kcwb-graph iframe")].some((frame) => {
+                const counts = frame.contentDocument?.getElementById("kc-counts")?.textContent;
+                return counts && counts !== before;
+            })""",
+            arg=before,
+            timeout=120_000,
+        )
+
+    def click_head(self) -> str:
+        """Click a head in the graph, as a person does; its name."""
+        frame = self.graph()
+        name, spot = frame.evaluate(
+            """() => {
+                const head = nodes.get().find((node) => /^a\\d+\\.h\\d+$/.test(node.name));
+                return [head.name, network.canvasToDOM(network.getPosition(head.id))];
+            }"""
+        )
+        frame.locator("#mynetwork canvas").click(position=spot)
+        return name
+
+    def clicked(self, message: dict[str, Any]) -> str:
+        """What the panel has taken down of clicks after the page itself has sent a message."""
+        return self.page.evaluate(
+            """(message) => new Promise((done) => {
+                const field = document.querySelector(".kcwb-clicked input");
+                addEventListener("message", () => done(field.value), { once: true });  // after the panel's listener
+                postMessage(message, "*");
+            })""",
+            message,
+        )
+
+
+def run_all(page: Any, address: str) -> None:
+    page.goto(f"{address}/lab/tree/01_discovery.ipynb?reset")
+    page.get_by_text("(ipykernel) | Idle").wait_for(timeout=120_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
 
 def test_discovery_notebook_in_jupyterlab(lab, page):
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: message.type == "error" and errors.append(f"{message.text} {message.location}"))
-    page.goto(f"{lab}/lab/tree/01_discovery.ipynb?reset")
-    page.get_by_text("(ipykernel) | Idle").wait_for(timeout=90_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    run_all(page, lab)
 
     # The panel finds a circuit and tests it; the notebook runs to its end.
-    outputs = page.locator(".jp-OutputArea-output")
-    outputs.locator("iframe").first.wait_for(timeout=180_000)
-    outputs.get_by_text(TESTED).first.wait_for(timeout=180_000)
-    page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output").first.wait_for(timeout=300_000)
+    bench = Workbench(page)
+    bench.outputs.locator("iframe").first.wait_for(timeout=300_000)
+    page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output").first.wait_for(timeout=600_000)
     page.get_by_text("(ipykernel) | Idle").wait_for(timeout=60_000)
     assert not page.locator("[data-mime-type='application/vnd.jupyter.error']").count()
+    bench.panel.get_by_text(TESTED).first.wait_for(timeout=60_000)
 
     # The slider cuts the circuit anew.
-    before = graph_counts(page)
-    handle = outputs.locator(".noUi-handle").first
+    before = bench.counts()
+    handle = bench.panel.locator(".noUi-handle").first
     handle.scroll_into_view_if_needed()
     handle.focus()
     for _ in range(6):
         handle.press("ArrowRight")
-    page.wait_for_function(
-        """(before) => [...document.querySelectorAll(".widget-html iframe")].some((frame) => {
-            const counts = frame.contentDocument?.getElementById("kc-counts")?.textContent;
-            return counts && counts !== before;
-        })""",
-        arg=before,
-        timeout=30_000,
-    )
-    assert graph_counts(page) != before
-    outputs.get_by_text(TESTED).first.wait_for(timeout=60_000)
+    bench.wait_for_other_counts(before)
+    bench.panel.get_by_text(TESTED).first.wait_for(timeout=120_000)
 
-    # A run is cancelled within a second, and the circuit stays.
-    cut = graph_counts(page)
-    panel = outputs.filter(has=page.locator(".noUi-handle")).first
-    panel.locator("select").nth(2).select_option("acdc")
-    panel.locator("button.mod-primary").click()
-    cancel = panel.locator("button", has_text="Cancel")
-    panel.get_by_text(re.compile("Timing|Discovering")).first.wait_for(timeout=60_000)
-    panel.get_by_text("Discovering").first.wait_for(timeout=120_000)
-    cancel.click()
-    sync_api.expect(cancel).to_be_disabled(timeout=5_000)
-    assert graph_counts(page) == cut
+    # A message of the page itself is no click; a click in the graph shows the node.
+    taken = page.locator(".kcwb-clicked input").first.input_value()
+    assert bench.clicked({"kcwb": "select", "nodes": ["m3"]}) == taken
+    name = bench.click_head()
+    bench.panel.get_by_text(re.compile(rf"^{re.escape(name)}: head")).wait_for(timeout=60_000)
+    sync_api.expect(bench.panel.get_by_role("tab", name="Node", exact=True)).to_have_attribute("aria-selected", "true")
+    bench.panel.get_by_role("img", name=f"Where {name} attends").wait_for(timeout=120_000)
+    bench.panel.get_by_text("Writes", exact=True).wait_for(timeout=60_000)
+
+    # A run of ACDC on the whole graph is cancelled, and the circuit stays.
+    cut = bench.counts()
+    bench.control("Method").select_option("acdc")
+    bench.button("Run").click()
+    bench.panel.get_by_text("Discovering the circuit (about").first.wait_for(timeout=180_000)
+    bench.button("Cancel").click()
+    sync_api.expect(bench.button("Cancel")).to_be_disabled(timeout=20_000)
+    assert bench.counts() == cut
 
     # What goes wrong is said in the panel.
-    panel.locator("input[type=number]:visible").first.fill("-1")
-    panel.locator("input[type=number]:visible").first.press("Tab")
-    panel.locator("button.mod-primary").click()
-    panel.locator(".kc-error").filter(has_text="above 0").wait_for(timeout=60_000)
-    assert graph_counts(page) == cut
+    bench.control("τ, nats").fill("-1")
+    bench.control("τ, nats").press("Tab")
+    bench.button("Run").click()
+    bench.panel.locator(".kc-error").filter(has_text="above 0").wait_for(timeout=120_000)
+    assert bench.counts() == cut
+
+    # Another run of ACDC, within a few edges, is finished.
+    for control, value in (("τ, nats", "0.05"), ("Within", "100")):
+        bench.control(control).fill(value)
+        bench.control(control).press("Tab")
+    bench.button("Run").click()
+    bench.wait_for_other_counts(cut)
+    sync_api.expect(bench.control("Shown").locator("option")).to_have_count(2)
+    sync_api.expect(bench.control("Shown").locator("option").last).to_contain_text("within")
 
     # JupyterLab itself asks for things that are not there.
     assert not [error for error in errors if not re.search(r"favicon|/api/|/lsp/|ResizeObserver", error)]

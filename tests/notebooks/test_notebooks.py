@@ -128,6 +128,17 @@ def test_start_here_traces_a_fact(start):
 
 
 @pytest.mark.model
+def test_start_here_looks_at_one_node(start):
+    panel = shown(start, "NodePanel(model")
+    assert panel.count("<iframe") == 1
+    for words in ("Attention", "Writes", "Edges", "Without", "in the circuit alone"):
+        assert words in panel
+    assert "above_mean" in shown(start, "component_logits(model") and "receiver" in shown(start, "node_edges(circuit")
+    assert shown(start, "plot_attention(attention", "image/png") and shown(start, "plot_bars(without", "image/png")
+    assert "after" in shown(start, "without.round(3)")
+
+
+@pytest.mark.model
 def test_discovery_leaves_the_panels_result_in_the_notebook(discovery):
     panel = shown(discovery, "DiscoveryPanel(\n")
     assert panel.count("<iframe") == 1
@@ -144,6 +155,16 @@ def test_discovery_finds_the_same_in_plain_code(discovery):
     assert "<iframe" in shown(discovery, "graph_view(circuit, title=task.template)")
     assert "receiver" in shown(discovery, "circuit.edges.head")
     assert "full model" in shown(discovery, "table.round(2)")
+
+
+@pytest.mark.model
+def test_discovery_looks_at_one_node_by_panel_and_by_code(discovery):
+    panel = shown(discovery, "panel.nodes.select")
+    for words in ("Attention", "Writes", "Edges", "Without"):
+        assert words in panel
+    assert "above_mean" in shown(discovery, "component_logits(model")
+    assert "receiver" in shown(discovery, "node_edges(circuit") and "after" in shown(discovery, "without.round(3)")
+    assert "iou" in shown(discovery, "compare_view(found") and "<iframe" in shown(discovery, "compare_view(found")
 
 
 @pytest.mark.model
@@ -171,4 +192,23 @@ def test_threshold_sensitivity_finds_a_core_of_two_thresholds(tmp_path):
     executed = run("03_threshold_sensitivity", tmp_path, taus=[0.1, 0.02], within=300, n=1, draws=1)
     assert "near ties" in shown(executed, '"near ties"')
     assert "<iframe" in shown(executed, "graph_view(core")
+    assert "nll" in shown(executed, "inside = core.nodes")
+    no_warnings(executed)
+
+
+@pytest.mark.model
+def test_head_roles_follows_a_fact_and_says_what_holds(tmp_path):
+    executed = run(
+        "04_head_roles", tmp_path, relations=["country_capital", "antonym"], edges=120, n=4, draws=1, random_heads=19
+    )
+    assert "the model ranks it" in next(outputs(executed, "subjects = [fact")).text
+    for cell in ("fact=fact.subject", "plot_heads(", "plot_attention(", "sns.clustermap("):
+        assert shown(executed, cell, "image/png")
+    roles = shown(executed, "roles[shown]")
+    assert "a23.h4" in roles and "mover" in roles
+    assert "holds" in shown(executed, "check.heads[columns]")
+    assert "random heads and MLPs" in shown(executed, "story.round")
+    assert "<iframe" in shown(executed, "graph_view(circuit, roles=marked")
+    verdicts = shown(executed, "verdicts.style")
+    assert "too few to say" in verdicts and "most movers hold one by one" in verdicts
     no_warnings(executed)

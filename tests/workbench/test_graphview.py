@@ -2,120 +2,53 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
 import html
 import itertools
 import json
 import math
-import random
 import re
-import shutil
+import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.discovery.selection import resize
 from kcwb.errors import CircuitError, SettingError
 from kcwb.models.graph import Graph
-from kcwb.workbench.graphview import GraphView, graph_view
+from kcwb.workbench.graphdrawing import COLOURS, ROLES, SIDES
+from kcwb.workbench.graphsvg import graph_svg
+from kcwb.workbench.graphview import GraphView, compare_view, graph_view
+from tests.workbench.pages import HEADS, LAYERS, about, colours, drawn, ends, inner, make_circuit, ready, stand_in
 
-LAYERS, HEADS = 30, 9
-HOSTILE = [
-    "<script>window.hacked = 1</script>",
-    "</script><script>window.hacked = 1</script>",
-    '"><img src=x onerror="window.hacked = 1">',
-    "<a href='javascript:window.hacked=1'>href</a>",
-    '<link rel="stylesheet" href="https://example.org/x.css">',
-    "' \" ` ${window.hacked = 1} {{ 7 * 7 }} {% raw %}",
-    "</head></body><body><center><h1>x</h1></center>",
-    "<!-- <link --> <!-- graph --> __VIEW__",
-    "\u202egnirts tfel ot thgir\u2066 \u05e9\u05dc\u05d5\u05dd \u0627\u0644\u0633\u0644\u0627\u0645",
-    "👩‍🔬🇫🇷🦜",
-    "line\nbreak\ttab\x00null\u2028separator",
-    "__proto__",
-    "x" * 10_000,
-]
-
-
+SVG = "{http://www.w3.org/2000/svg}"
+# How colours are seen by those who lack a kind of cone: matrices for linear RGB (Machado, Oliveira and Fernandes, 2009)
+SIGHT = {
+    "all cones": np.eye(3),
+    "protanopia": np.array([[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]]),
+    "deuteranopia": np.array([[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]]),
+    "tritanopia": np.array([[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]]),
+}
 SIZES = [(2, 1, 3), (12, 12, 900), (32, 32, 3000), (3, 64, 400)]
 
 
-def make_circuit(n_edges: int, seed: int = 0, n_layers: int = LAYERS, n_heads: int = HEADS) -> Any:
-    """A random circuit with what `graph_view` reads of one; edges lead from earlier nodes to later ones."""
-    rng = random.Random(seed)
-    order = {"input": ("input", -1, -1)}
-    for layer in range(n_layers):
-        order |= {f"a{layer}.h{head}": ("head", layer, head) for head in range(n_heads)}
-        order[f"m{layer}"] = ("mlp", layer, -1)
-    order["logits"] = ("logits", n_layers, -1)
-    names, scores = list(order), {}
-    while len(scores) < n_edges:
-        first, second = sorted(rng.sample(range(len(names)), 2))
-        sender, receiver = names[first], names[second]
-        if order[sender][:2] != order[receiver][:2]:
-            port = f"<{rng.choice('qkv')}>" if order[receiver][0] == "head" else ""
-            scores[sender, receiver + port] = rng.choice([-1, 1]) * rng.paretovariate(1.3) / 100
-    rows = [(s, r, x) for (s, r), x in scores.items()]
-    return stand_in(rows, order, n_layers, n_heads)
-
-
-def stand_in(
-    rows: list[tuple[str, str, float]],
-    kinds: dict[str, tuple[str, int, int]],
-    n_layers: int = LAYERS,
-    n_heads: int = HEADS,
-) -> Any:
-    edges = pd.DataFrame(rows, columns=["sender", "receiver", "score"])
-    edges = edges.sort_values("score", key=abs, ascending=False, ignore_index=True)
-    ends = [(s, re.sub(r"<[qkv]>$", "", r)) for s, r, _ in rows]
-    used = [name for name in kinds if any(name in pair for pair in ends)]
-    table = [
-        (name, *kinds[name], sum(name == r for _, r in ends), sum(name == s for s, _ in ends), 0.5) for name in used
-    ]
-    columns = ["node", "kind", "layer", "head", "in_edges", "out_edges", "score"]
-    nodes = pd.DataFrame(table, columns=columns)
-    graph = SimpleNamespace(n_layers=n_layers, n_heads=n_heads)
-    return SimpleNamespace(edges=edges, nodes=nodes, graph=graph, provenance={})
-
-
-def hostile_circuit() -> Any:
-    """Each hostile string is the name of a node; all get edges from the input."""
-    kinds = {"input": ("input", -1, -1)}
-    kinds |= {text: ("head", i // 3, i % 3) for i, text in enumerate(HOSTILE)}
-    rows = [("input", f"{text}<q>", (-1) ** i / (i + 1)) for i, text in enumerate(HOSTILE)]
-    return stand_in(rows, kinds, n_layers=6, n_heads=3)
-
-
-def hostile_view() -> GraphView:
-    """Hostile names, roles, details and title; a lone surrogate too, which pandas refuses as a name."""
-    texts = dict(zip(HOSTILE, ["\ud800 surrogate", *HOSTILE[:0:-1]], strict=True))
-    return graph_view(hostile_circuit(), roles=texts, details=texts, title="\ud800" + HOSTILE[1] + HOSTILE[6])
-
-
-def inner(view: GraphView) -> str:
-    """The page that the loader unpacks."""
-    match = re.search(r'atob\("([^"]+)"\)', view.page)
-    assert match
-    return gzip.decompress(base64.b64decode(match[1])).decode("utf-8")
-
-
-def drawn(view: GraphView, what: str) -> list[dict[str, Any]]:
-    """The nodes or edges given to vis-network."""
-    match = re.search(rf"{what} = new vis\.DataSet\((.*)\);\n", inner(view))
-    assert match
-    return json.loads(match[1])
+def middle(path: str) -> tuple[float, float]:
+    """The point at one half of a Bézier curve written as the path of an SVG."""
+    numbers = [float(number) for number in re.findall(r"-?[\d.]+", path)]
+    points = list(zip(numbers[::2], numbers[1::2], strict=True))
+    weights = {3: (1, 2, 1), 4: (1, 3, 3, 1)}[len(points)]
+    x, y = (sum(w * p[i] for w, p in zip(weights, points, strict=True)) / sum(weights) for i in (0, 1))
+    return x, y
 
 
 def notice(view: GraphView) -> str:
-    match = re.search(r"const view = (.*);\n", inner(view))
-    assert match
-    return json.loads(match[1])["notice"]
+    return about(view)["notice"]
 
 
 # --- without a browser ---
@@ -133,12 +66,10 @@ def test_page_holds_every_node_and_edge() -> None:
     view = graph_view(circuit)
     nodes, edges = drawn(view, "nodes"), drawn(view, "edges")
     assert [node["name"] for node in nodes] == list(circuit.nodes["node"])
-    assert {(e["sender"], e["receiver"]) for e in edges} == set(
-        zip(circuit.edges["sender"], circuit.edges["receiver"], strict=True)
-    )
+    assert {ends(e) for e in edges} == set(zip(circuit.edges["sender"], circuit.edges["receiver"], strict=True))
     names = {node["id"]: node["name"] for node in nodes}
     for edge in edges:
-        assert [names[edge["from"]], names[edge["to"]]] == [edge["sender"], edge["receiver"].split("<")[0]]
+        assert [names[edge["from"]], names[edge["to"]]] == [name.split("<")[0] for name in ends(edge)]
     assert notice(view) == ""
 
 
@@ -176,7 +107,13 @@ def test_ports_differ_in_dashes_and_strong_edges_are_wide_and_last() -> None:
     kinds = {"input": ("input", -1, -1), "a0.h0": ("head", 0, 0), "logits": ("logits", 1, -1)}
     edges = drawn(graph_view(stand_in(rows, kinds, 1, 1)), "edges")
     assert [e["port"] for e in edges] == ["direct", "v", "k", "q"]
-    assert [e["score"] for e in edges] == [None, 0.1, -0.5, 1.0]
+    assert [e["lines"][1] for e in edges] == [
+        "no score",
+        "score 0.1 (positive)",
+        "score \u22120.5 (negative)",
+        "score 1 (positive)",
+    ]
+    assert [e["weight"] for e in edges] == pytest.approx([0, 0.1, 0.5, 1.0])
     assert [e["width"] for e in edges] == sorted(e["width"] for e in edges)
     assert len({json.dumps(e["dashes"]) for e in edges if e["port"] in "qkv"}) == 3
     assert len({json.dumps(e["smooth"]) for e in edges if e["to"] == edges[-1]["to"]}) == 3
@@ -186,7 +123,7 @@ def test_beyond_max_edges_the_strongest_are_drawn_and_the_page_says_so() -> None
     circuit = make_circuit(1500)
     view = graph_view(circuit, max_edges=1000)
     assert notice(view) == "showing the 1,000 strongest of 1,500 edges"
-    shown = {abs(e["score"]) for e in drawn(view, "edges")}
+    shown = {e["weight"] for e in drawn(view, "edges")}
     assert len(drawn(view, "edges")) == 1000
     assert min(shown) >= circuit.edges["score"].abs().iloc[1000]
 
@@ -208,9 +145,9 @@ def test_a_real_circuit_is_drawn_whole_with_and_without_scores() -> None:
     scores = dict(zip(names, [0.5, -0.2, math.nan, 0.1, 1.0], strict=True))
     for circuit in (Circuit.from_edges(graph, scores), Circuit.from_edges(graph, names)):
         view = graph_view(circuit)
-        assert {f"{e['sender']}->{e['receiver']}" for e in drawn(view, "edges")} == set(names)
+        assert {"->".join(ends(e)) for e in drawn(view, "edges")} == set(names)
         assert [n["name"] for n in drawn(view, "nodes")] == list(circuit.nodes["node"])
-    assert {e["score"] for e in drawn(view, "edges")} == {None}
+    assert {e["lines"][1] for e in drawn(view, "edges")} == {"no score"}
     assert "no edges" in inner(graph_view(Circuit.empty(graph)))
     full = Circuit.full(graph)
     assert len(drawn(graph_view(full), "edges")) == full.n_edges
@@ -224,18 +161,6 @@ def test_sixty_nodes_and_two_hundred_edges_stay_below_300_kb() -> None:
     circuit = make_circuit(200, n_layers=6)
     assert len(circuit.nodes) >= 60
     assert len(graph_view(circuit, title="t" * 100)._repr_html_()) <= 300_000
-
-
-def test_hostile_text_is_data_only() -> None:
-    view = hostile_view()
-    page, plain = inner(view), inner(graph_view(make_circuit(5)))
-    for tag in ("<script", "<img", "<link", "<a ", "<h1", "<body", "</script"):
-        assert page.count(tag) == plain.count(tag), tag
-    assert all(len(node["label"]) <= 12 for node in drawn(view, "nodes"))
-    assert all(len(line) <= 600 for node in drawn(view, "nodes") for line in node["lines"])
-    assert "…" in drawn(view, "nodes")[-1]["label"]
-    assert {node["name"] for node in drawn(view, "nodes")} == {"input", *HOSTILE}
-    assert view.page.isascii() and view._repr_html_().count("<") == 2
 
 
 @pytest.mark.parametrize("with_ends", [True, False])
@@ -265,71 +190,150 @@ def test_to_html_gives_text_or_writes_a_whole_file(tmp_path: Path) -> None:
     path.write_text("old")
     assert view.to_html(path) is None
     assert path.read_text(encoding="utf-8") == view.page and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(FileNotFoundError):
-        view.to_html(tmp_path / "missing" / "graph.html")
+    view.to_html(tmp_path / "new" / "graph.html")
+    assert (tmp_path / "new" / "graph.html").read_text(encoding="utf-8") == view.page
 
 
 def test_repr_is_short() -> None:
     assert len(repr(graph_view(make_circuit(5)))) < 200
 
 
+# --- the look ---
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("sight", list(SIGHT))
+def test_roles_and_sides_are_told_apart_by_every_kind_of_sight(theme: str, sight: str) -> None:
+    ink = COLOURS[theme]
+    for names in ((*ROLES, "head"), SIDES, ("q", "k", "v", "direct")):
+        seen = {name: lab(SIGHT[sight] @ linear(ink[name])) for name in names}
+        for one, other in itertools.combinations(names, 2):
+            if {one, other} != {"k", "v"}:  # a dotted and a whole line
+                assert np.linalg.norm(seen[one] - seen[other]) > 15, (one, other)
+
+
+def linear(colour: str) -> np.ndarray:
+    """Linear RGB of `#rrggbb`."""
+    values = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* (D65) of linear RGB, in which a distance of 2.3 is just noticed."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ np.clip(rgb, 0, 1) / np.array([0.9505, 1.0, 1.089])
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_a_table_of_roles_is_read_by_node_or_by_layer_and_head() -> None:
+    circuit = make_circuit(200)
+    head = circuit.nodes[circuit.nodes.kind == "head"].iloc[4]
+    by_node = pd.DataFrame({"node": [head.node, "a1.h1"], "role": ["relation", None]})
+    by_place = pd.DataFrame({"layer": [head.layer], "head": [head["head"]], "role": ["relation"]})
+    for roles in (by_node, by_place, {head.node: "relation"}):
+        tones = {node["name"]: node["tone"] for node in drawn(graph_view(circuit, roles=roles), "nodes")}
+        assert [name for name, tone in tones.items() if tone in ROLES] == [head.node] and tones[head.node] == "relation"
+        assert about(graph_view(circuit, roles=roles))["withRoles"]
+    with pytest.raises(SettingError, match=r"columns node .or layer and head. and role; it has node, rol"):
+        graph_view(circuit, roles=by_node.rename(columns={"role": "rol"}))
+
+
+def two_circuits() -> tuple[Circuit, Circuit]:
+    """Scores of the right one are a hundred times those of the left one, as another metric's may be."""
+    graph = Graph(n_layers=2, n_heads=2)
+    left = {"input->a0.h1<v>": 1.0, "a0.h1->a1.h0<q>": -0.5, "a1.h0->logits": 0.25}
+    right = {"input->a0.h1<v>": 25.0, "a1.h0->logits": 100.0, "input->m1": 50.0, "m1->logits": math.nan}
+    return Circuit.from_edges(graph, left), Circuit.from_edges(graph, right)
+
+
+def test_comparison_scales_each_circuit_by_its_own_largest_score() -> None:
+    left, right = two_circuits()
+    view = compare_view(left, right, names=("A", "B"))
+    edges = {"->".join(ends(edge)): edge for edge in drawn(view, "edges")}
+    sides = {name: (edge["tone"], edge["weight"]) for name, edge in edges.items()}
+    assert sides == {
+        "input->a0.h1<v>": ("shared", 1.0),
+        "a0.h1->a1.h0<q>": ("left", 0.5),
+        "a1.h0->logits": ("shared", 1.0),
+        "input->m1": ("right", 0.5),
+        "m1->logits": ("right", 0.0),
+    }
+    assert edges["a1.h0->logits"]["lines"][1] == "A: score 0.25 (positive); B: score 100 (positive)"
+    assert edges["m1->logits"]["lines"][1] == "B: no score"
+    assert about(view)["sides"] == {"left": "only A (1)", "right": "only B (2)", "shared": "shared (2)"}
+    held = {node["name"]: node["side"] for node in drawn(view, "nodes")}
+    assert held == {"input": "shared", "a0.h1": "shared", "a1.h0": "shared", "m1": "right", "logits": "shared"}
+    assert "only B" in next(n for n in drawn(view, "nodes") if n["name"] == "m1")["lines"][1]
+
+
+def test_comparison_keeps_the_strongest_edges_and_refuses_what_cannot_be_compared() -> None:
+    left, right = two_circuits()
+    view = compare_view(left, right, max_edges=2)
+    assert notice(view) == "showing the 2 strongest of 5 edges"
+    assert {edge["weight"] for edge in drawn(view, "edges")} == {1.0}
+    empty = Circuit.empty(left.graph)
+    assert drawn(compare_view(empty, empty), "edges") == []
+    assert {e["tone"] for e in drawn(compare_view(left, empty), "edges")} == {"left"}
+    with pytest.raises(CircuitError, match="different graphs"):
+        compare_view(left, Circuit.empty(Graph(n_layers=1, n_heads=1)))
+    with pytest.raises(SettingError, match="names='AB'"):
+        compare_view(left, right, names="AB")
+
+
+def test_a_graph_of_three_hundred_edges_follows_a_slider() -> None:
+    graph = Graph(n_layers=LAYERS, n_heads=HEADS)
+    scores = torch.rand(graph.exists.shape).masked_fill(~graph.exists, math.nan)
+    whole = Circuit(graph, graph.exists.clone(), scores)
+    graph_view(resize(whole, edges=300, select="greedy"))  # what all pages share is made once
+    seconds = []
+    for edges in (300, 301, 302):
+        clock = time.process_time()
+        graph_view(resize(whole, edges=edges, select="greedy"))
+        seconds.append(time.process_time() - clock)
+    assert min(seconds) <= 0.3
+
+
+# --- the drawing ---
+
+
+def test_svg_has_every_edge_and_node_in_the_layout_of_the_page() -> None:
+    circuit = make_circuit(200)
+    head = circuit.nodes.node[circuit.nodes.kind == "head"].iloc[0]
+    svg = ElementTree.fromstring(graph_svg(circuit, roles={head: "mixture"}, title="Capital", details={head: "why"}))
+    assert svg.findtext(f"{SVG}title") == "Capital"
+    paths = [path for path in svg.findall(f"{SVG}path") if len(path)]  # those of the legend have no title
+    page = drawn(graph_view(circuit), "edges")
+    assert [path.findtext(f"{SVG}title") for path in paths] == ["\n".join(edge["lines"]) for edge in page]
+    assert [float(path.attrib["stroke-width"]) for path in paths] == [edge["width"] for edge in page]
+    assert [path.attrib["stroke"] for path in paths] == [COLOURS["light"][edge["port"]] for edge in page]
+    assert all(
+        ("stroke-dasharray" in path.attrib) == bool(edge["dashes"]) for path, edge in zip(paths, page, strict=True)
+    )
+    groups = svg.findall(f"{SVG}g")
+    nodes = drawn(graph_view(circuit), "nodes")
+    assert [group.findtext(f"{SVG}text") for group in groups] == [node["name"] for node in nodes]
+    xs, ys = (np.array([float(group.find(f"{SVG}text").attrib[at]) for group in groups]) for at in ("x", "y"))
+    assert ys == pytest.approx([node["y"] + 4.5 for node in nodes], abs=0.01)
+    assert xs == pytest.approx(np.polyval(np.polyfit([n["x"] for n in nodes], xs, 1), [n["x"] for n in nodes]), abs=0.1)
+    coloured = next(group for group in groups if group.findtext(f"{SVG}text") == head)
+    assert coloured.find(f"{SVG}rect").attrib["fill"] == COLOURS["light"]["mixture"]
+    assert "why" in coloured.findtext(f"{SVG}title")
+    left, top, width, height = map(float, svg.attrib["viewBox"].split())
+    assert left < xs.min() and xs.max() < left + width and top < ys.min() and ys.max() < top + height
+    assert COLOURS["dark"]["bg"] in graph_svg(circuit, dark=True)
+
+
+def test_svg_of_nothing_of_too_much_and_with_bad_settings() -> None:
+    circuit = make_circuit(60)
+    assert "showing the 10 strongest of 60 edges" in graph_svg(circuit, max_edges=10)
+    with pytest.raises(SettingError, match="aspect=0"):
+        graph_svg(circuit, aspect=0)
+    circuit.edges, circuit.nodes = circuit.edges.head(0), circuit.nodes.head(0)
+    assert "This circuit has no edges." in graph_svg(circuit)
+
+
 # --- in Chromium ---
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("Chromium is not installed")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=path, args=flags)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def show(chromium: Any, tmp_path: Path) -> Iterator[Any]:
-    """Open a page from disk with the network off; at the end nothing was requested and nothing complained."""
-    requests: list[str] = []
-    complaints: list[str] = []
-    contexts: list[Any] = []
-
-    def open_page(content: str, **options: Any) -> Any:
-        context = chromium.new_context(offline=True, viewport={"width": 980, "height": 640}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda r: requests.append(r.url))
-        page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda e: complaints.append(str(e)))
-        path = tmp_path / "page.html"
-        path.write_text(content, encoding="utf-8")
-        page.goto(path.as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:", "about:"))] == []
-    assert len([url for url in requests if url.startswith("file:")]) == len(contexts)
-    assert complaints == []
-
-
-def colours(frame: Any) -> int:
-    """How many colours the canvas holds: a blank one holds one."""
-    return frame.evaluate("""() => {
-        const canvas = document.querySelector("#mynetwork canvas");
-        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-        return new Set(new Uint32Array(data.buffer)).size;
-    }""")
-
-
-def ready(frame: Any) -> Any:
-    frame.wait_for_selector("#mynetwork canvas")
-    frame.wait_for_function("document.getElementById('kc-shown').textContent !== ''")
-    frame.wait_for_timeout(200)
-    return frame
 
 
 @pytest.mark.browser
@@ -415,6 +419,57 @@ def test_click_in_a_notebook_frame_selects_and_theme_follows_the_notebook(show: 
 
 
 @pytest.mark.browser
+def test_legend_names_the_roles_that_are_there(show: Any) -> None:
+    circuit = make_circuit(60)
+    heads = circuit.nodes.node[circuit.nodes.kind == "head"]
+    roles = pd.DataFrame({"node": heads, "role": ["mover", "suppressor", *["other"] * (len(heads) - 2)]})
+    page = ready(show(graph_view(circuit, roles=roles).page))
+    assert legend(page) == ["other head", "mover", "suppressor"]
+    assert legend(ready(show(graph_view(circuit).page))) == ["head"]
+
+
+def legend(page: Any) -> list[str]:
+    return [key.inner_text().strip() for key in page.query_selector_all("[data-role]") if key.is_visible()]
+
+
+@pytest.mark.browser
+def test_compared_circuits_are_told_apart_in_colour_and_in_numbers(show: Any) -> None:
+    left, right = two_circuits()
+    view = compare_view(left, right, names=("ACDC <b>", "EAP"), roles={"a0.h1": "mover"}, title="Two")
+    page = ready(show(view.page))
+    assert colours(page) > 20
+    sides = [key.inner_text() for key in page.query_selector_all("[data-side]")]
+    assert sides == ["only ACDC <b> (1)", "only EAP (2)", "shared (2)"]
+    strokes = dict(page.evaluate("edges.get().map((edge) => [edge.tone, edge.color.color])"))
+    assert strokes == {s: COLOURS["light"][s] for s in ("left", "right", "shared")}
+    assert page.inner_text("#kc-below") == "Hide edges below share"
+
+
+@pytest.mark.browser
+def test_drawing_is_saved_with_what_is_shown(show: Any, tmp_path: Path) -> None:
+    circuit = make_circuit(60)
+    page = ready(show(graph_view(circuit, roles={circuit.nodes.node[3]: "mover"}).page))
+    page.focus("#kc-slider")
+    for _ in range(20):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.getElementById('kc-shown').textContent.endsWith('40 of 60 edges shown')")
+    with page.expect_download() as download:
+        page.click("#kc-svg")
+    download.value.save_as(tmp_path / "circuit.svg")
+    svg = ElementTree.parse(tmp_path / "circuit.svg").getroot()
+    assert len(svg.findall(f"{SVG}path")) == 40
+    groups = svg.findall(f"{SVG}g")
+    assert [g.findtext(f"{SVG}text") for g in groups] == list(circuit.nodes["node"])
+    assert groups[3].find(f"{SVG}rect").attrib["fill"] == "#d55e00"
+    # the curves are those that vis-network draws: it is asked for a point in the middle of each
+    drawn_by_vis = page.evaluate(
+        "edges.get({ filter: (e) => !e.hidden }).map(({ id }) => network.body.edges[id].edgeType.getPoint(0.5))"
+    )
+    for path, point in zip(svg.findall(f"{SVG}path"), drawn_by_vis, strict=True):
+        assert middle(path.attrib["d"]) == pytest.approx((point["x"], point["y"]), abs=0.2)
+
+
+@pytest.mark.browser
 def test_picture_is_saved_at_twice_the_size_and_the_view_stays(show: Any, tmp_path: Path) -> None:
     page = ready(show(graph_view(make_circuit(60)).page))
     before = page.evaluate("[network.getScale(), network.getViewPosition()]")
@@ -429,21 +484,6 @@ def test_picture_is_saved_at_twice_the_size_and_the_view_stays(show: Any, tmp_pa
     page.wait_for_timeout(200)
     scale, position = page.evaluate("[network.getScale(), network.getViewPosition()]")
     assert scale == pytest.approx(before[0]) and position == pytest.approx(before[1])
-
-
-@pytest.mark.browser
-def test_hostile_text_does_not_run(show: Any) -> None:
-    page = ready(show(hostile_view().page))
-    assert colours(page) > 20
-    for node in range(len(HOSTILE) + 1):
-        spot = page.evaluate("(id) => network.canvasToDOM(network.getPosition(id))", node)
-        page.hover("#mynetwork canvas", position=spot)
-        page.wait_for_timeout(30)
-    for name in HOSTILE:
-        page.fill("#kc-search", name)
-        page.keyboard.press("Enter")
-    assert page.evaluate("window.hacked") is None
-    assert page.evaluate("document.querySelectorAll('img, a, h1, link').length") == 0
 
 
 @pytest.mark.browser

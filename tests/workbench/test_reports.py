@@ -7,13 +7,14 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib.image import imread
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from kcwb.circuits.circuit import Circuit
@@ -183,6 +184,7 @@ def test_title_block_and_footer_say_what_it_is_and_how_it_was_made(folder: Path,
         "UTC",
     ):
         assert part in text, part
+    assert "No cell says" not in text
     for part in ("tiny <m>", "ab" * 32, "capital", "cd" * 32, "edges 3 of", "method acdc"):
         assert part in text, part
     facts = about(page)
@@ -213,6 +215,7 @@ def test_widgets_show_their_html_or_their_last_state(page: Path) -> None:
 def test_code_can_be_left_out(tmp_path: Path) -> None:
     notebook = save(tmp_path / "n.ipynb", "# T", code("print(6 * 7)"))
     shown, hidden = (read(report(notebook, tmp_path / f"{h}.html", hide_code=h, progress=False)) for h in (False, True))
+    assert "No cell says which models and data this rests on" in shown
     assert "jp-CodeMirrorEditor" in shown and "jp-CodeMirrorEditor" not in hidden
     assert "42" in hidden
 
@@ -458,6 +461,34 @@ def test_provenance_of_a_model_and_a_task_holds_their_digests(tiny: Any, monkeyp
     assert json.loads(json.dumps(entries)) == entries and model.digest in shown[0]["text/html"]
 
 
+def test_circuits_found_in_different_ways_are_listed_apart_also_with_the_same_edges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
+    graph = Graph(n_layers=1, n_heads=2)
+    made = {"model": {"name": "m", "digest": "1" * 64}, "relation": {"name": "r", "digest": "2" * 64}}
+    one, other = (
+        Circuit.from_edges(graph, ["input->logits"], provenance=made | {"method": method, "seed": seed, "seconds": 2.5})
+        for method, seed in (("acdc", 0), ("eap", 1))
+    )
+    third = Circuit.from_edges(graph, ["input->m0", "m0->logits"], provenance=made | {"method": "acdc"})
+    provenance(None, one, other, third, one, (one | third) - other)
+    entries = shown[0][PROVENANCE]["entries"]
+    assert [entry["kind"] for entry in entries] == ["model", "relation", *["circuit"] * 4]
+    circuits = entries[2:]
+    assert [circuit["method"] for circuit in circuits] == ["acdc", "eap", "acdc", "difference"]
+    assert [circuit.get("seed") for circuit in circuits] == [0, 1, None, None]
+    assert circuits[0]["digest"] == circuits[1]["digest"] == one.digest != circuits[2]["digest"] == third.digest
+    assert circuits[3]["of"] == "union (acdc of r, acdc of r), eap of r"
+    for part in (one.digest, third.digest, "method eap", "seconds 2.5", "of union (acdc of r, acdc of r), eap of r"):
+        assert part in shown[0]["text/html"]
+    told_again = reports._collect(
+        new_notebook(cells=[new_code_cell("", outputs=[new_output("display_data", bundle) for bundle in shown * 2])])
+    )
+    assert told_again == entries
+
+
 def test_foreign_and_odd_provenance_is_listed_too() -> None:
     data = [{"entries": [{"kind": "model", "name": "m"}, 3]}, {"seed": 1, "of": {"a": [1, 2]}}, ["no"]]
     outputs = [new_output("display_data", {PROVENANCE: content}) for content in data]
@@ -512,19 +543,6 @@ def test_a_series_goes_on_after_a_failure_and_says_so_at_the_end(
 # --- in Chromium ---
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("Chromium is not installed")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=path, args=flags)
-        yield browser
-        browser.close()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize(("scheme", "ground"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(21, 24, 28)")])
 def test_report_opens_from_disk_without_a_network(page: Path, chromium: Any, scheme: str, ground: str) -> None:
@@ -566,3 +584,38 @@ def test_pdf_is_printed_by_chromium(page: Path, tmp_path: Path) -> None:
     content = made.read_bytes()
     assert content.startswith(b"%PDF") and len(content) > 50_000
     assert [p.name for p in tmp_path.iterdir()] == ["all.pdf"]
+
+
+@pytest.mark.browser
+def test_screenshot_of_a_report_is_not_blank_and_holds_the_labels_of_nodes(page: Path, chromium: Any) -> None:
+    context = chromium.new_context(offline=True, viewport={"width": 1100, "height": 900}, color_scheme="light")
+    # what is written on a canvas, and where; the frame of the graph is watched too
+    context.add_init_script("""
+        window.written = {};
+        const write = CanvasRenderingContext2D.prototype.fillText;
+        CanvasRenderingContext2D.prototype.fillText = function (text, x, y, ...rest) {
+            const { a, d, e, f } = this.getTransform();
+            window.written[text] = [a * x + e, d * y + f];
+            return write.call(this, text, x, y, ...rest);
+        };
+    """)
+    tab = context.new_page()
+    tab.goto(page.as_uri())
+    element = tab.wait_for_selector("iframe")
+    frame = element.content_frame()
+    frame.wait_for_selector("#mynetwork canvas")
+    frame.wait_for_function("document.getElementById('kc-shown').textContent !== ''")
+    frame.wait_for_timeout(300)
+    written = frame.evaluate("window.written")
+    assert {"input", "a0.h1", "a1.h0", "logits", "L0", "L1"} <= set(written)
+    element.scroll_into_view_if_needed()
+    picture = imread(BytesIO(element.screenshot()))[..., :3]
+    corner = frame.evaluate("(() => { const { x, y } = document.querySelector('#mynetwork canvas')"
+                            ".getBoundingClientRect(); return [x, y]; })()")  # fmt: skip
+    inset = element.evaluate("(frame) => [frame.clientLeft, frame.clientTop]")
+    for name in ("input", "a0.h1", "a1.h0", "logits"):
+        x, y = (round(written[name][i] + corner[i] + inset[i]) for i in (0, 1))
+        box = picture[y - 6 : y + 7, x - 14 : x + 15].reshape(-1, 3)
+        light = box.mean(axis=1)
+        assert light.max() - light.min() > 0.4, name  # letters on their ground
+    context.close()

@@ -1,0 +1,92 @@
+"""Which tokens of a prompt are what, and which prompts can tell something about a subject.
+
+Positions up to END fall into four groups: SUBJECT; BOS, or the first token where prompts have no BOS, since attention
+rests there when it has nothing to do; END; and RELATION, which is every other token. A subject's token that is END
+belongs to END, one that is the first token belongs to SUBJECT.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from kcwb.errors import DataError, choose
+from kcwb.models.loading import Model
+from kcwb.tasks.prompts import Prompts, Task
+
+#: The groups of source positions, in the order of `position_groups`.
+GROUPS = ("SUBJECT", "RELATION", "BOS", "END")
+
+
+def position_groups(prompts: Prompts) -> Bool[Tensor, "g N T"]:
+    """Which positions belong to which of `GROUPS`; each up to END belongs to one, each after it to none."""
+    steps = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)[None]
+    ends = prompts.ends[:, None]
+    seen, end = steps <= ends, steps == ends
+    subject = (steps >= prompts.subject_start[:, None]) & (steps < prompts.subject_stop[:, None]) & ~end
+    first = (steps == 0) & ~end & ~subject
+    return torch.stack([subject, seen & ~subject & ~first & ~end, first, end])
+
+
+def check_prompts(prompts: Prompts) -> None:
+    """Refuse prompts in which nothing can be told about a subject.
+
+    Raises
+    ------
+    DataError
+        If there are none, a prompt is a single token, or its subject has no token before END.
+    """
+    if not len(prompts):
+        raise DataError("There are no prompts to look at: the task's split is empty. Use a relation with more facts.")
+    subject = position_groups(prompts)[0].any(-1)
+    for i, (length, found) in enumerate(zip(prompts.lengths.tolist(), subject.tolist(), strict=True)):
+        if length == 1:
+            raise DataError(
+                f"The prompt {prompts.texts[i]!r:.120} is a single token: nothing is read from anywhere else. Use a "
+                "template in which words follow the subject."
+            )
+        if not found:
+            raise DataError(
+                f"The subject {prompts.facts[i].subject!r:.60} has no token before the last one of "
+                f"{prompts.texts[i]!r:.120}. Use a template in which words follow the subject."
+            )
+
+
+def split_of(task: Task, split: str) -> Prompts:
+    """D_val or D_test by name."""
+    return task.val if choose("The split", split, ("val", "test")) == "val" else task.test
+
+
+def without_copies(model: Model, prompts: Prompts) -> Prompts:
+    """The prompts whose object does not begin with a token of its subject; warns of the others.
+
+    Raises
+    ------
+    DataError
+        If none is left.
+    """
+    mixed = [i for i in range(len(prompts)) if says_its_object(model, prompts, i)]
+    if not mixed:
+        return prompts
+    names = ", ".join(f"{prompts.facts[i].subject!r:.60} -> {prompts.facts[i].object!r:.60}" for i in mixed)
+    words = f"The object begins with a token of the subject, so that copying passes for knowing: {names}"
+    rest = [i for i in range(len(prompts)) if i not in set(mixed)]
+    if not rest:
+        raise DataError(f"{words}. No fact is left; use facts whose object is not in their subject.")
+    warnings.warn(f"{words}: left out.", stacklevel=3)
+    return prompts.select(rest)
+
+
+def says_its_object(model: Model, prompts: Prompts, row: int) -> bool:
+    """Whether an answer's first token is, but for spaces and case, among its subject's tokens."""
+    subject = prompts.tokens[row, int(prompts.subject_start[row]) : int(prompts.subject_stop[row])].tolist()
+    words = {token_text(model, token).strip().casefold() for token in subject}
+    return token_text(model, int(prompts.answers[row, 0])).strip().casefold() in words
+
+
+def token_text(model: Model, token: int) -> str:
+    """The text of one token."""
+    return str(model.tokenizer.decode([token]))

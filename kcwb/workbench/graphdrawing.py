@@ -1,0 +1,391 @@
+"""What is drawn of a circuit and where: places, colours, widths and words, for the page and the SVG alike.
+
+Layers run from bottom to top, a head stands in the column of its index, the MLP beside and just above its heads, the
+input and the logits at the ends. Nothing is left to chance or to physics: a circuit is drawn the same each time, and
+a node stands in the same column in every circuit of a model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pandas as pd
+
+from kcwb.errors import CircuitError, SettingError
+
+if TYPE_CHECKING:
+    from kcwb.circuits.circuit import Circuit
+
+ROLES = ("mover", "relation", "mixture", "suppressor")
+"""Roles of a head that have a colour; heads of any other role are grey."""
+
+SIDES = ("left", "right", "shared")
+"""Which of two compared circuits holds an edge."""
+
+_COMMON = {
+    "mover": "#d55e00", "mixture": "#cc79a7", "suppressor": "#f0e442", "q": "#e69f00", "k": "#56b4e9",
+    "left": "#e69f00", "right": "#56b4e9",
+}  # fmt: skip
+COLOURS: Mapping[str, Mapping[str, str]] = {
+    "light": {
+        "bg": "#ffffff", "ink": "#1f2328", "muted": "#656d76", "line": "#d5d9de", "band": "#f5f6f8",
+        "field": "#ffffff", "note": "#8a5300", "rim": "#7b838c", "head": "#e6e9ed", "mlp": "#d3d8de",
+        "input": "#3d444d", "logits": "#3d444d", "relation": "#0072b2", "v": "#009e73", "direct": "#6e7781",
+        "shared": "#6e7781", **_COMMON,
+    },
+    "dark": {
+        "bg": "#15181c", "ink": "#e6e8eb", "muted": "#9aa3ad", "line": "#353b43", "band": "#1b1f25",
+        "field": "#1f242a", "note": "#f0b95a", "rim": "#89929d", "head": "#343b44", "mlp": "#464f5a",
+        "input": "#c9d0d8", "logits": "#c9d0d8", "relation": "#3aa0e0", "v": "#14b887", "direct": "#99a2ac",
+        "shared": "#99a2ac", **_COMMON,
+    },
+}  # fmt: skip
+"""The only place where colours are named. Those of roles and of q, k, v are Okabe and Ito's, safe for colour blindness;
+what they do not tell apart (head and MLP, key and value) shapes and dashes do."""
+
+DASHES: Mapping[str, tuple[int, ...]] = {"q": (8, 4), "k": (2, 3), "v": (), "direct": ()}
+
+_LABEL, _NAME, _TEXT = 12, 120, 600  # characters kept of a label, a name in running text, a long text
+_CHARACTER, _PADDING = 7.5, 20  # width of a node: of a character, of what is around the text
+_ROW = 26  # the least distance of two layers; a node is 21 high
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
+
+Place = tuple[float, float]
+Roles = Mapping[str, str] | pd.DataFrame
+
+
+class Node(NamedTuple):
+    """A node where it stands."""
+
+    name: str
+    kind: str  # "input", "head", "mlp" or "logits"
+    tone: str  # the name of its colour: its role, or its kind
+    label: str  # one short line
+    lines: list[str]  # what hovering shows
+    x: float
+    y: float
+    side: str | None  # of SIDES, in a comparison
+
+
+class Edge(NamedTuple):
+    """An edge as it is drawn."""
+
+    start: int  # places in `Drawing.nodes`
+    end: int
+    port: str  # "q", "k", "v" or "direct"
+    tone: str  # the name of its colour: its port, or its side
+    lines: list[str]
+    weight: float  # what it may be hidden below
+    width: float
+    strength: float  # how opaque it is
+    bend: tuple[str, float]  # as `control_points` takes it
+
+
+class Drawing(NamedTuple):
+    """All that is drawn."""
+
+    title: str
+    notice: str
+    nodes: list[Node]
+    edges: list[Edge]  # the weakest first, so that the strongest are drawn on top
+    rows: list[dict[str, float]]  # layer and y, for the layers' labels
+    pitch: float  # the distance of two layers
+    tightest: float  # the factor of x at which neighbours would touch
+    with_roles: bool
+    sides: dict[str, str]  # side -> how the legend names it; empty unless two circuits are compared
+
+
+def draw(
+    circuit: Circuit,
+    *,
+    roles: Roles | None = None,
+    max_edges: int = 2000,
+    title: str | None = None,
+    details: Mapping[str, str] | None = None,
+) -> Drawing:
+    """Lay out a circuit; the parameters are those of `graph_view`."""
+    _check(max_edges)
+    table = circuit.edges.assign(side=None)
+    table["weight"] = table["score"].abs().fillna(0.0)
+    table["words"] = [_score_words(_finite(score)) for score in table["score"]]
+    largest = float(table["weight"].max()) if len(table) else 0.0
+    # without any scores all edges are alike; a circuit whose scores are all 0 is drawn thin
+    table["share"] = 0.25 if table["score"].isna().all() else table["weight"] / (largest or 1.0)
+    return _draw(circuit, table, {}, {}, _read_roles(roles), max_edges, title, details)
+
+
+def draw_two(
+    left: Circuit,
+    right: Circuit,
+    *,
+    names: Sequence[str] = ("left", "right"),
+    roles: Roles | None = None,
+    max_edges: int = 2000,
+    title: str | None = None,
+    details: Mapping[str, str] | None = None,
+) -> Drawing:
+    """Lay out two circuits in one picture; the parameters are those of `compare_view`."""
+    _check(max_edges)
+    if isinstance(names, str) or len(names) != 2:
+        raise SettingError(f"names={names!r}: give two, the left circuit's and the right one's.")
+    both = left | right  # raises where graphs differ
+    tables = [circuit.edges.assign(share=_own_share(circuit)) for circuit in (left, right)]
+    table = tables[0].merge(tables[1], "outer", ["sender", "receiver"], suffixes=("_left", "_right"), indicator="side")
+    table["side"] = table["side"].map({"left_only": "left", "right_only": "right", "both": "shared"})
+    table["share"] = table["weight"] = table[["share_left", "share_right"]].max(axis=1)
+    # halves of characters, which pandas refuses, become "?"
+    short = [_shorten(str(name), 40).encode("utf-8", "replace").decode("utf-8") for name in names]
+    table["words"] = [
+        "; ".join(
+            f"{name}: {_score_words(_finite(score))}"
+            for name, score, other in zip(short, (row.score_left, row.score_right), ("right", "left"), strict=True)
+            if row.side != other
+        )
+        for row in table.itertuples()
+    ]
+    table = table.sort_values("share", ascending=False, kind="stable", ignore_index=True)  # ties: by name
+    counts = table["side"].value_counts()
+    words = {"left": f"only {short[0]}", "right": f"only {short[1]}", "shared": "shared"}
+    sides = {side: f"{words[side]} ({counts.get(side, 0):,})" for side in SIDES}
+    left_nodes, right_nodes = set(left.nodes["node"]), set(right.nodes["node"])
+    held = {
+        name: "shared" if name in left_nodes & right_nodes else "left" if name in left_nodes else "right"
+        for name in both.nodes["node"]
+    }
+    return _draw(both, table, sides, held, _read_roles(roles), max_edges, title, details)
+
+
+def control_points(start: Place, end: Place, bend: tuple[str, float]) -> list[Place]:
+    """The control points between the ends of a Bézier curve: one for an arc, two for an S, as vis-network has them."""
+    kind, roundness = bend
+    (x1, y1), (x2, y2) = start, end
+    if kind == "cubicBezier":
+        rise = roundness * (y1 - y2)
+        return [(x1, y1 - rise), (x2, y2 + rise)]
+    angle = math.atan2(y1 - y2, x2 - x1) + (0.5 - 0.5 * roundness) * math.pi
+    reach = (0.5 * roundness + 0.5) * math.dist(start, end)
+    return [(x1 + reach * math.sin(angle), y1 + reach * math.cos(angle))]
+
+
+def width_of(label: str) -> float:
+    """The width of a node's box, about; fonts differ."""
+    return _CHARACTER * len(label) + 12
+
+
+# --- from tables to what is drawn ---
+
+
+def _check(max_edges: int) -> None:
+    if max_edges < 1:
+        raise SettingError(f"max_edges must be at least 1, not {max_edges!r}")
+
+
+def _own_share(circuit: Circuit) -> pd.Series:
+    """Each edge's |score| over the circuit's largest, for scores of two methods have no common unit."""
+    sizes = circuit.edges["score"].abs()
+    return sizes.fillna(0.0) / (sizes.max() or 1.0) if sizes.notna().any() else sizes.fillna(0.25)
+
+
+def _draw(
+    circuit: Circuit,
+    table: pd.DataFrame,
+    sides: dict[str, str],
+    held: Mapping[str, str],
+    roles: Mapping[str, str],
+    max_edges: int,
+    title: str | None,
+    details: Mapping[str, str] | None,
+) -> Drawing:
+    known = circuit.nodes
+    rows = [_Row(*values) for values in zip(*(known[column] for column in _Row._fields), strict=True)]
+    layout = _layout(rows, circuit.graph.n_heads)
+    words = {side: text.rpartition(" (")[0] if side != "shared" else "in both" for side, text in sides.items()}
+    nodes = []
+    for row in rows:
+        role, name = str(roles.get(row.node) or ""), str(row.node)
+        lines = _lines(row, role, words.get(held.get(name, "")), (details or {}).get(name))
+        place = layout.places[name]
+        nodes.append(Node(name, str(row.kind), _tone(row, role), _label(name), lines, *place, held.get(name)))
+    shown = table.head(max_edges)
+    notice = f"showing the {len(shown):,} strongest of {len(table):,} edges" if len(shown) < len(table) else ""
+    edges = _edges(shown, nodes)
+    with_roles = any(node.tone in ROLES for node in nodes)
+    return Drawing(_shorten(title or "", _NAME), notice, nodes, edges, *layout[1:], with_roles, sides)
+
+
+class _Row(NamedTuple):
+    """A row of `Circuit.nodes`."""
+
+    node: str
+    kind: str
+    layer: int
+    head: int
+    in_edges: int
+    out_edges: int
+    score: float
+
+
+def _tone(row: _Row, role: str) -> str:
+    known = _plain_role(role)
+    return known if row.kind == "head" and known in ROLES else str(row.kind)
+
+
+def _plain_role(role: str) -> str:
+    return role.strip().lower().removesuffix(" head")
+
+
+def _read_roles(roles: Roles | None) -> dict[str, str]:
+    """Node -> role, of a mapping or of a table with `role` and either `node` or `layer` and `head`."""
+    if roles is None:
+        return {}
+    if not isinstance(roles, pd.DataFrame):
+        return {str(name): str(role) for name, role in roles.items()}
+    if "role" not in roles or not ("node" in roles or {"layer", "head"} <= set(roles)):
+        found = ", ".join(map(str, roles.columns)) or "none"
+        raise SettingError(f"A table of roles needs the columns node (or layer and head) and role; it has {found}.")
+    if "node" in roles:
+        names = roles["node"].astype(str)
+    else:
+        names = [f"a{layer}.h{head}" for layer, head in zip(roles["layer"], roles["head"], strict=True)]
+    return {name: str(role) for name, role in zip(names, roles["role"], strict=True) if not pd.isna(role)}
+
+
+def _lines(row: _Row, role: str, held: str | None, detail: str | None) -> list[str]:
+    """What hovering over a node shows."""
+    what = [{"mlp": "MLP"}.get(row.kind, str(row.kind))]
+    if row.kind in ("head", "mlp"):
+        what.append(f"layer {row.layer}")
+    if role:
+        what.append(f"role: {_shorten(role, _NAME)}")
+    if held:
+        what.append(held)
+    edges = f"edges: {row.in_edges:,} in, {row.out_edges:,} out"
+    score = _finite(row.score)
+    lines = [_shorten(str(row.node), _NAME), ", ".join(what), edges]
+    lines.append("no score" if score is None else f"score {_number(score)}")
+    return [*lines, _shorten(str(detail), _TEXT)] if detail else lines
+
+
+def _edges(table: pd.DataFrame, nodes: Sequence[Node]) -> list[Edge]:
+    numbers = {node.name: i for i, node in enumerate(nodes)}
+    crowd = min(1.0, len(table) / 1600) ** 0.6  # 0 for few edges, 1 for very many: then weak ones recede
+    faint, thin, thick = 0.75 - 0.6 * crowd, 1.2 - 0.6 * crowd, 6.5 - 2.0 * crowd
+    columns = ("sender", "receiver", "side", "weight", "share", "words")
+    edges = []
+    for sender, receiver, side, weight, share, words in zip(*(table[column] for column in columns), strict=True):
+        node, port = _split(str(receiver))
+        for end in (sender, node):
+            if end not in numbers:
+                raise CircuitError(f"edge {sender} → {receiver}: the circuit's table of nodes has no {end!r}")
+        start, end = numbers[sender], numbers[node]
+        bend = _bend(nodes[start], nodes[end], port)
+        width = round(thin + (thick - thin) * share, 2)
+        strength = round(faint + (1 - faint) * share**0.5, 2)
+        lines = [f"{_shorten(sender, _NAME)} → {_shorten(receiver, _NAME)}", words]
+        edges.append(Edge(start, end, port, side or port, lines, float(weight), width, strength, bend))
+    return edges[::-1]
+
+
+def _bend(start: Node, end: Node, port: str) -> tuple[str, float]:
+    """How an edge bends: an arc beside the nodes of its own column, else an S; q, k and v part ways."""
+    apart = {"q": -1, "k": 1}.get(port, 0)
+    if abs(end.x - start.x) < 40:
+        bend = min(0.6, 60 / max(math.dist(start[5:7], end[5:7]), 1)) + 0.1
+        return "curvedCCW", round(bend + 0.07 * apart, 2)
+    return "cubicBezier", round(0.4 + 0.1 * apart, 2)
+
+
+# --- where things stand ---
+
+
+class _Layout(NamedTuple):
+    places: dict[str, Place]
+    rows: list[dict[str, float]]
+    pitch: float
+    tightest: float
+
+
+def _layout(nodes: Sequence[_Row], n_heads: int) -> _Layout:
+    """Layers from bottom to top (on the canvas y points down), heads by their index, then the MLP."""
+    layers = sorted({int(node.layer) for node in nodes})
+    pitch = min(max(_ROW, 540 / max(len(layers), 1)), 76.0)
+    heights, y = {}, 0.0
+    for i, layer in enumerate(layers):
+        if i:  # layers left out show as a wider gap
+            y -= pitch * (1.0 if layer == layers[i - 1] + 1 else 1.4)
+        heights[layer] = y
+
+    by_layer: dict[int, list[_Row]] = {}
+    for node in sorted((node for node in nodes if node.kind == "head"), key=lambda node: node.head):
+        by_layer.setdefault(node.layer, []).append(node)
+    gap = _CHARACTER * max((len(_label(str(node.node))) for node in nodes), default=0) + _PADDING
+    columns = max(n_heads - 1, 1)
+    widest = max((len(heads) for heads in by_layer.values()), default=1)
+    width = max(min(1.5 * abs(y), 150.0 * columns), gap * (widest - 1)) if by_layer else 0.0
+    mlp_x = width + max(gap, width / columns) if by_layer else 0.0
+    middle = (mlp_x if any(node.kind == "mlp" for node in nodes) else width) / 2
+
+    places: dict[str, Place] = {}
+    nearest = max(mlp_x - width, gap)
+    for layer, heads in by_layer.items():
+        xs = _spread([width * node.head / columns for node in heads], gap, width)
+        nearest = min([nearest, *(right - left for left, right in pairwise(xs))])
+        places |= {node.node: (x, heights[layer]) for node, x in zip(heads, xs, strict=True)}
+    for node in nodes:
+        if node.kind == "mlp":
+            places[node.node] = (mlp_x, heights[node.layer] - 0.32 * pitch)
+        elif node.kind != "head":
+            places[node.node] = (middle, heights[node.layer])
+    named = sorted({int(node.layer) for node in nodes if node.kind in ("head", "mlp")})
+    rows = [{"layer": layer, "y": round(heights[layer] - 0.16 * pitch, 1)} for layer in named]
+    places = {str(name): (round(x, 1), round(y, 1)) for name, (x, y) in places.items()}
+    return _Layout(places, rows, round(pitch, 1), round(min(1.0, gap / nearest), 3))
+
+
+def _spread(wanted: Sequence[float], gap: float, width: float) -> list[float]:
+    """Places in [0, width] in the given order, at least `gap` apart, each near where it is wanted."""
+    places = list(wanted)
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    limit = width
+    for i in range(len(places) - 1, -1, -1):
+        places[i] = min(places[i], limit)
+        limit = places[i] - gap
+    return places
+
+
+# --- text and numbers ---
+
+
+def _split(receiver: str) -> tuple[str, str]:
+    """`"a4.h0<q>"` → `("a4.h0", "q")`; a receiver without inputs of its own → `(name, "direct")`."""
+    match = re.fullmatch(r"(.+)<([qkv])>", receiver, flags=re.DOTALL)
+    return (match[1], match[2]) if match else (receiver, "direct")
+
+
+def _shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _label(name: str) -> str:
+    """One line of plain characters: no line breaks, no marks that turn the direction of writing."""
+    return _shorten(_UNFIT.sub(" ", name), _LABEL)
+
+
+def _finite(value: Any) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}".replace("-", "\u2212")
+
+
+def _score_words(score: float | None) -> str:
+    if score is None:
+        return "no score"
+    return f"score {_number(score)}{' (positive)' if score > 0 else ' (negative)' if score < 0 else ''}"

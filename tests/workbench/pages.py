@@ -1,0 +1,110 @@
+"""Circuits to draw, and what the pages that are drawn of them hold."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import random
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+
+from kcwb.workbench.graphview import GraphView, graph_view
+from tests.hostile import HOSTILE, SURROGATE
+
+LAYERS, HEADS = 30, 9
+
+
+def make_circuit(n_edges: int, seed: int = 0, n_layers: int = LAYERS, n_heads: int = HEADS) -> Any:
+    """A random circuit with what `graph_view` reads of one; edges lead from earlier nodes to later ones."""
+    rng = random.Random(seed)
+    order = {"input": ("input", -1, -1)}
+    for layer in range(n_layers):
+        order |= {f"a{layer}.h{head}": ("head", layer, head) for head in range(n_heads)}
+        order[f"m{layer}"] = ("mlp", layer, -1)
+    order["logits"] = ("logits", n_layers, -1)
+    names, scores = list(order), {}
+    while len(scores) < n_edges:
+        first, second = sorted(rng.sample(range(len(names)), 2))
+        sender, receiver = names[first], names[second]
+        if order[sender][:2] != order[receiver][:2]:
+            port = f"<{rng.choice('qkv')}>" if order[receiver][0] == "head" else ""
+            scores[sender, receiver + port] = rng.choice([-1, 1]) * rng.paretovariate(1.3) / 100
+    rows = [(s, r, x) for (s, r), x in scores.items()]
+    return stand_in(rows, order, n_layers, n_heads)
+
+
+def stand_in(
+    rows: list[tuple[str, str, float]],
+    kinds: dict[str, tuple[str, int, int]],
+    n_layers: int = LAYERS,
+    n_heads: int = HEADS,
+) -> Any:
+    edges = pd.DataFrame(rows, columns=["sender", "receiver", "score"])
+    edges = edges.sort_values("score", key=abs, ascending=False, ignore_index=True)
+    ends = [(s, re.sub(r"<[qkv]>$", "", r)) for s, r, _ in rows]
+    used = [name for name in kinds if any(name in pair for pair in ends)]
+    table = [
+        (name, *kinds[name], sum(name == r for _, r in ends), sum(name == s for s, _ in ends), 0.5) for name in used
+    ]
+    columns = ["node", "kind", "layer", "head", "in_edges", "out_edges", "score"]
+    nodes = pd.DataFrame(table, columns=columns)
+    graph = SimpleNamespace(n_layers=n_layers, n_heads=n_heads)
+    return SimpleNamespace(edges=edges, nodes=nodes, graph=graph, provenance={})
+
+
+def graph_of(names: list[str]) -> Any:
+    """A circuit whose heads have these names; all get edges from the input."""
+    kinds = {"input": ("input", -1, -1)} | {name: ("head", i // 5, i % 5) for i, name in enumerate(names)}
+    rows = [("input", f"{name}<q>", (-1) ** i / (i + 1)) for i, name in enumerate(names)]
+    return stand_in(rows, kinds, n_layers=len(names) // 5 + 1, n_heads=5)
+
+
+def hostile_view() -> GraphView:
+    texts = dict(zip(HOSTILE, [SURROGATE, *HOSTILE[:0:-1]], strict=True))
+    return graph_view(graph_of(HOSTILE), roles=texts, details=texts, title=SURROGATE + HOSTILE[1] + HOSTILE[12])
+
+
+def inner(view: GraphView) -> str:
+    """The page that the loader unpacks."""
+    match = re.search(r'atob\("([^"]+)"\)', view.page)
+    assert match
+    return gzip.decompress(base64.b64decode(match[1])).decode("utf-8")
+
+
+def drawn(view: GraphView, what: str) -> list[dict[str, Any]]:
+    """The nodes or edges given to vis-network."""
+    match = re.search(rf"{what} = new vis\.DataSet\((.*)\);\n", inner(view))
+    assert match
+    return json.loads(match[1])
+
+
+def ends(edge: dict[str, Any]) -> tuple[str, ...]:
+    """The names of an edge's sender and receiver, as hovering shows them."""
+    return tuple(edge["lines"][0].split(" → "))
+
+
+def about(view: GraphView) -> dict[str, Any]:
+    """What else the page is given."""
+    match = re.search(r"const view = (.*);\n", inner(view))
+    assert match
+    return json.loads(match[1])
+
+
+def colours(frame: Any) -> int:
+    """How many colours the canvas holds: a blank one holds one."""
+    return frame.evaluate("""() => {
+        const canvas = document.querySelector("#mynetwork canvas");
+        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        return new Set(new Uint32Array(data.buffer)).size;
+    }""")
+
+
+def ready(frame: Any) -> Any:
+    frame.wait_for_selector("#mynetwork canvas")
+    frame.wait_for_function("document.getElementById('kc-shown').textContent !== ''")
+    frame.wait_for_timeout(200)
+    return frame

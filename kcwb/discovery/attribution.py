@@ -31,8 +31,8 @@ from kcwb.models.network import Network
 from kcwb.progress import Progress, track
 from kcwb.tasks.metrics import Loss, at_answers
 
-#: Stacks of all receivers' inputs that a differentiated pass holds, in stacks of all senders' outputs, and twice that: then
-#: a chunk of prompts ends within a second or so on two cores, and a cancel is heard.
+#: Stacks of all receivers' inputs that a differentiated pass holds, in stacks of all senders' outputs; and twice that,
+#: so that a chunk of prompts ends within a second or so on two cores, and a cancel is heard.
 _COPIES_PER_STEP = 24
 
 

@@ -1,4 +1,4 @@
-"""The command line: `kcwb relations`, `models`, `discover`, `completeness`, `report`.
+"""The command line: `kcwb relations`, `models`, `discover`, `completeness`, `sweep`, `report`.
 
 A command is one function from parsed arguments to what `--json` prints and to the text that is printed otherwise. Its
 name and docstring are its help; `@command(...)` lists its arguments. The result goes to stdout; progress, warnings and
@@ -30,19 +30,11 @@ if TYPE_CHECKING:
 
     from kcwb.models.loading import Model
 
-#: Names on the Hugging Face hub, for each family of `kcwb.models.network.FAMILIES`.
-EXAMPLES = {
-    "gpt2": ("gpt2", "gpt2-medium", "gpt2-large"),
-    "llama": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "HuggingFaceTB/SmolLM2-360M"),
-    "mistral": ("mistralai/Mistral-7B-v0.1",),
-    "qwen2": ("Qwen/Qwen2.5-0.5B",),
-    "gpt_neox": ("EleutherAI/pythia-160m", "EleutherAI/pythia-410m"),
-    "opt": ("facebook/opt-125m", "facebook/opt-1.3b"),
-}
 _SELF_CHECK = (
     "self-check at load: with all edges kept, the Hugging Face logits; the residual stream is the sum of its senders; "
     "with all edges cut under resample ablation, the corrupted run. A model that fails is refused."
 )
+_WORKS = ("edges", "nodes", "roles", "editing")
 _STRONGEST = 10
 _RECORDED_KINDS = {"prepend_bos": bool, "facts": int, "seed": int}  # the rest of what a circuit records is text
 
@@ -96,18 +88,28 @@ def relations(args: argparse.Namespace) -> tuple[Any, str]:
 
 @command()
 def models(args: argparse.Namespace) -> tuple[Any, str]:
-    """List the built-in model and the families of models that are covered."""
+    """List the built-in model and the families that are covered: what works on each, and how it is checked."""
     from kcwb.models.builtin import builtin_state
-    from kcwb.models.network import FAMILIES
+    from kcwb.models.families import ENCODERS, FAMILIES
 
     built_in = builtin_state()
     families = [
-        {"family": family, "model_type": kind, "edges": True, "nodes": True, "examples": list(EXAMPLES.get(kind, ()))}
-        for kind, family in FAMILIES.items()
+        {"family": one.name, "model_type": kind} | {key: getattr(one, key) for key in (*_WORKS, "checked", "note")}
+        for kind, one in (FAMILIES | ENCODERS).items()
     ]
-    rows = [(one["family"], "yes", "yes", ", ".join(one["examples"])) for one in families]
-    table = _table(("family", "edges", "nodes", "examples, by their names on the Hugging Face hub"), rows)
-    text = f"{built_in['name']} (built in, works offline): {built_in['state']}\n\n{table}\n\nChecked by {_SELF_CHECK}"
+    for row, one in zip(families, (FAMILIES | ENCODERS).values(), strict=True):
+        row["examples"] = list(one.examples)
+    rows = [
+        (row["family"], *("yes" if row[key] else "no" for key in _WORKS), row["checked"], ", ".join(row["examples"]))
+        for row in families
+    ]
+    table = _table(("family", *_WORKS, "tested on a", "examples, by their names on the Hugging Face hub"), rows)
+    notes: dict[str, list[str]] = {}
+    for row in families:
+        notes.setdefault(row["note"], []).append(row["family"])
+    said = "".join(f"\n{', '.join(names)}: {note}." for note, names in notes.items() if note)
+    start = f"{built_in['name']} (built in, works offline): {built_in['state']}"
+    text = f"{start}\n\n{table}\n{said}\n\nChecked, beside tests, by {_SELF_CHECK}"
     return {"built_in": built_in, "families": families, "check": _SELF_CHECK}, text
 
 
@@ -223,6 +225,55 @@ def report(args: argparse.Namespace) -> tuple[Any, str]:
         progress=not args.quiet,
     )
     return {"output": str(path), "parameters": parameters}, f"Written to {path}"
+
+
+@command(
+    option("file", type=Path, metavar="SWEEP.toml", help="models, relations, methods, taus, ablations, store, ..."),
+    option("--scheduler", metavar="ADDRESS", help="compute on the workers of a Dask scheduler, tcp://host:8786"),
+    option("--workers", type=int, metavar="N", help="compute in N processes of this machine (default: in this one)"),
+    option("--quiet", action="store_true", help="show no progress on stderr"),
+)
+def sweep(args: argparse.Namespace) -> tuple[Any, str]:
+    """Find many circuits: every model, relation, method, threshold and ablation of a file.
+
+    The circuits are kept in the store that the file names, and cells that are finished there are not computed again. An
+    example of a file: models = ["smollm2-135m"], relations = ["country_capital"], methods = ["eap-ig"], ablations =
+    ["mean"], store = "results", each on a line; taus, metric, edges, n, seed, template, dtype and device are optional.
+    Relation files and the store are relative to the file.
+    """
+    if args.scheduler is not None and args.workers is not None:
+        raise SettingError("Give either --scheduler or --workers, not both.")
+    if args.workers is not None and args.workers < 1:
+        raise SettingError(f"--workers {args.workers}: there is at least one.")
+    from kcwb.sweep import read_sweep_file, sweep
+
+    settings = read_sweep_file(args.file)
+    with contextlib.ExitStack() as stack:
+        executor = _executor(args, stack)
+        with contextlib.redirect_stderr(io.StringIO()) if args.quiet else contextlib.nullcontext():
+            table = sweep(**settings, executor=executor, progress=not args.quiet)
+    data = _records(table)
+    failed = [row for row in data if row["status"] == "failed"]
+    keys = ("model", "relation", "method", "ablation", "tau", "status", "n_edges", "hit_val", "hit_test", "seconds")
+    rows = [[int(row[key]) if key == "n_edges" and row[key] is not None else row[key] for key in keys] for row in data]
+    text = f"{len(data) - len(failed)} of {len(data)} cells are done, in {settings['store']}\n\n{_table(keys, rows)}"
+    for row in failed:
+        text += f"\n\n{row['model']}, {row['relation']}, {row['method']} failed on {row['worker']}: {row['error']}"
+    return data, text
+
+
+def _executor(args: argparse.Namespace, stack: contextlib.ExitStack) -> Any:
+    """What a sweep is computed by: a cluster, processes, or None for this process."""
+    if args.scheduler is not None:
+        from kcwb.sweep import connect
+
+        return stack.enter_context(connect(args.scheduler)).get_executor(pure=False)
+    if args.workers is not None:
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+
+        return stack.enter_context(ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")))
+    return None
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from kcwb.circuits.ablation import ABLATIONS
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import METHODS, discover
 from kcwb.discovery.selection import SELECTIONS
+from kcwb.models.families import ENCODERS, FAMILIES
 from kcwb.models.loading import load_model
-from kcwb.models.network import FAMILIES
 from kcwb.tasks.metrics import METRICS
 from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import load_relations, relation_files
@@ -107,7 +107,7 @@ def test_version(run) -> None:
 
 def test_the_help_names_every_command(run) -> None:
     text = run("--help").out
-    for name in ("relations", "models", "discover", "completeness"):
+    for name in ("relations", "models", "discover", "completeness", "sweep"):
         assert f"    {name}" in text
         assert run(name, "--help").out.startswith(f"usage: kcwb {name}")
 
@@ -224,17 +224,22 @@ def test_relations_of_a_folder_show_the_files_to_name_them_by(run, file, tmp_pat
 
 
 def test_every_family_has_examples() -> None:
-    assert cli.EXAMPLES.keys() == FAMILIES.keys()
-    assert "facebook/opt-350m" not in cli.EXAMPLES["opt"]  # the one that is refused
+    assert all(one.examples for one in (FAMILIES | ENCODERS).values())
+    assert "facebook/opt-350m" not in FAMILIES["opt"].examples  # the one that is refused
 
 
 def test_models_lists_families_and_the_built_in_model_without_converting_it(run, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("KCWB_CACHE", str(tmp_path / "cache"))
     data, text = json.loads(run("models", "--json").out), run("models").out
     assert data["built_in"]["name"] == "smollm2-135m" and data["built_in"]["converted"] is False
-    assert [one["family"] for one in data["families"]] == [*FAMILIES.values()]
-    assert all(one["edges"] and one["nodes"] for one in data["families"])
-    for words in ("smollm2-135m", *FAMILIES.values(), "gpt2-medium", "self-check at load", data["built_in"]["state"]):
+    families = {one["family"]: one for one in data["families"]}
+    assert [*families] == [one.name for one in (FAMILIES | ENCODERS).values()]
+    assert all(one["nodes"] for one in families.values())
+    assert [name for name, one in families.items() if not one["edges"]] == ["BERT", "RoBERTa"]
+    assert [name for name, one in families.items() if one["editing"]] == [
+        name for name in families if not name.startswith(("Gemma 2", "Gemma 3", "BERT", "RoBERTa"))
+    ]
+    for words in ("smollm2-135m", *families, "gpt2-medium", "self-check at load", data["built_in"]["state"]):
         assert words in text
     assert not (tmp_path / "cache").exists()
 
@@ -309,6 +314,44 @@ def test_an_empty_circuit_is_pointed_out(run, folder, file) -> None:
     done = run("discover", file, "--model", folder, "--edges", 1, "--select", "signed", "--json", "--quiet")
     assert json.loads(done.out)["edges"] == []
     assert done.err.startswith("kcwb: warning: the circuit is empty") and done.err.count("\n") == 1
+
+
+# sweep
+
+
+@pytest.fixture
+def sweep_file(folder, file, tmp_path) -> Path:
+    """A sweep of two cells, one of which has no model."""
+    path = tmp_path / "sweep.toml"
+    models = json.dumps([folder, str(tmp_path / "nowhere")])
+    path.write_text(f"models = {models}\nrelations = ['words.json']\nmethods = ['eap']\nstore = 'store'\nn = 4\n")
+    return path
+
+
+def test_sweep_prints_the_table_keeps_the_circuits_and_says_what_failed(run, sweep_file, tmp_path) -> None:
+    text = run("sweep", sweep_file, "--quiet")
+    assert text.code == 0 and "1 of 2 cells are done" in text.out and "ModelError" in text.out and text.err == ""
+    data = json.loads(run("sweep", sweep_file, "--quiet", "--json").out)
+    assert [one["status"] for one in data] == ["done", "failed"]
+    assert Circuit.load(data[0]["circuit"]).n_edges == data[0]["n_edges"] and data[1]["circuit"] is None
+    assert Path(data[0]["circuit"]).is_relative_to(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "parts"),
+    [
+        ("modles = []", [], ["sweep.toml", "'modles'", "'models'"]),
+        ("models = ['gpt2']\nrelations = ['country_capitol']\nstore = 's'", [], ["'country_capital'"]),
+        ("models = ['a']\nrelations = ['country_capital']\nstore = 's'\nmethods = ['acd']", [], ["'acd'", "'acdc'"]),
+        ("", ["--workers", "0"], ["--workers 0"]),
+        ("", ["--workers", "1", "--scheduler", "tcp://127.0.0.1:1"], ["--scheduler", "--workers"]),
+    ],
+)
+@pytest.mark.usefixtures("no_model")
+def test_a_sweep_that_makes_no_sense_is_one_line_and_needs_no_model(run, tmp_path, text, argv, parts) -> None:
+    (tmp_path / "sweep.toml").write_text(text)
+    assert refused(run("sweep", tmp_path / "sweep.toml", *argv, "--quiet"), *parts)
+    assert not (tmp_path / "s").exists()
 
 
 # completeness

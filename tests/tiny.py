@@ -8,6 +8,7 @@ import torch
 import transformers as T
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from kcwb.models.encoder import Encoder, load_encoder
 from kcwb.models.loading import Model, load_model
 from kcwb.tasks.relations import Fact, Relation
 
@@ -18,6 +19,9 @@ _BASE = dict(
 )
 _GROUPED = dict(_BASE, intermediate_size=48, num_key_value_heads=2)
 _GPT2 = dict(vocab_size=len(WORDS), n_embd=32, n_layer=2, n_head=4, n_positions=64)
+_ENDS = dict(bos_token_id=1, eos_token_id=2)
+_GEMMA = dict(_GROUPED, head_dim=8, query_pre_attn_scalar=16, sliding_window=3)
+_TWO_KINDS = ["sliding_attention", "full_attention"]
 
 
 def tokenizer() -> T.PreTrainedTokenizerFast:
@@ -47,13 +51,45 @@ ARCHITECTURES = {
         T.GPTNeoXConfig(**_BASE, intermediate_size=48, use_parallel_residual=False)
     ),
     "opt": lambda: T.OPTForCausalLM(T.OPTConfig(**_BASE, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=1)),
+    "gptj": lambda: T.GPTJForCausalLM(T.GPTJConfig(**_GPT2, rotary_dim=4, **_ENDS)),
+    "gpt-neo": lambda: T.GPTNeoForCausalLM(
+        T.GPTNeoConfig(
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            max_position_embeddings=64,
+            attention_types=[[["global", "local"], 1]],
+            window_size=3,
+            **_ENDS,
+        )
+    ),
+    "phi": lambda: T.PhiForCausalLM(T.PhiConfig(**_GROUPED)),
+    "phi3": lambda: T.Phi3ForCausalLM(T.Phi3Config(**_GROUPED, pad_token_id=0, sliding_window=3)),
+    "qwen3": lambda: T.Qwen3ForCausalLM(
+        T.Qwen3Config(**_GROUPED, head_dim=16, use_sliding_window=True, sliding_window=3, max_window_layers=1)
+    ),
+    "gemma": lambda: T.GemmaForCausalLM(T.GemmaConfig(**_GROUPED, head_dim=8)),
+    "gemma2": lambda: T.Gemma2ForCausalLM(
+        T.Gemma2Config(**_GEMMA, layer_types=_TWO_KINDS, attn_logit_softcapping=2.0, final_logit_softcapping=5.0)
+    ),
+    "gemma3": lambda: T.Gemma3ForCausalLM(
+        T.Gemma3TextConfig(**_GEMMA, layer_types=_TWO_KINDS, tie_word_embeddings=False)
+    ),
+}
+#: Those where a norm follows the attention: the heads of a layer share its scale.
+POST_NORM = ("gemma2", "gemma3")
+
+ENCODERS = {
+    "bert": lambda: T.BertForMaskedLM(T.BertConfig(**_BASE, intermediate_size=48)),
+    "roberta": lambda: T.RobertaForMaskedLM(T.RobertaConfig(**_BASE, intermediate_size=48, pad_token_id=0)),
 }
 
 
 def tiny_hf(name: str, seed: int = 0, **more: Any) -> Any:
     """A tiny Hugging Face model whose every parameter is random, biases and norms too."""
     torch.manual_seed(seed)
-    module = ARCHITECTURES[name](**more)
+    module = (ARCHITECTURES | ENCODERS)[name](**more)
     with torch.no_grad():
         for parameter in module.parameters():
             offset = 1.0 if parameter.ndim == 1 and bool((parameter == 1).all()) else 0.0
@@ -64,6 +100,13 @@ def tiny_hf(name: str, seed: int = 0, **more: Any) -> Any:
 def tiny_model(name: str, seed: int = 0, **more: Any) -> Model:
     """The same, loaded and self-checked."""
     return load_model(tiny_hf(name, seed, **more), tokenizer(), device="cpu")
+
+
+def tiny_encoder(name: str) -> Encoder:
+    """A tiny encoder; `w89` is its mask."""
+    words = tokenizer()
+    words.mask_token = "w89"
+    return load_encoder(tiny_hf(name), words, device="cpu")
 
 
 def word_relation() -> Relation:

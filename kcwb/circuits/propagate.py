@@ -7,7 +7,10 @@ changes, only nodes that it leads to along kept edges change, and only at the po
 - a node needs the positions that its kept receivers need;
 - a query needs the positions of its head's output, but a key or a value needs all positions.
 
-So a node is needed nowhere, at the answers, or everywhere (`Need`), and most late nodes at the answers alone.
+So a node is needed nowhere, at the answers, or everywhere (`Need`), and most late nodes at the answers alone. Where a
+norm follows the attention (Gemma 2 and 3), what one head of a layer computes changes the scale of all of them: they are
+needed where any of them is, and change together.
+
 `Current.loss_after` evaluates any number of alternatives for one node's output at once; `Current.commit` makes one of
 them the new state.
 """
@@ -44,7 +47,7 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _Heads:
-    """The heads of a layer that change, all needed at the same positions."""
+    """The heads of a layer that change, all needed at the same positions; `rows` are the senders that do with them."""
 
     layer: int
     everywhere: bool
@@ -104,6 +107,7 @@ class Current:
     ) -> None:
         self.network, self.loss, self.kept = network, loss, kept
         self._ablated = ablated
+        self._settles = ablated is None and network.stacked_norms
         prompts = loss.prompts
         self._rows = torch.arange(len(prompts), device=network.device)[:, None]
         self._positions = prompts.positions
@@ -126,6 +130,11 @@ class Current:
             dict(zip("qkv", (network.queries(i, q), network.keys(i, k), network.values(i, v)), strict=True))
             for i, (q, k, v) in enumerate(x.chunk(3) for x in self._heads_read)
         ]
+        self._results = [
+            network.head_results(i, parts["q"], parts["k"], parts["v"])
+            for i, parts in enumerate(self._projected)
+            if network.post_norms
+        ]
         self.needs = [None] * graph.n_senders
 
     def at(self, x: Float[Tensor, "... N T D"], everywhere: bool) -> Float[Tensor, "... N P D"]:
@@ -136,8 +145,10 @@ class Current:
         """Where a sender's output matters, by its kept edges; those must be final."""
         known = self.needs[row]
         if known is None:
-            columns = self.kept[row].nonzero()[:, 0].tolist()
-            known = self.needs[row] = max((self._receiver_need(column) for column in columns), default=Need.NOWHERE)
+            rows = self.network.together(row)
+            columns = self.kept[rows].any(0).nonzero()[:, 0].tolist()
+            known = max((self._receiver_need(column) for column in columns), default=Need.NOWHERE)
+            self.needs[rows] = [known] * (rows.stop - rows.start)
         return known
 
     def _receiver_need(self, column: int) -> Need:
@@ -159,22 +170,26 @@ class Current:
         return self.at(x, everywhere)
 
     def node_output(self, column: int, x: Float[Tensor, "B N P D"]) -> Float[Tensor, "B N P D"]:
-        """What a node writes if a receiver of it reads `x`: keys and values everywhere, others where it is needed."""
+        """What a node writes if a receiver of it reads `x`: keys and values everywhere, others where it is needed.
+
+        Before the norm, if its layer's heads share one.
+        """
         network, graph = self.network, self.network.graph
         layer, place = divmod(column, 3 * graph.n_heads + 1)
+        everywhere = self.need(int(graph.receiver_node[column])) is Need.EVERYWHERE
         if place == 3 * graph.n_heads:
-            return network.mlp(layer, x)
+            return network.mlp(layer, self._settled(x, self.reads(column, everywhere)))
         kind, head = "qkv"[place // graph.n_heads], place % graph.n_heads
-        everywhere = self.need(graph.head_senders(layer).start + head) is Need.EVERYWHERE
+        x = self._settled(x, self.reads(column, everywhere or kind != "q"))
         heads = torch.tensor([head], device=network.device)
         parts = {k: self._cached(layer, k, heads, everywhere) for k in "qkv"}
         parts[kind] = self._project(layer, kind, x[None], heads, everywhere)
-        return self._head_outputs(layer, parts, heads, everywhere)[0]
+        return self._head_results(layer, parts, heads, everywhere)[0]
 
     def plan(self, row: int) -> Plan:
         """What a change of a sender's output reaches; all edges behind it must be final."""
         graph, plan = self.network.graph, Plan(row)
-        self._admit(plan, [row])
+        self._admit(plan, self._together(row))
         place = graph.node(graph.sender_names[row])
         for layer in range(max(0, place.layer), graph.n_layers):
             for need in (Need.EVERYWHERE, Need.ANSWERS):
@@ -210,8 +225,14 @@ class Current:
             places = mine.any(1).nonzero()[:, 0]
             changed[kind] = _Inputs(places, mine[places]) if len(places) else None
         heads = torch.tensor(there, device=device)[chosen.to(device)]
-        plan.steps.append(_Heads(layer, need is Need.EVERYWHERE, heads, heads + first, changed))
-        self._admit(plan, (heads + first).tolist())
+        rows = torch.arange(first, first + graph.n_heads, device=device) if self.network.post_norms else heads + first
+        plan.steps.append(_Heads(layer, need is Need.EVERYWHERE, heads, rows, changed))
+        self._admit(plan, rows.tolist())
+
+    def _together(self, row: int) -> list[int]:
+        """The senders that change with one."""
+        rows = self.network.together(row)
+        return [*range(rows.start, rows.stop)]
 
     def _admit(self, plan: Plan, rows: list[int]) -> None:
         plan.changed += rows
@@ -224,7 +245,10 @@ class Current:
 
     @torch.no_grad()
     def loss_after(self, plan: Plan, output: Float[Tensor, "B N P D"]) -> Float[Tensor, " B"]:
-        """The loss if the plan's node wrote `output` (where it is needed), for each of B alternatives."""
+        """The loss if the plan's node wrote `output` (where it is needed), for each of B alternatives.
+
+        `output` is what `node_output` gives, here and in `commit`.
+        """
         return self.loss(self.network.logits(self._propagate(plan, output, keep=False)))
 
     @torch.no_grad()
@@ -243,13 +267,26 @@ class Current:
         node = int(graph.receiver_node[column])
         everywhere = self.need(node) is Need.EVERYWHERE
         if place == 3 * graph.n_heads:
-            self._write(self._mlps_read[layer], x, everywhere)
+            self._write(self._mlps_read[layer], self._settled(x, self.reads(column, everywhere)), everywhere)
             return
         kind, head = "qkv"[place // graph.n_heads], place % graph.n_heads
+        x = self._settled(x, self.reads(column, everywhere or kind != "q"))
         heads = torch.tensor([head], device=self.network.device)
         new = self._project(layer, kind, x[None, None], heads, everywhere)[0, 0]
         self._write(self._heads_read[layer][place], x, everywhere or kind != "q")
         self._write(self._projected[layer][kind][head], new, everywhere or kind != "q")
+
+    def _settled(self, x: Float[Tensor, "... N P D"], before: Float[Tensor, "... N P D"]) -> Tensor:
+        """`x`, or zeros at positions where it is no more than what rounding left of `before`.
+
+        A difference is rarely an exact zero, where the sum over no senders is one. One norm multiplies what is left by
+        at most a thousand, which does no harm; a second one, of queries, keys or outputs, would make it a number like
+        any other. Done where norms are stacked, under zero ablation.
+        """
+        if not self._settles:
+            return x
+        least = 16 * torch.finfo(x.dtype).eps * before.abs().amax(-1, keepdim=True)
+        return x.masked_fill(x.abs().amax(-1, keepdim=True) <= least, 0.0)
 
     def _write(self, whole: Tensor, part: Tensor, everywhere: bool) -> None:
         if everywhere:
@@ -281,17 +318,27 @@ class Current:
             stack = everywhere if is_everywhere else answers
             return (weights @ stack[: weights.shape[1]].flatten(1)).unflatten(1, stack.shape[1:])
 
-        record(torch.tensor([plan.row], device=output.device), output[None], self.need(plan.row) is Need.EVERYWHERE)
+        place = self.network.graph.node(self.network.graph.sender_names[plan.row])
+        is_everywhere = self.need(plan.row) is Need.EVERYWHERE
+        if place.kind == "head":
+            heads = torch.tensor([place.head], device=output.device)
+            written = self._written(place.layer, heads, output[None], is_everywhere, keep)
+        else:
+            written = output[None]
+        record(torch.tensor(self._together(plan.row), device=output.device), written, is_everywhere)
         for step in plan.steps:
             if isinstance(step, _Mlp):
-                x = self.at(self._mlps_read[step.layer], step.everywhere) + change_of(step.weights, step.everywhere)[0]
+                before = self.at(self._mlps_read[step.layer], step.everywhere)
+                x = self._settled(before + change_of(step.weights, step.everywhere)[0], before)
                 if keep:
                     self._write(self._mlps_read[step.layer], x[0], step.everywhere)
                 row = torch.tensor([step.row], device=output.device)
                 record(row, self.network.mlp(step.layer, x)[None], step.everywhere)
             else:
                 parts = {k: self._changed_part(step, k, change_of, size, keep) for k in "qkv"}
-                record(step.rows, self._head_outputs(step.layer, parts, step.heads, step.everywhere), step.everywhere)
+                results = self._head_results(step.layer, parts, step.heads, step.everywhere)
+                written = self._written(step.layer, step.heads, results, step.everywhere, keep)
+                record(step.rows, written, step.everywhere)
         assert plan.logits is not None  # every plan ends there
         return self.residual + change_of(plan.logits, False)[0]
 
@@ -304,7 +351,8 @@ class Current:
         everywhere = step.everywhere or kind != "q"
         heads = step.heads[inputs.places]
         places = heads + "qkv".index(kind) * self.network.graph.n_heads
-        x = self.at(self._heads_read[step.layer][places], everywhere)[:, None] + change_of(inputs.weights, everywhere)
+        before = self.at(self._heads_read[step.layer][places], everywhere)[:, None]
+        x = self._settled(before + change_of(inputs.weights, everywhere), before)
         new = self._project(step.layer, kind, x, heads, step.everywhere)
         if keep:
             for place, head, one, projected in zip(places.tolist(), heads.tolist(), x[:, 0], new[:, 0], strict=True):
@@ -328,6 +376,19 @@ class Current:
             return self.network.keys(layer, x, heads)
         return self.network.queries(layer, x, heads, None if everywhere else self._positions)
 
-    def _head_outputs(self, layer: int, parts: dict[str, Tensor], heads: Tensor, everywhere: bool) -> Tensor:
+    def _head_results(self, layer: int, parts: dict[str, Tensor], heads: Tensor, everywhere: bool) -> Tensor:
         positions = None if everywhere else self._positions
-        return self.network.head_outputs(layer, parts["q"], parts["k"], parts["v"], heads, positions)
+        return self.network.head_results(layer, parts["q"], parts["k"], parts["v"], heads, positions)
+
+    def _written(
+        self, layer: int, heads: Tensor, results: Float[Tensor, "h B N P D"], everywhere: bool, keep: bool
+    ) -> Float[Tensor, "h B N P D"]:
+        """What heads write, from their results; what all of the layer write, if they share a norm."""
+        if not self.network.post_norms:
+            return results
+        if keep:
+            for head, one in zip(heads.tolist(), results[:, 0], strict=True):
+                self._write(self._results[layer][head], one, everywhere)
+        whole = self.at(self._results[layer], everywhere)[:, None].repeat(1, results.shape[1], 1, 1, 1)
+        whole[heads] = results
+        return self.network.head_shares(layer, whole)

@@ -104,7 +104,7 @@ def acdc_sequential(
     with track(progress, graph.n_receivers, "ACDC") as step:
         for column in receiver_order(graph):
             node = int(graph.receiver_node[column])
-            if node < graph.n_senders and not kept[node].any():
+            if node < graph.n_senders and not kept[model.network.together(node)].any():
                 kept[:, column] = False
             else:
                 for row in kept[:, column].nonzero()[:, 0].flip(0).tolist():

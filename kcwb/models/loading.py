@@ -110,14 +110,14 @@ def load_model(
     SettingError
         If device or precision are not known.
     """
-    device, dtype = _device(device), _dtype(dtype)
+    device, dtype = known_device(device), known_dtype(dtype)
     digest = None
     module: Any
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
             raise SettingError("A tokenizer is only taken beside a model in memory; a named model brings its own.")
         name = str(model)
-        module, tokenizer = _read(name, dtype)
+        module, tokenizer = read_pretrained(name, dtype)
         if name == BUILTIN_NAME and module.dtype == torch.float32:
             digest = builtin_digest()
     else:
@@ -126,7 +126,7 @@ def load_model(
         module = model
         name = str(model.config.name_or_path or type(model).__name__)
     covered_family(module.config)
-    _require_fast(tokenizer, name)
+    require_fast(tokenizer, name)
     module = module.to(device).eval()
     bridge = _wrap(module, tokenizer, name)
     module.requires_grad_(False)  # after wrapping, which makes parameters of its own for fused weights
@@ -138,7 +138,8 @@ def load_model(
     return Model(bridge, tokenizer, network, name, digest, device, network.dtype, bos)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def known_device(device: str | torch.device) -> torch.device:
+    """The device of a name; SettingError if it cannot be used here."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -147,7 +148,8 @@ def _device(device: str | torch.device) -> torch.device:
         raise SettingError(f"The device {device!r} cannot be used here: {error}. Try 'auto' or 'cpu'.") from error
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def known_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The precision of a name; SettingError if it is not known."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in _DTYPES:
@@ -155,10 +157,13 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The Hugging Face module and tokenizer of a name; only a name of the hub may reach the network."""
+def read_pretrained(name: str, dtype: torch.dtype, masked: bool = False) -> tuple[Any, Any]:
+    """The Hugging Face module and tokenizer of a name; only a name of the hub may reach the network.
+
+    `masked` reads a masked language model; otherwise the model is a causal one.
+    """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
     from transformers.utils import logging
 
     local = name == BUILTIN_NAME or Path(name).is_dir()
@@ -167,7 +172,8 @@ def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if local:
         logging.disable_progress_bar()
     try:
-        module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
+        kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        module = kind.from_pretrained(source, dtype=dtype, local_files_only=local)
         return module, AutoTokenizer.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = f"{' '.join(str(error).split()):.300}"
@@ -180,7 +186,8 @@ def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             logging.enable_progress_bar()
 
 
-def _require_fast(tokenizer: Any, name: str) -> None:
+def require_fast(tokenizer: Any, name: str) -> None:
+    """Raise ModelError if a tokenizer reports no character offsets."""
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"The tokenizer of {name} reports no character offsets, which are needed to find a subject's tokens. "

@@ -17,7 +17,8 @@ from kcwb.analysis.dla import (
     token_directions,
 )
 from kcwb.analysis.positions import GROUPS, check_prompts, position_groups, says_its_object, without_copies
-from kcwb.errors import CircuitError, DataError
+from kcwb.errors import CircuitError, DataError, ModelError
+from kcwb.models.families import FAMILIES
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model, load_model
 from kcwb.tasks.prompts import Prompts, encode
@@ -25,6 +26,12 @@ from kcwb.tasks.relations import Fact, load_relation
 from tests.tiny import ARCHITECTURES, tiny_hf, tokenizer
 
 TEMPLATE = "w80 {} w81 w82"
+
+
+@pytest.fixture
+def every_family(monkeypatch) -> None:
+    """Roles are refused on families whose norms follow the attention; the split by source is exact there as well."""
+    monkeypatch.setattr("kcwb.models.network.Network.require", lambda *_: None)
 
 
 def some_prompts(model: Model, n: int = 5, template: str = TEMPLATE) -> Prompts:
@@ -43,7 +50,7 @@ def senders_at_end(model: Model, prompts: Prompts) -> tuple[torch.Tensor, torch.
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_sources_and_bias_sum_to_the_heads_attribution(tiny, name):
+def test_sources_and_bias_sum_to_the_heads_attribution(tiny, every_family, name):
     """The attribution of a whole head: its output as the forward pass has it, along the token's direction."""
     model = tiny(name)
     prompts = some_prompts(model)
@@ -58,7 +65,7 @@ def test_sources_and_bias_sum_to_the_heads_attribution(tiny, name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "opt", "gemma3"])
-def test_all_nodes_and_constants_sum_to_the_logit_above_the_mean(tiny, name):
+def test_all_nodes_and_constants_sum_to_the_logit_above_the_mean(tiny, every_family, name):
     """What ties scale, gain and centring down: nothing of the model's own logits is left over."""
     model = tiny(name)
     network, prompts = model.network, some_prompts(model)
@@ -168,6 +175,16 @@ def test_a_table_by_token_sums_to_the_attribution(tiny):
 
 
 # --- what is refused ---
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_families_without_roles_are_refused(tiny, name):
+    model = tiny(name)
+    if FAMILIES[model.network.family].roles:
+        attribute(model, some_prompts(model, n=1))
+    else:
+        with pytest.raises(ModelError, match="not covered on"):
+            attribute(model, some_prompts(model, n=1))
 
 
 def test_a_subject_that_is_not_before_end_is_refused(tiny):

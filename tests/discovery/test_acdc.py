@@ -138,7 +138,7 @@ def test_logits_decide_alike_with_and_without_the_shares_of_each_sender(tiny, wo
     task = make_task(model, words, n=3)
     cuts, loss = make_ablation(model, task, "mean"), make_loss(model, task.val)
     shared = acdc(Search(model, loss, cuts, tau=0.02))
-    monkeypatch.setattr("kcwb.discovery.acdc._SHARE_BYTES", 0)
+    monkeypatch.setattr("kcwb.discovery.acdc._SHARES", 0)
     direct = acdc(Search(model, loss, cuts, tau=0.02))
     assert torch.equal(direct.kept, shared.kept)
     torch.testing.assert_close(direct.increases, shared.increases, atol=1e-5, rtol=1e-3, equal_nan=True)

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
-from kcwb.models.network import Network
 from tests.tiny import ARCHITECTURES, WORDS
 
 
-def by_the_definition(network: Network, tokens: Tensor, kept: Tensor, ablated: Tensor | None) -> Tensor:
-    """Each receiver's input is a sum over senders, taken one by one; each head is computed alone. Returns logits."""
-    graph = network.graph
+def by_the_definition(model: Model, tokens: Tensor, kept: Tensor, ablated: Tensor | None) -> Tensor:
+    """Each receiver's input is a sum over senders, taken one by one; each head is computed alone. Returns logits.
+
+    Where a norm follows the attention, a head's share is its own result over the root mean square of all heads' sum,
+    times the gain.
+    """
+    network, graph = model.network, model.graph
     outputs: list[Tensor] = [network.embed(tokens)]
 
     def read(column: int, layers_of_bias: int) -> Tensor:
@@ -37,7 +40,11 @@ def by_the_definition(network: Network, tokens: Tensor, kept: Tensor, ablated: T
             only = torch.tensor([head])
             q, k, v = (read(start + kind * graph.n_heads + head, layer)[None] for kind in range(3))
             q, k, v = network.queries(layer, q, only), network.keys(layer, k, only), network.values(layer, v, only)
-            heads.append(network.head_outputs(layer, q, k, v, only)[0])
+            heads.append(network.head_results(layer, q, k, v, only)[0])
+        if network.post_norms:
+            norm = model.bridge.blocks[layer].ln1_post.original_component
+            size = (torch.stack(heads).sum(0).pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+            heads = [head / size * (1 + norm.weight) for head in heads]
         mlp_before_heads = network.mlp(layer, read(graph.mlp_receiver(layer), layer)) if graph.parallel else None
         outputs += heads
         outputs.append(
@@ -52,12 +59,13 @@ def by_the_definition(network: Network, tokens: Tensor, kept: Tensor, ablated: T
 @pytest.mark.parametrize("ablation", ["zero", "any"])
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_any_mask_equals_the_definition(tiny, architecture: str, ablation: str, share: float) -> None:
-    network = tiny(architecture).network
+    model = tiny(architecture)
+    network = model.network
     tokens = torch.randint(len(WORDS), (2, 6))
     kept = network.graph.exists & (torch.rand(network.graph.exists.shape) < share)
     ablated = None if ablation == "zero" else torch.randn(network.graph.n_senders, 2, 6, network.d_model)
     ours = network.logits(forward(network, tokens, kept=kept, ablated=ablated).residual)
-    torch.testing.assert_close(ours, by_the_definition(network, tokens, kept, ablated), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, by_the_definition(model, tokens, kept, ablated), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -77,7 +85,10 @@ def test_all_edges_cut_under_resample_is_the_corrupted_run(tiny, architecture: s
     assert (model.network.logits(cut) - model.logits(corrupted)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mistral-window", "qwen2", "neox", "neox-sequential"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["gpt2", "llama", "mistral-window", "qwen2", "qwen3", "neox", "neox-sequential", "gemma", "gemma2", "gemma3"],
+)
 def test_cutting_an_edge_equals_the_same_intervention_through_the_bridge(tiny, architecture: str) -> None:
     model = tiny(architecture)
     graph, bridge = model.graph, model.bridge
@@ -130,7 +141,7 @@ def bridge_cut(model: Model, column: int, output: Tensor) -> tuple[str, Callable
     return f"blocks.{place.layer}.attn.hook_{name[-2]}_input", one_head
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "opt", "neox"])
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "neox", "gemma2"])
 def test_senders_sum_to_the_residual_stream(tiny, architecture: str) -> None:
     network = tiny(architecture).network
     run = forward(network, torch.randint(len(WORDS), (2, 5)), senders=True)

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers as T
 
-from kcwb.errors import ModelError
+from kcwb.errors import KcwbError, ModelError
 from kcwb.models.forward import forward
 from kcwb.models.loading import load_model
-from tests.tiny import ARCHITECTURES, WORDS, tiny_hf, tokenizer
+from tests.tiny import ARCHITECTURES, POST_NORM, WORDS, tiny_hf, tokenizer
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -33,14 +33,14 @@ def test_a_sliding_window_hides_what_is_older(tiny) -> None:
     assert not torch.allclose(before[6], after[6])
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "neox", "opt"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "qwen3", "neox", "opt", "gptj", "gemma3"])
 def test_heads_and_positions_can_be_chosen(tiny, architecture: str) -> None:
     network = tiny(architecture).network
     x = torch.randn(4, 2, 7, network.d_model)
     q, k, v = network.queries(0, x), network.keys(0, x), network.values(0, x)
-    every = network.head_outputs(0, q, k, v)
+    every = network.head_results(0, q, k, v)
     heads, positions = torch.tensor([3, 1]), torch.tensor([2, 6])
-    some = network.head_outputs(
+    some = network.head_results(
         0,
         network.queries(0, x[heads][..., positions, :], heads, positions),
         network.keys(0, x[heads], heads),
@@ -92,6 +92,45 @@ def test_an_edit_of_the_model_is_seen(tiny) -> None:
     assert torch.equal(before, forward(model.network, tokens).residual)
 
 
+@pytest.mark.parametrize("architecture", POST_NORM)
+def test_heads_that_share_a_norm_add_up_to_it_and_are_given_all_or_none(tiny, architecture: str) -> None:
+    model = tiny(architecture)
+    network, block = model.network, model.bridge.blocks[1]
+    x = torch.randn(1, 2, 5, network.d_model)
+    q, k, v = network.queries(1, x), network.keys(1, x), network.values(1, x)
+    results = network.head_results(1, q, k, v)
+    normed = block.ln1_post.original_component(results.sum(0))
+    torch.testing.assert_close(network.head_outputs(1, q, k, v).sum(0), normed)
+    with pytest.raises(KcwbError, match=r"Gemma.*share a norm"):
+        network.head_outputs(1, q[:1], k[:1], v[:1], torch.tensor([0]))
+    first = network.graph.head_senders(1)
+    assert [network.together(row) for row in (0, first.start + 2, first.stop)] == [
+        slice(0, 1),
+        first,
+        slice(first.stop, first.stop + 1),
+    ]
+
+
+def test_what_is_not_defined_under_post_norms_is_refused(tiny) -> None:
+    for what in ("roles", "editing"):
+        tiny("gemma").network.require(what)
+        with pytest.raises(ModelError, match=r"not covered on Gemma 2: a norm follows"):
+            tiny("gemma2").network.require(what)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "qwen3", "gptj"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_passes_the_self_check(architecture: str, dtype: torch.dtype) -> None:
+    model = load_model(tiny_hf(architecture).to(dtype), tokenizer(), device="cpu")
+    x = torch.randn(2, model.network.d_model, dtype=dtype)
+    assert model.network.logits_of_shares(model.network.logit_shares(x), x).dtype == dtype
+
+
+def tiny_gemma(**more: object) -> T.PreTrainedModel:
+    small = dict(vocab_size=94, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    return T.Gemma3ForCausalLM(T.Gemma3TextConfig(**small, num_key_value_heads=1, head_dim=16, **more))
+
+
 @pytest.mark.parametrize(
     ("module", "words"),
     [
@@ -110,9 +149,40 @@ def test_an_edit_of_the_model_is_seen(tiny) -> None:
             ),
             "post-layer-norm",
         ),
+        (lambda: tiny_gemma(attention_bias=True), "Gemma 2 or 3 with attention biases"),
+        (lambda: tiny_gemma(use_bidirectional_attention=True), "both directions"),
+        (
+            lambda: T.PhiForCausalLM(
+                T.PhiConfig(
+                    vocab_size=94,
+                    hidden_size=32,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    intermediate_size=48,
+                    qk_layernorm=True,
+                )
+            ),
+            "Phi with query and key norms",
+        ),
     ],
 )
 def test_an_architecture_that_is_not_covered_is_refused_with_those_that_are(module, words: str) -> None:
     with pytest.raises(ModelError, match=words) as error:
         load_model(module(), tokenizer())
     assert "GPT-2" in str(error.value) and "Pythia" in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_down_projection_is_the_models_own(tiny, architecture: str) -> None:
+    """What edits write to: a change of it, in place, changes the Hugging Face model as it changes the network."""
+    model = tiny(architecture)
+    weight, tokens = model.network.layers[1].W_out, torch.randint(len(WORDS), (1, 4))
+    before, saved = model.logits(tokens), weight.clone()
+    try:
+        weight.mul_(1.5).add_(0.1)
+        edited = model.logits(tokens)
+        ours = model.network.logits(forward(model.network, tokens).residual)
+    finally:
+        weight.copy_(saved)
+    assert (edited - before).abs().max() > 1e-3 and (ours - edited).abs().max() < 1e-4
+    assert torch.equal(model.logits(tokens), before)

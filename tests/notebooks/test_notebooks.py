@@ -212,3 +212,10 @@ def test_head_roles_follows_a_fact_and_says_what_holds(tmp_path):
     verdicts = shown(executed, "verdicts.style")
     assert "too few to say" in verdicts and "most movers hold one by one" in verdicts
     no_warnings(executed)
+
+
+@pytest.mark.model
+def test_editing_changes_a_fact_and_weighs_the_papers_account(tmp_path):
+    executed = run("05_editing", tmp_path, edits=2, compared=1, prefixes=2, draws=10, size=80)
+    assert shown(executed, "account(")
+    no_warnings(executed)

@@ -1,0 +1,181 @@
+"""The logit lens: what the residual stream says after each layer, and at which layer a fact arrives.
+
+After each block the residual stream is read as if the model ended there, W_U . LN_final(residual)
+(nostalgebraist 2020; as Figure 3 of Knowledge Circuits, arXiv 2405.17969):
+
+- `object`: the answer's first token, at END;
+- `subject`: the first token of the subject, as it would follow the prompt, at END;
+- `object, subject's tokens`: the object at that one of the subject's tokens where it stands best.
+
+Layer l means after block l; layer -1 is the embedding alone. The last layer is the model's own answer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kcwb.analysis.completeness import proportion_interval
+from kcwb.analysis.positions import split_of, without_copies
+from kcwb.errors import DataError, nearest
+from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.loading import Model
+from kcwb.progress import Progress, track
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, answer_tokens, check_same_weights, rank_of
+
+#: What is looked for, and where.
+WHO = ("object", "subject", "object, subject's tokens")
+_RESAMPLES = 9999
+
+
+def lens(
+    model: Model,
+    task: Task,
+    *,
+    fact: str | None = None,
+    split: str = "val",
+    seed: int = 0,
+    progress: Progress = True,
+) -> pd.DataFrame:
+    """Rank and probability of object and subject after each layer, over a task's facts or for one of them.
+
+    Parameters
+    ----------
+    model, task
+        The full model is run. A fact whose object begins with a token of its subject is left out with a warning.
+    fact
+        The subject of one fact of D_val or D_test; None for all facts of a split.
+    split
+        `val` or `test`; not read when a fact is named.
+    seed
+        Of the bootstrap.
+    progress
+        Reported per layer.
+
+    Returns
+    -------
+    DataFrame
+        One row per layer, quantity and `who` (see the top of this module): `layer`, `quantity`, `who`, `value`, `low`,
+        `high` (95% bootstrap interval over facts, 9,999 resamples; NaN for a single fact), `facts`. The quantities:
+
+        - `rank`: the geometric mean of the ranks, from 1 (ranks run from 1 to the size of the vocabulary, and one fact
+          at rank 30,000 would outweigh all others in a plain mean);
+        - `probability`: the mean probability;
+        - `hit_10`: the share of facts with a rank of at most 10.
+
+    Raises
+    ------
+    DataError
+        If the named fact is not in the task, or no fact is left.
+    """
+    table = lens_by_fact(model, task, fact=fact, split=split, progress=progress)
+    table["hit_10"] = (table["rank"] <= KNOWN_RANK).astype(float)
+    rows = []
+    for (layer, who), some in table.groupby(["layer", "who"], sort=False):
+        logs = np.log(some["rank"].to_numpy(dtype=float))
+        rows.append((layer, "rank", who, *(math.exp(x) for x in _mean(logs, seed)), len(some)))
+        for quantity in ("probability", "hit_10"):
+            values = some[quantity].to_numpy(dtype=float)
+            low, high = proportion_interval(values, seed) if len(values) > 1 else (math.nan, math.nan)
+            rows.append((layer, quantity, who, values.mean(), low, high, len(some)))
+    found = pd.DataFrame(rows, columns=["layer", "quantity", "who", "value", "low", "high", "facts"])
+    return found.sort_values(["quantity", "who", "layer"], kind="stable").reset_index(drop=True)
+
+
+def lens_by_fact(
+    model: Model, task: Task, *, fact: str | None = None, split: str = "val", progress: Progress = True
+) -> pd.DataFrame:
+    """The same fact by fact: `subject`, `object`, `layer`, `who`, `rank` (from 1), `probability`."""
+    check_same_weights(model, task)
+    prompts = without_copies(model, split_of(task, split) if fact is None else _one_fact(task, fact))
+    if not len(prompts):
+        raise DataError(f"The split {split!r} of {task.relation.name} has no facts; make the task with more.")
+    parts = []
+    chunks = list(prompt_chunks(model.network, prompts.tokens))
+    with track(progress, len(chunks) * (model.graph.n_layers + 1), "lens") as step:
+        for rows in chunks:
+            part = prompts.select(range(len(prompts))[rows])
+            run = forward(model.network, part.tokens, receivers=True)
+            assert run.receivers is not None  # asked for in the line above
+            stream = [x[0] for x, _ in run.receivers]
+            firsts = [answer_tokens(model, task.template, fact.subject, fact.subject)[0] for fact in part.facts]
+            subjects = torch.tensor(firsts, device=model.device)
+            for layer, residual in enumerate([*stream, run.residual], start=-1):
+                parts.append(_read_layer(model, part, subjects, residual).assign(layer=layer))
+                step()
+    columns = ["subject", "object", "layer", "who", "rank", "probability"]
+    return pd.concat(parts)[columns].sort_values("layer", kind="stable").reset_index(drop=True)
+
+
+def arrival(
+    model: Model, task: Task, *, fact: str | None = None, split: str = "val", progress: Progress = True
+) -> pd.DataFrame:
+    """At which layer each fact arrives: where its object is first among the ten likeliest tokens.
+
+    Returns
+    -------
+    DataFrame
+        One row per fact: `subject`, `object`; `at_subject`, the first layer where the object has rank 10 or better at
+        one of the subject's tokens; `at_end`, the same at END; `stays`, the layer from which on it keeps that at END
+        until the model's answer; `rank`, that of the answer. Missing (NA) where it never does.
+    """
+    table = lens_by_fact(model, task, fact=fact, split=split, progress=progress)
+    rows = []
+    for (subject, obj), some in table.groupby(["subject", "object"], sort=False):
+        ranks = some.pivot(index="layer", columns="who", values="rank")
+        at_end, at_subject = ranks[WHO[0]] <= KNOWN_RANK, ranks[WHO[2]] <= KNOWN_RANK
+        kept = at_end[::-1].cummin()[::-1]
+        firsts = [hits.index[hits.to_numpy()].min() if hits.any() else pd.NA for hits in (at_subject, at_end, kept)]
+        rows.append((subject, obj, *firsts, ranks[WHO[0]].iloc[-1]))
+    found = pd.DataFrame(rows, columns=["subject", "object", "at_subject", "at_end", "stays", "rank"])
+    return found.astype(dict.fromkeys(["at_subject", "at_end", "stays", "rank"], "Int64"))
+
+
+def _one_fact(task: Task, subject: str) -> Prompts:
+    for prompts in (task.val, task.test):
+        for row, fact in enumerate(prompts.facts):
+            if fact.subject == subject:
+                return prompts.select([row])
+    known = [fact.subject for prompts in (task.val, task.test) for fact in prompts.facts]
+    raise DataError(f"The task of {task.relation.name} has no fact about {subject!r:.60}. {nearest(subject, known)}")
+
+
+@torch.no_grad()
+def _read_layer(
+    model: Model, prompts: Prompts, subjects: Int[Tensor, " N"], residual: Float[Tensor, "N T D"]
+) -> pd.DataFrame:
+    """Rank and probability of what is looked for, one row per prompt and `who`."""
+    rows = torch.arange(len(prompts), device=residual.device)
+    at_end = model.network.logits(residual[rows, prompts.ends]).float()
+    spans = [range(*span) for span in zip(prompts.subject_start.tolist(), prompts.subject_stop.tolist(), strict=True)]
+    places = torch.tensor([(n, s) for n, span in enumerate(spans) for s in span], device=residual.device)
+    at_subject = model.network.logits(residual[places[:, 0], places[:, 1]]).float()
+    there = _standing(at_subject, prompts.answers[places[:, 0], 0]).assign(row=places[:, 0].tolist())
+    best = there.groupby("row").agg(rank=("rank", "min"), probability=("probability", "max"))
+    looked_for = {
+        WHO[0]: _standing(at_end, prompts.answers[:, 0]),
+        WHO[1]: _standing(at_end, subjects),
+        WHO[2]: best.reset_index(drop=True),
+    }
+    facts = pd.DataFrame(prompts.facts, columns=["subject", "object"])
+    return pd.concat(pd.concat([facts, found], axis=1).assign(who=who) for who, found in looked_for.items())
+
+
+def _standing(logits: Float[Tensor, "n V"], tokens: Int[Tensor, " n"]) -> pd.DataFrame:
+    """Ranks and probabilities of tokens."""
+    probability = logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    return pd.DataFrame({"rank": rank_of(logits, tokens).tolist(), "probability": probability.tolist()})
+
+
+def _mean(values: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """A mean and its 95% percentile bootstrap interval (NaN for a single value)."""
+    if len(values) < 2:
+        return float(values.mean()), math.nan, math.nan
+    draws = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)

@@ -1,0 +1,633 @@
+"""The circuit before and after an edit, and which way the edit takes to the answer.
+
+Knowledge Circuits (arXiv 2405.17969) claims that ROME acts through the circuit (the new object is written at the
+subject and carried to END by mover heads), and that FT-M writes straight at the edited layer, whatever the circuit
+does. Measured here, for one edit that turns the old object into the new one:
+
+- **circuits** of the same size on the fact's own prompt: for the old object before the edit, and for the new one after
+  it. They also differ because they answer differently, so two more stand beside them: the unedited model's circuit for
+  the new object, and its circuit for the old object in other words (the paraphrase null);
+- **layers**: where the edges are that only one of the two circuits has. An edge counts half for each of its ends, so
+  that shares add up to 1; beside it stands the layer's share of the circuits' nodes;
+- **lens**: rank and probability of both objects after each layer, at END and at the subject's last token;
+- **roles**: D_S and D_R (`kcwb.analysis.heads`) of each head of the circuits for the object that the model now says.
+  One prompt has no standard error, so a head counts here from |D_S| + |D_R| >= 0.1 logits;
+- **transport**: TE = (LD_edit - LD_patched) / (LD_edit - LD_clean), LD the logit of the new object minus the old one's
+  at END; patched: the edited model, into which some outputs of the unedited run are put back. TE is 1 if all of the
+  edit's effect goes through them, 0 if none does. Put back are the relation's strongest mover heads at END, random
+  sets of heads with as many in each layer, and the edited MLP's outputs at the subject, at END and elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kcwb.analysis.compare import compare_circuits
+from kcwb.analysis.dla import attribute
+from kcwb.analysis.heads import RATIO, head_roles
+from kcwb.analysis.positions import check_prompts, position_groups
+from kcwb.circuits.ablation import Ablation, make_ablation
+from kcwb.circuits.circuit import Circuit
+from kcwb.discovery.attribution import attribution_scores
+from kcwb.discovery.selection import select_edges
+from kcwb.editing.edit import Edit, EditError, edit
+from kcwb.editing.passes import Block, run_block
+from kcwb.editing.scores import EditCase, mean_interval
+from kcwb.errors import DataError, SettingError
+from kcwb.models.graph import Graph
+from kcwb.models.loading import Model
+from kcwb.models.network import Network
+from kcwb.progress import Progress, track
+from kcwb.tasks.metrics import make_loss
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights, encode, make_task, rank_of
+from kcwb.tasks.relations import Fact
+
+#: Logits: the least |D_S| + |D_R| with which a head has a role on a single prompt.
+LEAST_LOGITS = 0.1
+_STEPS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class EditComparison:
+    """What `compare_edit` found; see the module's text.
+
+    Attributes
+    ----------
+    edit
+        The edit.
+    circuits
+        `before`, `after`, `new answer` (unedited) and `paraphrase` (unedited).
+    overlap
+        Each of the last three against `before`: `edges` of either, `edge_iou`, `node_jaccard`.
+    layers
+        One row per layer: `layer`, `edited`, `change` (its share of the edges that differ between before and after),
+        `change_paraphrase` (the same against the paraphrase), `nodes` (its share of nodes).
+    lens
+        As `kcwb.analysis.lens.lens` has it, with a `state`, `before` or `after`: `quantity` (`rank`, `probability`),
+        `who` (`old, END`, `new, subject`, ...), `value`.
+    roles
+        One row per head of the circuits before and after: `node`, `mover` (of the relation), and `D_S`, `D_R`, `role`
+        with the ending `_before` (old object, unedited) and `_after` (new object, edited).
+    transport
+        One row per thing put back: `what`, `TE`, and for `random heads` the 95% range of the draws in `low`, `high`.
+    p
+        The share of random head sets (this one counted in) whose TE is at least that of the mover heads.
+    """
+
+    edit: Edit
+    circuits: Mapping[str, Circuit]
+    overlap: pd.DataFrame
+    layers: pd.DataFrame
+    lens: pd.DataFrame
+    roles: pd.DataFrame
+    transport: pd.DataFrame
+    p: float
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """The numbers of one edit, for statistics over many."""
+        row: dict[str, float] = {}
+        for name, key in (("after", ""), ("new answer", "_answer"), ("paraphrase", "_paraphrase")):
+            row[f"edge_iou{key}"] = float(self.overlap.loc[name, "edge_iou"])  # pyright: ignore[reportArgumentType]
+            row[f"node_jaccard{key}"] = float(self.overlap.loc[name, "node_jaccard"])  # pyright: ignore
+        edited = self.layers[self.layers["edited"]]
+        row["edited_share"], row["node_share"] = edited["change"].sum(), edited["nodes"].sum()
+        row["edited_share_paraphrase"] = edited["change_paraphrase"].sum()
+        ranks = self.lens[self.lens["quantity"] == "rank"].set_index(["state", "who", "layer"])["value"].sort_index()
+        last = int(self.lens["layer"].max())
+        for state in ("before", "after"):
+            for who in ("old", "new"):
+                row[f"rank_{who}_{state}"] = float(ranks[state, f"{who}, END", last])
+        for place in ("subject", "END"):
+            reached = ranks["after", f"new, {place}"] <= KNOWN_RANK
+            row[f"arrival_{place}"] = float(reached.index[reached].min()) if reached.any() else math.nan
+        before, after = self.roles["role_before"], self.roles["role_after"]
+        row["roles_changed"] = float((before != after).mean()) if len(before) else math.nan
+        movers = before == "mover"
+        row["movers_kept"] = float((after[movers] == "mover").mean()) if movers.any() else math.nan
+        names = {"mover heads": "te_movers", "random heads": "te_random", "edited MLP, subject": "te_subject"}
+        names |= {"edited MLP, END": "te_end", "edited MLP, elsewhere": "te_elsewhere"}
+        row |= {names[what]: float(te) for what, te in zip(self.transport["what"], self.transport["TE"], strict=True)}
+        return {**row, "p": self.p}
+
+
+def compare_edit(
+    model: Model,
+    made: Edit,
+    task: Task,
+    *,
+    paraphrase: str | None = None,
+    edges: int = 300,
+    movers: int | Sequence[str] = 10,
+    draws: int = 100,
+    seed: int = 0,
+    progress: Progress = True,
+) -> EditComparison:
+    """Compare the model before and after one edit; afterwards the model is as it was.
+
+    Parameters
+    ----------
+    model
+        The model that the edit was made for, as it was then.
+    made
+        The edit, not in the weights now; of several requests, the first is looked at.
+    task
+        A task of the fact's relation in the edited template, made with the unedited model: its reference prompts are
+        what cut edges deliver (mean ablation), its D_val tells the mover heads.
+    paraphrase
+        The fact in other words, with `{}`. Default: the relation's next zero-shot template.
+    edges
+        The circuits' size, after dangling edges are dropped (the nearest that the scores give).
+    movers
+        How many mover heads are put back, those of largest D_S; or their names.
+    draws
+        Random sets of heads.
+    seed
+        Of those, and of head roles.
+    progress
+        Reported per step.
+
+    Raises
+    ------
+    DataError
+        If old and new object start with the same token, no head is a mover, or there is no paraphrase.
+    SettingError
+        If the task is not in the edit's template, or a setting cannot be meant.
+    EditError
+        If the edit is in the weights, or was made for other ones.
+    """
+    _check(model, made, task, edges, draws)
+    fact, new = made.facts[0], Fact(made.facts[0].subject, made.targets[0])
+    other = _paraphrase_of(task) if paraphrase is None else paraphrase
+    asked = {answer: _asked(model, task, answer, made.templates[0]) for answer in (fact, new)}
+    tokens = torch.stack([asked[fact].answers[0, 0], asked[new].answers[0, 0]])
+    if tokens[0] == tokens[1]:
+        raise DataError(f"{fact.object!r:.60} and {new.object!r:.60} start with the same token; choose another target.")
+    check_prompts(asked[fact])
+    with track(progress, 7, "comparing") as step:
+        names = strongest_movers(model, task, movers, seed) if isinstance(movers, int) else list(movers)
+        step(note="mover heads")
+        cuts = make_ablation(model, task, "mean")
+        circuits = {"before": _circuit(model, task, fact, task.template, cuts, edges)}
+        step(note="circuit before")
+        circuits["new answer"] = _circuit(model, task, new, task.template, cuts, edges)
+        step(note="circuit of the new object")
+        reworded = replace(task, reference=encode(model, task.reference.facts, other, task.relation.objects))
+        circuits["paraphrase"] = _circuit(model, reworded, fact, other, make_ablation(model, reworded, "mean"), edges)
+        step(note="circuit of the paraphrase")
+        prompt = asked[fact].select([0])
+        ends = int(prompt.ends[0])
+        clean = _trace(model.network, prompt.tokens[:, : ends + 1])
+        lens = [_lens(model, prompt, clean, tokens, "before")]
+        roles = _contributions(model, prompt, tokens)
+        with made:
+            circuits["after"] = _circuit(model, task, new, task.template, make_ablation(model, task, "mean"), edges)
+            step(note="circuit after")
+            edited = _trace(model.network, prompt.tokens[:, : ends + 1])
+            lens.append(_lens(model, prompt, edited, tokens, "after"))
+            roles_after = _contributions(model, prompt, tokens)
+            step(note="lens and roles")
+            transport, p = _transport(model, made, prompt, clean, edited, tokens, names, draws, seed)
+            step(note="transport")
+    return EditComparison(
+        edit=made,
+        circuits=circuits,
+        overlap=_overlap(circuits),
+        layers=_layers(model.graph, made.layers, circuits),
+        lens=pd.concat(lens, ignore_index=True),
+        roles=_roles(circuits, names, roles[..., 0], roles_after[..., 1]),
+        transport=transport,
+        p=p,
+    )
+
+
+def _check(model: Model, made: Edit, task: Task, edges: int, draws: int) -> None:
+    if made.active:
+        raise EditError(f"{made} is in the weights; undo it first, so that there is a before.")
+    if made.parameters.get("model") != model.digest:
+        raise EditError(f"{made} was made for other weights than those of {model.name}; make it again.")
+    check_same_weights(model, task)
+    if task.template != made.templates[0]:
+        raise SettingError(
+            f"The task asks {task.template!r:.120}, the edit {made.templates[0]!r:.120}; use one template."
+        )
+    if draws < 1 or not 1 <= edges <= model.graph.n_edges:
+        raise SettingError(f"edges={edges}, draws={draws}: 1 to {model.graph.n_edges:,} edges, and at least 1 draw.")
+
+
+def _paraphrase_of(task: Task) -> str:
+    others = [text for text in task.relation.prompt_templates_zs if text != task.template]
+    if not others:
+        raise DataError(f"{task.relation.name} has no other template; give one: paraphrase='... {{}} ...'.")
+    return others[0]
+
+
+def strongest_movers(model: Model, task: Task, n: int = 10, seed: int = 0) -> list[str]:
+    """The mover heads of a task with the largest D_S, at most n; DataError if there is none."""
+    if n < 1:
+        raise SettingError(f"movers={n}: at least 1.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of facts that are left out
+        table = head_roles(model, None, task, shuffles=50, resamples=1, seed=seed, progress=False)
+    names = table[table["role"] == "mover"].sort_values("D_S", ascending=False)["node"].tolist()
+    if not names:
+        raise DataError(
+            f"No head is a mover of {task.relation.name} in {task.template!r:.120}; name some: movers=[...]."
+        )
+    return names[:n]
+
+
+# --- circuits ---
+
+
+def _asked(model: Model, task: Task, fact: Fact, template: str) -> Prompts:
+    return encode(model, [fact], template, task.relation.objects)
+
+
+def _circuit(model: Model, task: Task, fact: Fact, template: str, cuts: Ablation, edges: int) -> Circuit:
+    """The circuit of one prompt with one answer, by EAP-IG under mean ablation, at a size."""
+    loss = make_loss(model, _asked(model, task, fact, template), "nll")
+    scores = attribution_scores(model, loss, cuts, steps=_STEPS)
+    provenance = {
+        "method": "eap-ig",
+        "ablation": "mean",
+        "metric": "nll",
+        "model": {"name": model.name, "digest": model.digest},
+        "template": template,
+        "facts": [[fact.subject, fact.object]],
+        "parameters": {"edges": edges, "select": "signed", "steps": _STEPS},
+    }
+    return replace(matched_circuit(model.graph, scores, edges), provenance=provenance)
+
+
+def matched_circuit(graph: Graph, scores: Float[Tensor, "S R"], edges: int) -> Circuit:
+    """The edges of highest score, as many as leave the number nearest to `edges` once dangling ones are dropped."""
+    scores = scores.masked_fill(~graph.exists, math.nan).float()
+
+    def of(asked: int) -> Circuit:
+        kept = select_edges(graph, scores.nan_to_num(0.0), edges=asked)
+        return Circuit(graph, kept, scores).without_dangling()
+
+    low, high = 0, min(2 * edges, graph.n_edges)
+    while high < graph.n_edges and of(high).n_edges < edges:
+        low, high = high, min(2 * high, graph.n_edges)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if of(middle).n_edges < edges else (low, middle)
+    best, above = of(max(low, 1)), of(high)
+    return best if edges - best.n_edges < above.n_edges - edges else above
+
+
+def _overlap(circuits: Mapping[str, Circuit]) -> pd.DataFrame:
+    rows = {}
+    for name in ("after", "new answer", "paraphrase"):
+        table = compare_circuits(circuits["before"], circuits[name])
+        rows[name] = {
+            "edges_before": circuits["before"].n_edges,
+            "edges": circuits[name].n_edges,
+            "edge_iou": table.loc["edges", "iou"],
+            "node_jaccard": table.loc["nodes", "iou"],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("circuit")
+
+
+def _layers(graph: Graph, edited: Sequence[int], circuits: Mapping[str, Circuit]) -> pd.DataFrame:
+    layer_of = np.array([graph.node(name).layer for name in graph.node_names])
+    senders, receivers = layer_of[:-1], layer_of[graph.receiver_node.numpy()]
+
+    def shares(left: Circuit, right: Circuit) -> np.ndarray:
+        rows, columns = (left.kept ^ right.kept).nonzero(as_tuple=True)
+        ends = np.concatenate([senders[rows.numpy()], receivers[columns.numpy()]])
+        return _shares(ends, graph.n_layers)
+
+    before, after = circuits["before"], circuits["after"]
+    nodes = (before | after).nodes
+    return pd.DataFrame(
+        {
+            "layer": range(graph.n_layers),
+            "edited": [layer in edited for layer in range(graph.n_layers)],
+            "change": shares(before, after),
+            "change_paraphrase": shares(before, circuits["paraphrase"]),
+            "nodes": _shares(nodes["layer"].to_numpy(), graph.n_layers),
+        }
+    )
+
+
+def _shares(layers: np.ndarray, n_layers: int) -> np.ndarray:
+    """How much of a list of layers each layer is; `input` (-1) and `logits` (n_layers) count in the whole alone."""
+    return np.bincount(layers + 1, minlength=n_layers + 2)[1:-1] / max(1, len(layers))
+
+
+# --- lens and roles ---
+
+
+@torch.no_grad()
+def _trace(network: Network, tokens: Int[Tensor, "1 T"]) -> list[Block]:
+    """All blocks of the full model on one prompt up to END."""
+    x, blocks = network.embed(tokens), []
+    for layer in range(network.graph.n_layers):
+        blocks.append(run_block(network, layer, x))
+        x = blocks[-1].after
+    return blocks
+
+
+@torch.no_grad()
+def _lens(model: Model, prompt: Prompts, trace: Sequence[Block], tokens: Int[Tensor, "2"], state: str) -> pd.DataFrame:
+    places = {"END": -1, "subject": int(prompt.subject_stop[0]) - 1}
+    rows: list[dict[str, Any]] = []
+    for layer, block in enumerate(trace):
+        for place, position in places.items():
+            logits = model.network.logits(block.after[0, position]).float()
+            ranks = rank_of(logits.expand(2, -1), tokens).tolist()
+            probabilities = logits.softmax(-1)[tokens].tolist()
+            for who, rank, probability in zip(("old", "new"), ranks, probabilities, strict=True):
+                head = {"state": state, "layer": layer, "who": f"{who}, {place}"}
+                rows.append({**head, "quantity": "rank", "value": float(rank)})
+                rows.append({**head, "quantity": "probability", "value": probability})
+    return pd.DataFrame(rows).assign(low=math.nan, high=math.nan)
+
+
+def _contributions(model: Model, prompt: Prompts, tokens: Int[Tensor, "2"]) -> Float[Tensor, "2 L H 2"]:
+    """D_S and D_R of every head, for the old and the new object."""
+    found = attribute(model, prompt, tokens[None])
+    return found.by_group(position_groups(prompt))[:2, :, :, 0].cpu()
+
+
+def _roles(
+    circuits: Mapping[str, Circuit],
+    movers: Sequence[str],
+    before: Float[Tensor, "2 L H"],
+    after: Float[Tensor, "2 L H"],
+) -> pd.DataFrame:
+    nodes = (circuits["before"] | circuits["after"]).nodes
+    heads = nodes[nodes["kind"] == "head"]
+    rows = []
+    for name, layer, head in zip(heads["node"], heads["layer"], heads["head"], strict=True):
+        row: dict[str, Any] = {"node": name, "mover": name in movers}
+        for state, d in (("before", before), ("after", after)):
+            subject, relation = (float(value) for value in d[:, layer, head])
+            row |= {f"D_S_{state}": subject, f"D_R_{state}": relation, f"role_{state}": _role(subject, relation)}
+        rows.append(row)
+    columns = [
+        "node",
+        "mover",
+        *(f"{what}_{state}" for state in ("before", "after") for what in ("D_S", "D_R", "role")),
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _role(subject: float, relation: float) -> str:
+    """A head's role on one prompt, with the ratio of `kcwb.analysis.heads`."""
+    size = abs(subject) + abs(relation)
+    if size < LEAST_LOGITS:
+        return "other"
+    if subject + relation < 0:
+        return "suppressor"
+    share = abs(subject) / size
+    return "mover" if share > RATIO / (RATIO + 1) else "relation" if share < 1 / (RATIO + 1) else "mixture"
+
+
+# --- transport ---
+
+
+@torch.no_grad()
+def _transport(
+    model: Model, made: Edit, prompt: Prompts, clean: list[Block], edited: list[Block], tokens: Int[Tensor, "2"],
+    movers: Sequence[str], draws: int, seed: int,
+) -> tuple[pd.DataFrame, float]:  # fmt: skip
+    """TE of everything that is put back, and p; runs inside the edit."""
+    network, graph = model.network, model.graph
+    ids = prompt.tokens[:, : int(prompt.ends[0]) + 1]
+
+    def difference(final: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+        old, new = network.logits(final)[:, tokens].float().unbind(-1)
+        return new - old
+
+    before, after = float(difference(clean[-1].after[:, -1])), float(difference(edited[-1].after[:, -1]))
+    moved = after - before
+
+    def effect(final: Float[Tensor, "B D"]) -> Float[np.ndarray, " B"]:
+        return (after - difference(final)).cpu().numpy() / moved if moved else np.full(len(final), math.nan)
+
+    chosen = torch.zeros(graph.n_layers, graph.n_heads, dtype=torch.bool)
+    for name in movers:
+        place = graph.node(name)
+        chosen[place.layer, place.head] = True
+    sets = torch.cat([chosen[None], _matched_sets(chosen, draws, seed)]).to(model.device)
+    through = effect(heads_put_back(network, ids, _head_outputs(network, ids, clean), edited, sets))
+    low, high = np.quantile(through[1:], [0.025, 0.975])
+    rows: list[dict[str, Any]] = [
+        {"what": "mover heads", "TE": float(through[0])},
+        {"what": "random heads", "TE": float(through[1:].mean()), "low": float(low), "high": float(high)},
+    ]
+    positions = torch.arange(ids.shape[1], device=model.device)
+    subject = (positions >= prompt.subject_start[0]) & (positions < prompt.subject_stop[0])
+    end = positions == ids.shape[1] - 1
+    unedited = {layer: _unedited_output(network, made, layer, clean[layer].hidden) for layer in made.layers}
+    for what, where in (("subject", subject & ~end), ("END", end), ("elsewhere", ~subject & ~end)):
+        final = outputs_put_back(network, ids, unedited, where)
+        rows.append({"what": f"edited MLP, {what}", "TE": float(effect(final[:, -1])[0])})
+    p = (1 + int((through[1:] >= through[0]).sum())) / (1 + draws)
+    return pd.DataFrame(rows, columns=["what", "TE", "low", "high"]), p
+
+
+def _unedited_output(network: Network, made: Edit, layer: int, hidden: Float[Tensor, "1 T M"]) -> Tensor:
+    """What the MLP wrote before the edit, which is in the weights now."""
+    return network.mlp_output(layer, hidden) - hidden @ made.deltas[layer]
+
+
+def _matched_sets(chosen: Bool[Tensor, "L H"], draws: int, seed: int) -> Bool[Tensor, "draws L H"]:
+    """Random sets of heads with as many in each layer as the chosen ones."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(draws, *chosen.shape, generator=generator).argsort(-1).argsort(-1)
+    return order < chosen.sum(-1)[None, :, None]
+
+
+def _head_outputs(network: Network, tokens: Int[Tensor, "1 T"], trace: Sequence[Block]) -> Float[Tensor, "L H D"]:
+    """Every head's output at END, through W_O, from the traced run."""
+    end = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
+    x, found = network.embed(tokens), []
+    for layer, block in enumerate(trace):
+        q = network.queries(layer, x[None, :, -1:], positions=end)
+        found.append(network.head_outputs(layer, q, block.keys, block.values, positions=end)[:, 0, 0])
+        x = block.after
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def heads_put_back(
+    network: Network, tokens: Int[Tensor, "1 T"], outputs: Float[Tensor, "L H D"], trace: Sequence[Block],
+    sets: Bool[Tensor, "B L H"],
+) -> Float[Tensor, "B D"]:  # fmt: skip
+    """The final stream at END when each set's heads write `outputs` there; one position is run, for all sets at once.
+
+    Parameters
+    ----------
+    network, tokens
+        The network as it is now, and one prompt up to END.
+    outputs
+        What heads write at END where they are put back.
+    trace
+        The network's own run on the prompt: what earlier positions do is not changed by END.
+    sets
+        Which heads are put back.
+    """
+    n_sets, end = len(sets), torch.tensor([tokens.shape[1] - 1], device=tokens.device)
+    x = network.embed(tokens)[:, -1:].expand(n_sets, 1, -1)
+    for layer, block in enumerate(trace):
+        k = torch.cat(
+            [block.keys[:, :, :-1].expand(-1, n_sets, -1, -1), network.keys(layer, x[None], positions=end)], 2
+        )
+        v = torch.cat([block.values[:, :, :-1].expand(-1, n_sets, -1, -1), network.values(layer, x[None])], 2)
+        q = network.queries(layer, x[None], positions=end)
+        heads = network.head_outputs(layer, q, k, v, positions=end)
+        back = sets[:, layer].T[:, :, None, None]
+        heads = torch.where(back, outputs[layer][:, None, None], heads)
+        middle = x + heads.sum(0) + network.constant(layer)
+        x = middle + network.mlp(layer, x if network.graph.parallel else middle)
+    return x[:, 0]
+
+
+@torch.no_grad()
+def outputs_put_back(
+    network: Network, tokens: Int[Tensor, "1 T"], outputs: Mapping[int, Float[Tensor, "1 T D"]],
+    where: Bool[Tensor, " T"],
+) -> Float[Tensor, "1 T D"]:  # fmt: skip
+    """The final stream when some layers' MLPs write `outputs` at the positions `where`."""
+    x = network.embed(tokens)
+    for layer in range(network.graph.n_layers):
+        block = run_block(network, layer, x)
+        x = block.after
+        if layer in outputs:
+            x = x + where[None, :, None] * (outputs[layer] - network.mlp_output(layer, block.hidden))
+    return x
+
+
+# --- many edits ---
+
+
+def compare_edits(
+    model: Model,
+    cases: Sequence[EditCase],
+    method: str = "rome",
+    *,
+    layer: int | None = None,
+    edges: int = 300,
+    movers: int = 10,
+    draws: int = 100,
+    n: int = 8,
+    seed: int = 0,
+    progress: Progress = True,
+    **settings: Any,
+) -> pd.DataFrame:
+    """`compare_edit` over many edits.
+
+    Parameters
+    ----------
+    model, cases
+        The model, and edits from `edit_cases` (their relation is needed: its facts tell the mover heads).
+    method, layer, settings
+        As in `kcwb.editing.edit.edit`. An edit that does not get under its bound (default 1 nat) is left out with a
+        warning: a model that does not say the new object has no circuit for it.
+    edges, movers, draws
+        As in `compare_edit`.
+    n
+        Facts of each relation on which mover heads are found.
+    seed
+        Of everything.
+    progress
+        Reported per edit.
+
+    Returns
+    -------
+    DataFrame
+        One row per edit: `relation`, `subject`, `true`, `target`, `method`, and `EditComparison.summary`.
+    """
+    tasks: dict[tuple[str, str], tuple[Task, list[str]]] = {}
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    with track(progress, len(cases), f"{method}: circuits before and after") as step:
+        for case in cases:
+            key = case.relation, case.template
+            try:
+                if key not in tasks:
+                    task = make_task(model, case.relation, n=n, seed=seed, template=case.template)
+                    tasks[key] = task, strongest_movers(model, task, movers, seed)
+                task, names = tasks[key]
+                more = {"layer": layer, "seed": seed, "progress": False, **settings}
+                made = edit(model, case.fact, case.target, method, template=case.template, **more)
+                found = compare_edit(
+                    model, made, task, edges=edges, movers=names, draws=draws, seed=seed, progress=False
+                )
+            except (EditError, DataError) as error:
+                left_out.append(f"{case.fact.subject}: {error}")
+            else:
+                head = {"relation": case.relation, "subject": case.fact.subject, "true": case.fact.object}
+                rows.append({**head, "target": case.target, "method": method, "nll": made.nll, **found.summary})
+            step(note=case.fact.subject)
+    if left_out:
+        warnings.warn(f"{len(left_out)} of {len(cases)} edits left out: {'; '.join(left_out)}", stacklevel=2)
+    if not rows:
+        raise DataError(f"None of the {len(cases)} {method} edits could be compared; the last: {left_out[-1]}")
+    return pd.DataFrame(rows)
+
+
+def account(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Test the account of Knowledge Circuits claim by claim, over many edits of one method.
+
+    Parameters
+    ----------
+    table
+        Of `compare_edits`.
+    seed
+        Of the bootstrap over edits.
+
+    Returns
+    -------
+    DataFrame
+        One row per claim: `claim`, what is measured (`quantity`, a mean over edits), `mean`, `low`, `high` (95%), `n`,
+        and `holds`: `yes` if the interval lies above `least`, `no` if below, else `undecided`.
+    """
+    claims = {
+        "the edit is written at the subject": ("te_subject", table["te_subject"], 0.5),
+        "the edit is written at END": ("te_end", table["te_end"], 0.5),
+        "mover heads carry it, more than other heads": (
+            "te_movers - te_random",
+            table["te_movers"] - table["te_random"],
+            0.0,
+        ),
+        "mover heads carry most of it": ("te_movers", table["te_movers"], 0.5),
+        "the circuit changes more than by a paraphrase": (
+            "edge_iou_paraphrase - edge_iou",
+            table["edge_iou_paraphrase"] - table["edge_iou"],
+            0.0,
+        ),
+        "the circuit changes more than the new answer alone does": (
+            "edge_iou_answer - edge_iou",
+            table["edge_iou_answer"] - table["edge_iou"],
+            0.0,
+        ),
+        "the change sits in the edited layer": (
+            "edited_share - node_share",
+            table["edited_share"] - table["node_share"],
+            0.0,
+        ),
+    }
+    rows = []
+    for claim, (quantity, values, least) in claims.items():
+        found = values.dropna().to_numpy(float)
+        low, high = mean_interval(found, seed) if len(found) else (math.nan, math.nan)
+        holds = "yes" if low > least else "no" if high < least else "undecided"
+        mean = float(found.mean()) if len(found) else math.nan
+        rows.append((claim, quantity, least, mean, low, high, len(found), holds))
+    return pd.DataFrame(rows, columns=["claim", "quantity", "least", "mean", "low", "high", "n", "holds"])

@@ -1,0 +1,283 @@
+"""The uncentred covariance C = E[k kᵀ] of an MLP's hidden activations, over text that the project makes.
+
+ROME and MEMIT need it to know which directions of k ordinary text uses, so that an edit can avoid them. Half of the
+text are sentences of the relations that come with the package, in all their templates; the other half is sampled from
+the model. Position 0 of each text is left out: its activations are like no others. Texts and matrices are kept in the
+user's cache under the digest of the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from platformdirs import user_cache_path
+from torch import Tensor
+
+from kcwb.editing.passes import run_block
+from kcwb.errors import KcwbError, SettingError
+from kcwb.files import atomic_path
+from kcwb.models.loading import Model
+from kcwb.progress import Progress, track
+from kcwb.tasks.relations import load_relations
+
+#: Sampled texts begin with one of these words.
+OPENINGS = ("The", "In", "A", "When", "If", "People", "You", "We", "Today", "There")
+#: Tokens of text per dimension of k.
+TOKENS_PER_DIMENSION = 10
+_LENGTH = 64  # tokens of a text
+_BATCH = 16
+#: Raised with every change of what the text is.
+_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Covariance:
+    """E[k kᵀ] of one layer, from two halves of text that share nothing.
+
+    Attributes
+    ----------
+    layer
+        Whose MLP.
+    halves
+        `[2, M, M]` float32: the mean of k kᵀ over each half; their mean is C.
+    n_tokens
+        How many tokens both halves have.
+    """
+
+    layer: int
+    halves: Float[Tensor, "2 M M"]
+    n_tokens: int
+
+    @property
+    def matrix(self) -> Float[Tensor, "M M"]:
+        """C, over all the text."""
+        return self.halves.mean(0)
+
+    def agreement(self, key: Float[Tensor, " M"], ridge: float) -> float:
+        """The cosine between C⁻¹k of one half and of the other: 1 when the text is enough for this key."""
+        one, other = (whiten(half, key, ridge) for half in self.halves)
+        return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+
+
+def whiten(matrix: Float[Tensor, "M M"], keys: Float[Tensor, "M *n"], ridge: float) -> Float[Tensor, "M *n"]:
+    """(C + λ·tr(C)/d·I)⁻¹ k in float64, λ the ridge.
+
+    Raises
+    ------
+    SettingError
+        If the ridge is negative, or without one C is singular.
+    """
+    if not 0 <= ridge < math.inf:
+        raise SettingError(f"ridge={ridge}: the share of C's mean diagonal to add must be 0 or above (try 0.01).")
+    raised = matrix.double() + ridge * matrix.diagonal().double().mean() * torch.eye(len(matrix), device=matrix.device)
+    factor, failed = torch.linalg.cholesky_ex(raised)
+    if int(failed) or not bool(torch.isfinite(factor).all()):
+        raise SettingError(f"The covariance of k is singular at ridge={ridge}; use a larger ridge, such as 0.01.")
+    columns = keys.double()[:, None] if keys.ndim == 1 else keys.double()
+    return torch.cholesky_solve(columns, factor).reshape(keys.shape).to(keys.dtype)
+
+
+def covariance(model: Model, layer: int, **more: Any) -> Covariance:
+    """The covariance of one layer's MLP activations; parameters and errors as in `covariances`."""
+    return covariances(model, [layer], **more)[layer]
+
+
+def covariances(
+    model: Model,
+    layers: Sequence[int],
+    *,
+    tokens: int | None = None,
+    seed: int = 0,
+    cache: str | Path | bool = True,
+    progress: Progress = False,
+) -> dict[int, Covariance]:
+    """The covariances of some layers' MLP activations, from the cache or over new text.
+
+    Parameters
+    ----------
+    model, layers
+        The model as it is now, and the layers; all that are not in the cache are taken in one pass.
+    tokens
+        How many tokens of text; default ten for each dimension of k.
+    seed
+        Of the choice of sentences and of sampling.
+    cache
+        Where to keep the texts and matrices: a folder, True for the user's cache, False for nowhere.
+    progress
+        Reported per batch of texts.
+
+    Returns
+    -------
+    dict
+        Layer -> Covariance, on the model's device. The first call takes a minute or two for the built-in model, another
+        layer some seconds, and what is in the cache milliseconds.
+
+    Raises
+    ------
+    SettingError
+        If there is no such layer, or there are fewer tokens than two texts have.
+    """
+    n_layers, width = model.graph.n_layers, len(model.network.layers[0].W_out)
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise SettingError(f"layer={layer}: {model.name} has layers 0 to {n_layers - 1}.")
+    wanted = TOKENS_PER_DIMENSION * width if tokens is None else tokens
+    if wanted < 2 * _LENGTH:
+        raise SettingError(f"tokens={tokens}: a covariance needs at least {2 * _LENGTH}.")
+    name = hashlib.sha256(repr((_VERSION, model.digest, str(model.dtype), wanted, seed)).encode()).hexdigest()[:24]
+    folder = covariance_folder() / name if cache is True else Path(cache) / name if cache else None
+    found = {layer: _read(folder, layer, width) for layer in layers}
+    missing = [layer for layer, one in found.items() if one is None]
+    if missing:
+        halves, counted = _accumulate(model, _texts(model, wanted, seed, folder), missing, progress)
+        for layer in missing:
+            found[layer] = Covariance(layer, halves[layer], counted)
+            if folder is not None:
+                metadata = {"tokens": str(counted)}
+                _write(folder / f"layer{layer}.safetensors", {"halves": halves[layer]}, metadata)
+    return {layer: Covariance(layer, one.halves.to(model.device), one.n_tokens) for layer, one in found.items() if one}
+
+
+def covariance_folder() -> Path:
+    """Where covariances are kept: in the user's cache (`KCWB_CACHE`)."""
+    root = os.environ.get("KCWB_CACHE")
+    return (Path(root) if root else user_cache_path("kcwb")) / "covariances"
+
+
+def sample_texts(model: Model, openings: Sequence[str], length: int, seed: int, top_k: int = 50) -> list[list[int]]:
+    """Token ids of one text per opening, sampled from the model: `length` new tokens after each opening's own.
+
+    Parameters
+    ----------
+    top_k
+        Sample from this many likeliest tokens.
+    """
+    bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
+    starts = [bos + list(model.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in openings]
+    groups: dict[int, list[int]] = {}
+    for i, start in enumerate(starts):
+        groups.setdefault(len(start), []).append(i)
+    module: Any = model.bridge.original_model
+    texts: list[list[int]] = [[] for _ in openings]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(seed)
+        for rows in groups.values():
+            ids = torch.tensor([starts[i] for i in rows], device=model.device)
+            sampled = module.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=top_k,
+                top_p=1.0,
+                temperature=1.0,
+                max_new_tokens=length,
+                min_new_tokens=length,
+                pad_token_id=model.tokenizer.pad_token_id,
+            )
+            for i, text in zip(rows, sampled.tolist(), strict=True):
+                texts[i] = text
+    return texts
+
+
+def _texts(model: Model, wanted: int, seed: int, folder: Path | None) -> Int[Tensor, "N T"]:
+    """The texts, from the folder if they are in it."""
+    path = None if folder is None else folder / "texts.safetensors"
+    found = None if path is None else _load(path)
+    if found is not None and "texts" in found[0]:
+        return found[0]["texts"].to(model.device)
+    texts = _make_texts(model, wanted, seed)
+    if path is not None:
+        _write(path, {"texts": texts}, {})
+    return texts
+
+
+def _make_texts(model: Model, wanted: int, seed: int) -> Int[Tensor, "N T"]:
+    """Equally long texts: shuffled sentences of the relations one after the other, and samples, in turn."""
+    draw = random.Random(seed)
+    each = min(_LENGTH, model.network.n_ctx)
+    n_texts = 2 * math.ceil(wanted / (2 * (each - 1)))
+    sentences = [
+        f"{template.replace('{}', fact.subject)} {fact.object}."
+        for relation in load_relations()
+        for template in (*relation.prompt_templates_zs, *relation.prompt_templates)
+        for fact in relation.facts
+    ]
+    draw.shuffle(sentences)
+    written: list[list[int]] = []
+    for sentence in sentences:
+        ids = list(model.tokenizer(sentence if not written else f" {sentence}", add_special_tokens=False)["input_ids"])
+        written.append(ids)
+        if sum(map(len, written)) >= n_texts // 2 * each:
+            break
+    flat = [token for ids in written for token in ids]
+    made = [flat[start : start + each] for start in range(0, len(flat) - each + 1, each)][: n_texts // 2]
+    openings = [OPENINGS[i % len(OPENINGS)] for i in range(n_texts - len(made))]
+    sampled = [text[:each] for text in sample_texts(model, openings, each - 1, seed)]
+    # Each half of the list has both kinds, and no text is in both.
+    return torch.tensor([*made[::2], *sampled[::2], *made[1::2], *sampled[1::2]], device=model.device)
+
+
+@torch.no_grad()
+def _accumulate(
+    model: Model, texts: Int[Tensor, "N T"], layers: Sequence[int], progress: Progress
+) -> tuple[dict[int, Float[Tensor, "2 M M"]], int]:
+    """The mean of k kᵀ per layer and half of the texts, and how many tokens there were."""
+    network = model.network
+    width = len(network.layers[0].W_out)
+    sums = {layer: torch.zeros(2, width, width, device=model.device) for layer in layers}
+    middle, each = len(texts) // 2, texts.shape[1] - 1
+    batches = [range(start, min(start + _BATCH, middle)) for start in range(0, middle, _BATCH)]
+    batches += [range(start, min(start + _BATCH, len(texts))) for start in range(middle, len(texts), _BATCH)]
+    with track(progress, len(batches), "covariance") as step:
+        for batch in batches:
+            x, half = network.embed(texts[batch.start : batch.stop]), int(batch.start >= middle)
+            size = each * (len(texts) - middle if half else middle)
+            for layer in range(max(layers) + 1):
+                block = run_block(network, layer, x)
+                if layer in sums:
+                    k = block.hidden[:, 1:].flatten(0, 1).float()
+                    sums[layer][half].addmm_(k.T, k, alpha=1 / size)
+                x = block.after
+            step()
+    if not all(bool(torch.isfinite(one).all()) for one in sums.values()):
+        raise KcwbError(f"The activations of {model.name} are not numbers: they overflow. Use float32.")
+    return sums, len(texts) * each
+
+
+def _read(folder: Path | None, layer: int, width: int) -> Covariance | None:
+    """One layer from the folder; None if it is not there or is damaged, in which case it is made again."""
+    found = None if folder is None else _load(folder / f"layer{layer}.safetensors")
+    try:
+        if found is None or found[0]["halves"].shape != (2, width, width):
+            return None
+        halves = found[0]["halves"].float()
+        return Covariance(layer, halves, int(found[1]["tokens"])) if bool(torch.isfinite(halves).all()) else None
+    except (KeyError, ValueError):
+        return None
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)

@@ -1,0 +1,197 @@
+"""Passes that a change of one MLP's output makes necessary, and no more.
+
+A change of what the MLP of layer l* writes at one position is felt by nothing before that layer and, in a causal model,
+by no earlier position. `Tail` runs the model once, keeps what cannot change (the stream after layer l*, the keys and
+values of earlier positions), and then runs only the rest, as often as an optimiser asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kcwb.errors import DataError
+from kcwb.models.loading import Model
+from kcwb.models.network import Network
+from kcwb.tasks.prompts import encode_one
+from kcwb.tasks.relations import Fact
+
+
+class Rows(NamedTuple):
+    """Prompts with the answers that they are to get, right-padded.
+
+    Attributes
+    ----------
+    tokens
+        `[N, T]`: a prompt, then its answer's tokens but the last.
+    lengths
+        `[N]`: the real tokens of each row.
+    subjects
+        `[N]`: the position of the subject's last token.
+    positions, answers, mask
+        `[N, A]`: where each answer token is predicted (padding repeats END), the tokens, and which are not padding.
+    """
+
+    tokens: Int[Tensor, "N T"]
+    lengths: Int[Tensor, " N"]
+    subjects: Int[Tensor, " N"]
+    positions: Int[Tensor, "N A"]
+    answers: Int[Tensor, "N A"]
+    mask: Float[Tensor, "N A"]
+
+
+def make_rows(model: Model, asked: Sequence[tuple[Fact, str]]) -> Rows:
+    """Tokens of (fact, template) pairs; DataError if one does not fit into the model's context."""
+    rows = [encode_one(model, fact, template) for fact, template in asked]
+    lists = [row.prompt + row.answer[:-1] for row in rows]
+    width, longest = max(map(len, lists)), max(len(row.answer) for row in rows)
+    if width > model.network.n_ctx:
+        raise DataError(f"A prompt has {width} tokens with its answer; {model.name} reads {model.network.n_ctx}.")
+
+    def pad(values: Sequence[Sequence[int]], size: int) -> Tensor:
+        return torch.tensor([[*value, *[0] * (size - len(value))] for value in values], device=model.device)
+
+    def column(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=model.device)
+
+    mask = pad([[1] * len(row.answer) for row in rows], longest)
+    ends = column([len(row.prompt) - 1 for row in rows])
+    return Rows(
+        tokens=pad(lists, width),
+        lengths=column([len(row) for row in lists]),
+        subjects=column([row.stop - 1 for row in rows]),
+        positions=ends[:, None] + torch.arange(longest, device=model.device) * mask,
+        answers=pad([row.answer for row in rows], longest),
+        mask=mask.float(),
+    )
+
+
+class Block(NamedTuple):
+    """What one block leaves behind: the stream after it, its MLP's hidden activations, its heads' keys and values."""
+
+    after: Float[Tensor, "N T D"]
+    hidden: Float[Tensor, "N T M"]
+    keys: Float[Tensor, "H N T K"]
+    values: Float[Tensor, "H N T K"]
+
+
+def run_block(network: Network, layer: int, x: Float[Tensor, "N T D"]) -> Block:
+    """One block on the whole residual stream, every edge kept."""
+    keys, values = network.keys(layer, x[None]), network.values(layer, x[None])
+    heads = network.head_outputs(layer, network.queries(layer, x[None]), keys, values)
+    middle = x + heads.sum(0) + network.constant(layer)
+    hidden = network.mlp_hidden(layer, x if network.graph.parallel else middle)
+    return Block(middle + network.mlp_output(layer, hidden), hidden, keys, values)
+
+
+class Place(NamedTuple):
+    """One layer at one position of each row: the down-projection's input, the MLP's output, the stream after it."""
+
+    key: Float[Tensor, "N M"]
+    output: Float[Tensor, "N D"]
+    after: Float[Tensor, "N D"]
+
+
+@torch.no_grad()
+def read_places(
+    network: Network,
+    tokens: Int[Tensor, "N T"],
+    at: Int[Tensor, " N"],
+    layers: Sequence[int],
+    deltas: Mapping[int, Float[Tensor, "M D"]] | None = None,
+) -> dict[int, Place]:
+    """What some layers do at one position of each row, the down-projections being changed by `deltas`."""
+    found, deltas = {}, deltas or {}
+    x, rows = network.embed(tokens), torch.arange(len(tokens), device=tokens.device)
+    for layer in range(max(layers) + 1):
+        block = run_block(network, layer, x)
+        x = block.after + block.hidden @ deltas[layer] if layer in deltas else block.after
+        if layer in layers:
+            key = block.hidden[rows, at]
+            output = network.mlp_output(layer, key)
+            found[layer] = Place(key, output + key @ deltas[layer] if layer in deltas else output, x[rows, at])
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """What is left to compute when an MLP's output changes from some position on; made by `make_tail`.
+
+    Attributes
+    ----------
+    network, layer
+        The model, and the layer whose MLP changes.
+    positions
+        `[N, Q]`: the positions that are run anew, each row's own; those beyond a row's end are padding.
+    hidden
+        `[N, Q, M]`: the input of the MLP's down-projection there.
+    after
+        `[N, Q, D]`: the stream after the layer there, unchanged.
+    keys, values
+        Per later layer, `[H, N, T, K]` of the unchanged run.
+    """
+
+    network: Network
+    layer: int
+    positions: Int[Tensor, "N Q"]
+    hidden: Float[Tensor, "N Q M"]
+    after: Float[Tensor, "N Q D"]
+    keys: Mapping[int, Float[Tensor, "H N T K"]]
+    values: Mapping[int, Float[Tensor, "H N T K"]]
+
+    def run(self, change: Float[Tensor, "N Q D"]) -> Float[Tensor, "N Q D"]:
+        """The final residual stream when `change` is added to the MLP's output."""
+        network, x = self.network, self.after + change
+        for layer in range(self.layer + 1, network.graph.n_layers):
+            q = network.queries(layer, x[None], positions=self.positions)
+            k = self._placed(self.keys[layer], network.keys(layer, x[None], positions=self.positions))
+            v = self._placed(self.values[layer], network.values(layer, x[None]))
+            heads = network.head_outputs(layer, q, k, v, positions=self.positions)
+            middle = x + heads.sum(0) + network.constant(layer)
+            x = middle + network.mlp(layer, x if network.graph.parallel else middle)
+        return x
+
+    def columns(self, positions: Int[Tensor, "N A"]) -> Int[Tensor, "N A"]:
+        """Where the tail has positions of its first N prompts."""
+        return positions - self.positions[: len(positions), :1]
+
+    def _placed(self, old: Float[Tensor, "H N T K"], new: Float[Tensor, "H N Q K"]) -> Float[Tensor, "H N T K"]:
+        return old.scatter(2, self.positions[None, :, :, None].expand(new.shape), new)
+
+
+@torch.no_grad()
+def make_tail(network: Network, rows: Rows, layer: int, start: Int[Tensor, " N"]) -> Tail:
+    """Run the prompts once, and keep what a change of a layer's MLP output from `start` on leaves as it is."""
+    width = int((rows.lengths - start).max())
+    tokens = torch.nn.functional.pad(rows.tokens, (0, max(0, int(start.max()) + width - rows.tokens.shape[1])))
+    if tokens.shape[1] > network.n_ctx:
+        raise DataError(f"The prompts are too long: {tokens.shape[1]} positions; the model reads {network.n_ctx}.")
+    positions = start[:, None] + torch.arange(width, device=start.device)
+    index = torch.arange(len(tokens), device=start.device)[:, None], positions
+    x, keys, values = network.embed(tokens), {}, {}
+    hidden = after = x[index]
+    for number in range(network.graph.n_layers):
+        block = run_block(network, number, x)
+        if number == layer:
+            hidden, after = block.hidden[index], block.after[index]
+        elif number > layer:
+            keys[number], values[number] = block.keys, block.values
+        x = block.after
+    return Tail(network, layer, positions, hidden, after, keys, values)
+
+
+def answer_logits(network: Network, tail: Tail, final: Float[Tensor, "N Q D"], rows: Rows) -> Float[Tensor, "N A V"]:
+    """Logits where the rows' answers are predicted, from a tail's final stream."""
+    index = torch.arange(len(rows.tokens), device=final.device)[:, None], tail.columns(rows.positions)
+    return network.logits(final[index])
+
+
+def answer_nll(logits: Float[Tensor, "N A V"], rows: Rows) -> Float[Tensor, " N"]:
+    """Minus the mean log-probability of each row's answer tokens, nats."""
+    logs = logits.float().log_softmax(-1).gather(-1, rows.answers[..., None])[..., 0]
+    return -(logs * rows.mask).sum(-1) / rows.mask.sum(-1)

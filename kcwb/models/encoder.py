@@ -1,0 +1,216 @@
+"""BERT-like encoders: whole nodes can be ablated, edges cannot.
+
+A block of BERT norms each sum:
+
+    y = norm(x + sum_h a_h + b_O),    x' = norm(y + m)
+
+What a node adds is rescaled and recentred at every later norm together with all else, so no later node reads a sum of
+what earlier ones wrote, and an edge between two nodes has nothing to cut. A node as a whole can still be replaced where
+it is added: a head by its values mixed by attention (before W_O, which is linear), an MLP by its output.
+
+Nodes have the names that they have elsewhere, `a<layer>.h<head>` and `m<layer>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kcwb.errors import ModelError, SettingError, choose
+from kcwb.models.digest import weights_digest
+from kcwb.models.families import ENCODERS
+from kcwb.models.loading import known_device, known_dtype, read_pretrained, require_fast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """A loaded encoder with a masked-token head; made by `load_encoder`.
+
+    Attributes
+    ----------
+    module, tokenizer
+        The Hugging Face model and its tokenizer.
+    name, digest
+        What it was loaded by, and the SHA-256 of its weights.
+    device, dtype
+        Where and in what precision it is.
+    """
+
+    module: Any
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    digest: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def n_layers(self) -> int:
+        """The number of blocks."""
+        return self.module.config.num_hidden_layers
+
+    @property
+    def n_heads(self) -> int:
+        """The number of heads of a block."""
+        return self.module.config.num_attention_heads
+
+    @property
+    def n_ctx(self) -> int:
+        """How many tokens it reads; RoBERTa's positions start after that of the padding."""
+        config = self.module.config
+        return config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names of its heads and MLPs, layer by layer."""
+        layers = range(self.n_layers)
+        return tuple(name for i in layers for name in (*(f"a{i}.h{h}" for h in range(self.n_heads)), f"m{i}"))
+
+    def __repr__(self) -> str:
+        """One line: name, size, device and precision."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"Encoder({self.name!r}: {self.n_layers} layers x {self.n_heads} heads, {kind} on {self.device})"
+
+
+def load_encoder(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
+) -> Encoder:
+    """Load a BERT-like encoder with its masked-token head.
+
+    Parameters
+    ----------
+    model
+        A local folder, a name on the Hugging Face hub such as `"google-bert/bert-base-uncased"`, or a model in memory
+        (set to evaluation mode, without parameter gradients).
+    tokenizer
+        The tokenizer of a model in memory; otherwise the model's own.
+    device, dtype
+        As in `load_model`.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be found, is no encoder that is covered, or its tokenizer has no mask.
+    SettingError
+        If device or precision are not known, or a tokenizer is missing or superfluous.
+    """
+    place, precision = known_device(device), known_dtype(dtype)
+    module: Any
+    if isinstance(model, (str, Path)):
+        if tokenizer is not None:
+            raise SettingError("A tokenizer is only taken beside a model in memory; a named model brings its own.")
+        name = str(model)
+        module, tokenizer = read_pretrained(name, precision, masked=True)
+    else:
+        if tokenizer is None:
+            raise SettingError("A model in memory needs its tokenizer: load_encoder(model, tokenizer).")
+        module, name = model, str(model.config.name_or_path or type(model).__name__)
+    _covered(module)
+    require_fast(tokenizer, name)
+    assert tokenizer is not None  # a named model brings its own; one in memory was checked
+    if tokenizer.mask_token_id is None:
+        raise ModelError(f"The tokenizer of {name} has no mask token, which a masked-token task asks at.")
+    module = module.to(place).eval().requires_grad_(False)
+    return Encoder(module, tokenizer, name, weights_digest(module), place, module.dtype)
+
+
+def _covered(module: Any) -> None:
+    family, config = module.config.model_type, module.config
+    if family not in ENCODERS:
+        names = ", ".join(one.name for one in ENCODERS.values())
+        raise ModelError(f"{family!r} is no encoder that is covered. Covered: {names}. Decoders: load_model.")
+    if config.is_decoder or config.add_cross_attention or not hasattr(module, "get_output_embeddings"):
+        raise ModelError(f"This {ENCODERS[family].name} is set up as a decoder. Load it as a masked language model.")
+    if module.get_output_embeddings() is None:
+        raise ModelError(f"{type(module).__name__} has no masked-token head. Load it as a masked language model.")
+
+
+@torch.no_grad()
+def run_encoder(
+    encoder: Encoder,
+    tokens: Int[Tensor, "N T"],
+    real: Bool[Tensor, "N T"],
+    replaced: Mapping[str, Float[Tensor, "N T X"] | float] | None = None,
+) -> Float[Tensor, "N T V"]:
+    """Logits of masked-token prompts, with what some nodes compute replaced.
+
+    Parameters
+    ----------
+    encoder
+        The model.
+    tokens, real
+        Token ids, padded on the right, and which of them are not padding.
+    replaced
+        Node -> what it computes instead (in the terms of `record_nodes`), or 0.0.
+
+    Raises
+    ------
+    SettingError
+        If a node is not the model's.
+    """
+    replaced = replaced or {}
+    for name in replaced:
+        choose("The node", name, encoder.nodes)
+
+    def replace(node: str, value: Tensor) -> Tensor:
+        new = replaced.get(node)
+        if new is None:
+            return value
+        return new.to(value) if isinstance(new, Tensor) else torch.full_like(value, new)
+
+    with _at_nodes(encoder, replace):
+        return encoder.module(input_ids=tokens, attention_mask=real.long()).logits
+
+
+@torch.no_grad()
+def record_nodes(
+    encoder: Encoder, tokens: Int[Tensor, "N T"], real: Bool[Tensor, "N T"]
+) -> dict[str, Float[Tensor, "N T X"]]:
+    """What every node computes: a head its mixed values `[N, T, K]` (before W_O), an MLP its output `[N, T, D]`."""
+    found: dict[str, Tensor] = {}
+
+    def record(node: str, value: Tensor) -> Tensor:
+        found[node] = value.clone()
+        return value
+
+    with _at_nodes(encoder, record):
+        encoder.module(input_ids=tokens, attention_mask=real.long())
+    return found
+
+
+@contextmanager
+def _at_nodes(encoder: Encoder, visit: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Let `visit(node, value)` see and replace what nodes compute."""
+    handles = []
+
+    def heads(layer: int) -> Callable[..., tuple[Tensor]]:
+        def hook(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            parts = inputs[0].chunk(encoder.n_heads, dim=-1)
+            return (torch.cat([visit(f"a{layer}.h{head}", part) for head, part in enumerate(parts)], dim=-1),)
+
+        return hook
+
+    def mlp(layer: int) -> Callable[..., Tensor]:
+        return lambda _, inputs, output: visit(f"m{layer}", output)
+
+    try:
+        for index, layer in enumerate(encoder.module.base_model.encoder.layer):
+            handles.append(layer.attention.output.dense.register_forward_pre_hook(heads(index)))
+            handles.append(layer.output.dense.register_forward_hook(mlp(index)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

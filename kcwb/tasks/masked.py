@@ -1,0 +1,240 @@
+"""A relation as an encoder meets it: its template, a mask where the object belongs, and a full stop.
+
+    "The capital of {} is" -> "The capital of France is [MASK]."
+
+A mask is one token, so only facts whose object is one token there are asked; the task says how many are left out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kcwb.errors import DataError, SettingError
+from kcwb.models.encoder import Encoder, run_encoder
+from kcwb.tasks.prompts import KNOWN_RANK, rank_of
+from kcwb.tasks.relations import Fact, Relation, load_relation
+
+_CHUNK = 32
+_REFERENCE_SIZE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedPrompts:
+    """Prompts with one mask each, as tensors on the model's device.
+
+    Attributes
+    ----------
+    facts, texts
+        What each prompt asks, and how.
+    tokens, real
+        `[N, T]`: token ids, padded on the right, and which are not padding.
+    masks, answers
+        `[N]`: where the mask is, and the token that belongs there.
+    ranks
+        `[N]`: the full model's rank of the answer, from 1.
+    corrupted, paired
+        `[N, T]`: the prompt of another fact, of as many tokens with the mask at the same place and another answer; and
+        `[N]`, False where there is no such fact.
+    """
+
+    facts: tuple[Fact, ...]
+    texts: tuple[str, ...]
+    tokens: Int[Tensor, "N T"]
+    real: Bool[Tensor, "N T"]
+    masks: Int[Tensor, " N"]
+    answers: Int[Tensor, " N"]
+    ranks: Int[Tensor, " N"]
+    corrupted: Int[Tensor, "N T"]
+    paired: Bool[Tensor, " N"]
+
+    def __len__(self) -> int:
+        """How many prompts there are."""
+        return len(self.facts)
+
+    def select(self, rows: Sequence[int]) -> MaskedPrompts:
+        """Some of the prompts, without the columns of padding that they do not need."""
+        index = torch.as_tensor(list(rows), dtype=torch.long, device=self.tokens.device)
+        chosen: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            chosen[field.name] = value[index] if isinstance(value, Tensor) else tuple(value[i] for i in rows)
+        used = int(chosen["real"].sum(1).max()) if rows else 0
+        for name in ("tokens", "real", "corrupted"):
+            chosen[name] = chosen[name][:, :used]
+        return MaskedPrompts(**chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedTask:
+    """A relation as an encoder meets it in one template; fields as in `kcwb.tasks.prompts.Task`.
+
+    `n_facts` are the facts that are asked; `n_left_out` those whose object is not one token.
+    """
+
+    model_name: str
+    model_digest: str
+    relation: Relation
+    template: str
+    n: int
+    seed: int
+    val: MaskedPrompts
+    test: MaskedPrompts
+    reference: MaskedPrompts
+    n_known: int
+    n_facts: int
+    n_left_out: int
+
+    def __repr__(self) -> str:
+        """One line: relation, template and sizes."""
+        return (
+            f"MaskedTask({self.relation.name!r}, {self.template!r}: {len(self.val)} facts in D_val, {len(self.test)} "
+            f"in D_test; {self.model_name} knows {self.n_known} of {self.n_facts}; {self.n_left_out} left out)"
+        )
+
+
+class _Row(NamedTuple):
+    fact: Fact
+    text: str
+    tokens: list[int]
+    mask: int
+    answer: int
+
+
+def make_masked_task(
+    encoder: Encoder,
+    relation: Relation | str,
+    n: int = 8,
+    seed: int = 0,
+    template: int | str = 0,
+    ending: str = ".",
+) -> MaskedTask:
+    """Turn a relation into masked-token prompts: find the facts that the encoder knows, split, tokenise, pad.
+
+    Parameters
+    ----------
+    encoder
+        The model that is to know the facts.
+    relation
+        A Relation, the name of one that comes with the package, or the path of a file.
+    n
+        Facts in D_val; fewer if the model knows fewer, and never more than half of the facts that are asked.
+    seed
+        Of the draw of D_val, D_test and corrupted partners.
+    template
+        As in `make_task`: the mask follows it after a space.
+    ending
+        What follows the mask.
+
+    Raises
+    ------
+    DataError
+        If no object is one token, the model knows none of the facts, or a prompt does not fit into the context.
+    SettingError
+        If `n` or `template` make no sense.
+    """
+    if isinstance(relation, str):
+        relation = load_relation(relation)
+    if n < 1:
+        raise SettingError(f"n={n}: D_val needs at least one fact.")
+    text = relation.template(template)
+    found = [_row(encoder, fact, text, ending) for fact in relation.facts]
+    rows = [row for row in found if row is not None]
+    if not rows:
+        raise DataError(
+            f"None of the {len(found)} objects of {relation.name} is one token for {encoder.name} after {text!r}, and "
+            "a mask stands for one. Try another template, or a relation with shorter objects."
+        )
+    everything = _prompts(encoder, rows, seed)
+    known = [i for i, rank in enumerate(everything.ranks.tolist()) if rank <= KNOWN_RANK]
+    if not known:
+        raise DataError(
+            f"{encoder.name} knows none of the {len(rows)} facts of {relation.name} in {text!r} (Hit@{KNOWN_RANK}); "
+            f"the best rank is {int(everything.ranks.min())}. Try another template or relation."
+        )
+    draw = random.Random(seed)
+    draw.shuffle(known)
+    val = sorted(known[: min(n, max(1, len(rows) // 2))])
+    rest = [i for i in range(len(rows)) if i not in set(val)]
+    draw.shuffle(rest)
+    return MaskedTask(
+        model_name=encoder.name,
+        model_digest=encoder.digest,
+        relation=relation,
+        template=text,
+        n=n,
+        seed=seed,
+        val=everything.select(val),
+        test=everything.select(sorted(rest[: len(val)])),
+        reference=everything.select(sorted([*val, *rest][:_REFERENCE_SIZE])),
+        n_known=len(known),
+        n_facts=len(rows),
+        n_left_out=len(found) - len(rows),
+    )
+
+
+def _row(encoder: Encoder, fact: Fact, template: str, ending: str) -> _Row | None:
+    """Tokens of one prompt, and the token that its mask stands for; None if it is not one."""
+    tokenizer: Any = encoder.tokenizer
+    start = template.replace("{}", fact.subject)
+    text = f"{start} {tokenizer.mask_token}{ending}"
+    tokens = tokenizer(text).input_ids
+    at = [i for i, token in enumerate(tokens) if token == tokenizer.mask_token_id]
+    if len(at) != 1:
+        raise DataError(f"{text!r:.120} has {len(at)} mask tokens; a masked-token prompt has one.")
+    if len(tokens) > encoder.n_ctx:
+        raise DataError(f"A prompt of {template!r} has {len(tokens)} tokens, and {encoder.name} reads {encoder.n_ctx}.")
+    whole = tokenizer(f"{start} {fact.object}{ending}").input_ids
+    if len(whole) != len(tokens) or whole[: at[0]] + whole[at[0] + 1 :] != tokens[: at[0]] + tokens[at[0] + 1 :]:
+        return None
+    answer = whole[at[0]]
+    return None if answer == tokenizer.unk_token_id else _Row(fact, text, tokens, at[0], answer)
+
+
+def _prompts(encoder: Encoder, rows: list[_Row], seed: int) -> MaskedPrompts:
+    draw = random.Random(seed)
+    partners = [_partner(row, rows, draw) for row in rows]
+    width = max(len(row.tokens) for row in rows)
+
+    def pad(lists: list[list[int]]) -> Tensor:
+        return torch.tensor([[*one, *[0] * (width - len(one))] for one in lists], device=encoder.device)
+
+    def column(values: list[Any]) -> Tensor:
+        return torch.tensor(values, device=encoder.device)
+
+    tokens, real = pad([row.tokens for row in rows]), pad([[1] * len(row.tokens) for row in rows]).bool()
+    masks, answers = column([row.mask for row in rows]), column([row.answer for row in rows])
+    ranks = []
+    for start in range(0, len(rows), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        logits = at_masks(run_encoder(encoder, tokens[part], real[part]), masks[part])
+        ranks.append(rank_of(logits, answers[part]))
+    return MaskedPrompts(
+        facts=tuple(row.fact for row in rows),
+        texts=tuple(row.text for row in rows),
+        tokens=tokens,
+        real=real,
+        masks=masks,
+        answers=answers,
+        ranks=torch.cat(ranks),
+        corrupted=pad([(other or row).tokens for row, other in zip(rows, partners, strict=True)]),
+        paired=column([other is not None for other in partners]),
+    )
+
+
+def _partner(row: _Row, rows: list[_Row], draw: random.Random) -> _Row | None:
+    """A fact whose prompt has as many tokens, the mask at the same place, and another answer."""
+    alike = [other for other in rows if (len(other.tokens), other.mask) == (len(row.tokens), row.mask)]
+    others = [other for other in alike if other.answer != row.answer]
+    return draw.choice(others) if others else None
+
+
+def at_masks(logits: Float[Tensor, "N T V"], masks: Int[Tensor, " N"]) -> Float[Tensor, "N V"]:
+    """The logits at each prompt's mask."""
+    return logits[torch.arange(len(logits), device=logits.device), masks]

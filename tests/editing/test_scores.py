@@ -1,0 +1,258 @@
+"""Scores, against counting by hand on the Hugging Face model; sets of edits; and files in CounterFact's format."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kcwb.editing.edit import edit
+from kcwb.editing.scores import (
+    SCORES,
+    EditCase,
+    edit_cases,
+    edit_scores,
+    generate,
+    layer_sweep,
+    load_counterfact,
+    mean_interval,
+    score_summary,
+)
+from kcwb.errors import DataError, SettingError
+from kcwb.tasks.relations import Fact, load_relation
+from tests.editing.conftest import same_bits, weights
+from tests.tasks import prompt_ids, relation_of
+
+TUNING = {"layer": 0, "steps": 3, "lr": 0.05, "clamp": 0.2}
+CASE = EditCase(
+    fact=Fact("w5 w6", "w40 w41"),
+    target="w50",
+    template="w80 {} w81",
+    paraphrases=("w5 w6 w82", "w83 w5 w6 w84"),
+    neighbours=("w80 w7 w81", "w80 w8 w9 w81", "w80 w10 w81"),
+    same_subject=("w70 w5 w6",),
+    other_subjects=("w71 w11", "w72 w12 w13", "w73 w14"),
+    compositions=(("w74 w5 w6 w75", "w52", "w53 w54"),),
+    relation="words",
+)
+
+
+def probability(model, text: str, answer: str) -> float:
+    ids, own = prompt_ids(model, f"{text} {answer}"), len(answer.split())
+    logs = model.logits(torch.tensor([ids[:-1]]))[0, -own:].log_softmax(-1)
+    return math.exp(float(logs[range(own), ids[-own:]].mean()))
+
+
+def likeliest(model, text: str) -> int:
+    return int(model.logits(torch.tensor([prompt_ids(model, text)]))[0, -1].argmax())
+
+
+def by_hand(model, case: EditCase, before: list[int]) -> dict[str, float]:
+    new, true = case.target, case.fact.object
+
+    def pair(text: str) -> tuple[float, float]:
+        return probability(model, text, new), probability(model, text, true)
+
+    groups = {
+        "E": [pair(case.prompt)],
+        "P": [pair(t) for t in case.paraphrases],
+        "N": [pair(t) for t in case.neighbours],
+    }
+    found = {}
+    for letter, pairs in groups.items():
+        sign = -1 if letter == "N" else 1
+        found[f"{letter}S"] = np.mean([sign * (a - b) > 0 for a, b in pairs])
+        found[f"{letter}M"] = np.mean([sign * (a - b) for a, b in pairs])
+    changed = [
+        likeliest(model, t) != b for t, b in zip((*case.same_subject, *case.other_subjects), before, strict=True)
+    ]
+    found["bleed_subject"], found["bleed_other"] = np.mean(changed[:1]), np.mean(changed[1:])
+    found["portability"] = np.mean(
+        [probability(model, t, n) > probability(model, t, o) for t, n, o in case.compositions]
+    )
+    return found
+
+
+@pytest.mark.parametrize("method", ["ft_m", "memit"])
+def test_every_score_is_what_counting_by_hand_gives(model, method):
+    settings = TUNING if method == "ft_m" else {"layer": 1, "steps": 3, "prefixes": 0, "weight": 1e-3}
+    before, state = [likeliest(model, t) for t in (*CASE.same_subject, *CASE.other_subjects)], weights(model)
+    table = edit_scores(model, [CASE], method, progress=False, **settings).set_index("run")
+    assert same_bits(model, state)
+    for name, expected in by_hand(model, CASE, before).items():
+        assert table.loc["unedited", name] == pytest.approx(expected, abs=1e-5), name
+    made = edit(
+        model, CASE.fact, CASE.target, method, template=CASE.template, bound=math.inf, progress=False, **settings
+    )
+    with made:
+        after = by_hand(model, CASE, before)
+    for name, expected in after.items():
+        assert table.loc[method, name] == pytest.approx(expected, abs=1e-4), name
+    assert table.loc[method, "EM"] > table.loc["unedited", "EM"]
+    assert table.loc[method, "nll"] == pytest.approx(made.nll)
+
+
+def test_a_case_without_some_prompts_has_no_such_scores(model):
+    bare = EditCase(CASE.fact, CASE.target, CASE.template, (), CASE.neighbours)
+    table = edit_scores(model, [bare], "ft_m", progress=False, **TUNING)
+    assert table[["PS", "PM", "portability", "bleed_subject", "bleed_other"]].isna().all(axis=None)
+    assert table[["ES", "NS"]].notna().all(axis=None)
+
+
+def test_a_batch_of_memit_edits_goes_in_at_once(model):
+    other = EditCase(Fact("w7 w8", "w42"), "w55", "w80 {} w81", ("w7 w8 w82",), ("w80 w9 w81",))
+    more = {"layer": 1, "steps": 3, "prefixes": 0, "weight": 1e-3, "progress": False}
+    table = edit_scores(model, [CASE, other], "memit", batch=2, **more)
+    made = edit(
+        model, [CASE.fact, other.fact], [CASE.target, other.target], "memit",
+        template=[CASE.template, other.template], bound=math.inf, **more,
+    )  # fmt: skip
+    with made:
+        expected = probability(model, other.prompt, "w55") - probability(model, other.prompt, "w42")
+    assert table.iloc[-1]["EM"] == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(SettingError, match="memit alone"):
+        edit_scores(model, [CASE, other], "ft_m", batch=2)
+
+
+def test_a_diverged_edit_counts_as_one_that_changed_nothing(model):
+    table = edit_scores(model, [CASE], "ft_m", progress=False, layer=0, steps=2, lr=3e37, clamp=1e38).set_index("run")
+    assert table.loc["ft_m", list(SCORES)].equals(table.loc["unedited", list(SCORES)]) is True
+    assert np.isnan(table.loc["ft_m", "nll"])
+
+
+def test_the_summary_holds_means_intervals_and_the_harmonic_mean():
+    table = pd.DataFrame({name: [0.0, 1.0, 1.0, 1.0] for name in SCORES} | {"run": "rome"})
+    table["NS"], table["EM"], table["portability"] = [1, 0.5, 0.5, 0], [-0.5, 0.1, 0.2, 0.6], [np.nan] * 3 + [1.0]
+    rows = score_summary(table).set_index("score")
+    assert rows.loc["ES", "mean"] == 0.75 and rows.loc["NS", "mean"] == 0.5
+    assert rows.loc["S", "mean"] == pytest.approx(3 / (1 / 0.75 + 1 / 0.75 + 1 / 0.5))
+    assert rows.loc["portability", "n"] == 1 and rows.loc["EM", "mean"] == pytest.approx(0.1)
+    assert ((rows["low"] <= rows["mean"]) & (rows["mean"] <= rows["high"])).all()
+    assert rows.loc["EM", "low"] < 0  # magnitudes may be negative
+
+
+def test_intervals_of_magnitudes_are_not_those_of_shares():
+    values = np.array([-0.4, -0.1, 0.3, 0.9, 2.0, -1.0])
+    low, high = mean_interval(values)
+    assert -1 <= low < values.mean() < high <= 2
+
+
+def test_a_sweep_scores_the_same_edits_at_each_layer(model):
+    more = {"steps": 3, "lr": 0.05, "clamp": 0.2, "progress": False}
+    table = layer_sweep(model, [CASE], [1, 0], "ft_m", **more).set_index("layer")
+    assert table.index.tolist() == [1, 0]
+    for layer in (0, 1):
+        alone = edit_scores(model, [CASE], "ft_m", layer=layer, **more).set_index("run").loc["ft_m"]
+        assert table.loc[layer, "EM"] == pytest.approx(alone["EM"]) and table.loc[layer, "ES"] == alone["ES"]
+    assert table.loc[0, "EM"] != table.loc[1, "EM"]
+
+
+# --- sets of edits ---
+
+
+def test_cases_are_known_facts_with_neighbours_of_the_same_object(model):
+    facts = [Fact(f"w{10 + i} w{20 + i}", f"w{60 + i % 3}") for i in range(12)] + [Fact("w1", "w89")]
+    relation = relation_of(facts, "w1 {} w2", "{} w3", "w4 {} w5")
+    cases = edit_cases(model, [relation], n=6, rank=model.network.d_vocab, neighbours=2, others=3)
+    assert len(cases) == 6 and len({case.fact for case in cases}) == 6
+    for case in cases:
+        assert case.fact in facts and case.target in relation.objects and case.target != case.fact.object
+        assert case.fact.subject != "w1"  # its object is its alone
+        same = [f"w1 {one.subject} w2" for one in facts if one.object == case.fact.object and one != case.fact]
+        assert len(case.neighbours) == 2 and set(case.neighbours) <= set(same)
+        assert case.paraphrases == (f"{case.fact.subject} w3", f"w4 {case.fact.subject} w5")
+        assert len(case.other_subjects) == 3 and case.same_subject == ()
+    assert cases == edit_cases(model, [relation], n=6, rank=model.network.d_vocab, neighbours=2, others=3)
+    assert cases != edit_cases(model, [relation], n=6, rank=model.network.d_vocab, neighbours=2, others=3, seed=1)
+
+
+def test_only_known_facts_are_edited(model):
+    facts = [Fact(f"w{10 + i}", f"w{60 + i % 2}") for i in range(20)]
+    relation = relation_of(facts)
+    some = edit_cases(model, [relation], n=20, rank=60)
+    assert 0 < len(some) < 20
+    for case in some:
+        logits = model.logits(torch.tensor([prompt_ids(model, case.prompt)]))[0, -1]
+        answer = prompt_ids(model, case.fact.object)[-1]
+        assert int((logits >= logits[answer]).sum()) <= 60
+    with pytest.raises(DataError, match="knows no fact"):
+        edit_cases(model, [relation_of([Fact("w1", "w2"), Fact("w3", "w4")])], n=2)
+
+
+def test_a_composed_fact_follows_from_the_new_object_in_the_relations():
+    from kcwb.editing.scores import _compositions
+
+    landmarks = load_relation("landmark_country")
+    capitals, languages = load_relation("country_capital"), load_relation("country_language")
+    fact = next(one for one in landmarks.facts if one.object == "France")
+    found = list(_compositions("landmark_country", fact, "Italy", [capitals, languages]))
+    assert [pair for _, *pair in found] == [["Rome", "Paris"], ["Italian", "French"]]
+    assert f"the country that has the landmark {fact.subject}" in found[0][0]
+    assert not list(_compositions("landmark_country", fact, "France", [capitals]))
+    assert not list(_compositions("antonym", fact, "Italy", [capitals]))
+
+
+# --- CounterFact ---
+
+RECORD = {
+    "case_id": 0,
+    "requested_rewrite": {
+        "prompt": "The tower of {} stands in",
+        "relation_id": "P0",
+        "target_new": {"str": "Lisbon", "id": "Q1"},
+        "target_true": {"str": "Prague", "id": "Q2"},
+        "subject": "Old Grey Hall",
+    },
+    "paraphrase_prompts": ["Visitors of Old Grey Hall travel to "],
+    "neighborhood_prompts": ["The tower of New Red Hall stands in", "The tower of Stone Gate stands in"],
+    "generation_prompts": ["Near Old Grey Hall"],
+}
+
+
+def test_a_file_in_counterfact_s_format_becomes_cases(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([RECORD]), encoding="utf-8")
+    (case,) = load_counterfact(path)
+    assert case.fact == Fact("Old Grey Hall", "Prague") and case.target == "Lisbon"
+    assert case.prompt == "The tower of Old Grey Hall stands in"
+    assert case.paraphrases == ("Visitors of Old Grey Hall travel to",) and len(case.neighbours) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.pop("paraphrase_prompts"), "record 1.*paraphrase_prompts"),
+        (lambda r: r["requested_rewrite"].pop("subject"), "record 1.*subject"),
+        (lambda r: r["requested_rewrite"].update(target_new="Lisbon"), "record 1"),
+        (lambda r: r["requested_rewrite"].update(prompt="no mark"), "record 1.*exactly once"),
+        (lambda r: r.update(neighborhood_prompts=[""]), "record 1.*empty"),
+    ],
+)
+def test_a_malformed_record_is_named(tmp_path, change, words):
+    wrong = json.loads(json.dumps(RECORD))
+    change(wrong)
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([RECORD, wrong]), encoding="utf-8")
+    with pytest.raises(DataError, match=words):
+        load_counterfact(path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "[1]"])
+def test_a_file_that_is_something_else_is_refused(tmp_path, content):
+    path = tmp_path / "own.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=r"own\.json"):
+        load_counterfact(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_counterfact(tmp_path / "none.json")
+
+
+def test_generation_is_greedy(model):
+    text = "w1 w2"
+    for word in generate(model, text, tokens=4).split():
+        assert model.tokenizer.decode([likeliest(model, text)]).strip() == word
+        text = f"{text} {word}"

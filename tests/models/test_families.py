@@ -1,0 +1,39 @@
+"""What the table of families says holds on a tiny random model of each."""
+
+from __future__ import annotations
+
+import pytest
+
+from kcwb.analysis.completeness import completeness
+from kcwb.circuits.circuit import Circuit
+from kcwb.discovery.discover import discover
+from kcwb.models.families import ENCODERS, FAMILIES
+from kcwb.tasks.prompts import make_task
+from kcwb.tasks.relations import Relation
+from tests import tiny as zoo
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    tested = {zoo.tiny_hf(name).config.model_type for name in (*zoo.ARCHITECTURES, *zoo.ENCODERS)}
+    assert tested == FAMILIES.keys() | ENCODERS.keys()
+
+
+def test_where_heads_share_a_norm_roles_and_editing_are_not_claimed(tiny) -> None:
+    for name in zoo.ARCHITECTURES:
+        network = tiny(name).network
+        family = FAMILIES[network.family]
+        assert network.post_norms == (name in zoo.POST_NORM) == bool(family.note)
+        assert family.edges and family.nodes and family.roles == family.editing == (not network.post_norms)
+
+
+@pytest.mark.parametrize("architecture", zoo.ARCHITECTURES)
+def test_completeness_of_the_full_circuit_is_the_models_and_a_parts_is_not(tiny, words: Relation, architecture) -> None:
+    model = tiny(architecture)
+    task = make_task(model, words, n=3)
+    everything = completeness(model, Circuit.full(model.graph), task, ablation="mean", draws=0, progress=False)
+    rows = everything.set_index(["run", "split"])["nll"]
+    assert rows["circuit", "D_val"] == pytest.approx(rows["full model", "D_val"], abs=1e-4)
+    assert rows["circuit", "D_test"] == pytest.approx(rows["full model", "D_test"], abs=1e-4)
+    part = discover(model, task, "eap-ig", edges=40, progress=False)
+    alone = completeness(model, part, task, draws=0, progress=False).set_index(["run", "split"])["nll"]
+    assert 0 < part.n_edges <= 40 and abs(alone["circuit", "D_val"] - rows["full model", "D_val"]) > 1e-3

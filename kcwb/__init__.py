@@ -16,11 +16,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
+    from kcwb.analysis.causal import check_roles, faithful_story
     from kcwb.analysis.compare import compare_circuits
     from kcwb.analysis.completeness import completeness
+    from kcwb.analysis.dla import dla_by_source
+    from kcwb.analysis.encoders import ablate_encoder
     from kcwb.analysis.faithfulness import cmd, comprehensiveness, cpr, faithfulness_curve, minimality
+    from kcwb.analysis.heads import head_roles, role_agreement
     from kcwb.analysis.knowledge import knowledge_table
+    from kcwb.analysis.lens import arrival, lens
     from kcwb.analysis.nodes import ablate_nodes, ablation_summary, attention_pattern, component_logits, node_edges
+    from kcwb.analysis.shared import circuit_overlap, relation_matrix, shared_heads
     from kcwb.analysis.stability import bootstrap_stability, template_stability
     from kcwb.circuits.ablation import make_ablation
     from kcwb.circuits.circuit import Circuit
@@ -29,9 +35,15 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kcwb.discovery.baselines import random_circuit
     from kcwb.discovery.discover import discover, predict, score_edges, tau_path
     from kcwb.discovery.selection import resize
+    from kcwb.editing.compare import account, compare_edit, compare_edits
+    from kcwb.editing.covariance import covariance
+    from kcwb.editing.edit import Edit, EditError, edit
+    from kcwb.editing.scores import EditCase, edit_cases, edit_scores, load_counterfact, score_summary
     from kcwb.errors import CircuitError, DataError, KcwbError, ModelError, SettingError
+    from kcwb.models.encoder import load_encoder
     from kcwb.models.graph import Graph
     from kcwb.models.loading import Model, load_model
+    from kcwb.tasks.masked import make_masked_task
     from kcwb.tasks.metrics import answer_ranks, hit_at_k, make_loss
     from kcwb.tasks.prompts import Task, make_task
     from kcwb.tasks.relations import Fact, Relation, load_relation, load_relations
@@ -40,10 +52,15 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kcwb.workbench.reports import provenance, report
 
 _HOME = {
+    "kcwb.analysis.causal": ("check_roles", "faithful_story"),
     "kcwb.analysis.compare": ("compare_circuits",),
     "kcwb.analysis.completeness": ("completeness",),
+    "kcwb.analysis.dla": ("dla_by_source",),
+    "kcwb.analysis.encoders": ("ablate_encoder",),
     "kcwb.analysis.faithfulness": ("cmd", "comprehensiveness", "cpr", "faithfulness_curve", "minimality"),
+    "kcwb.analysis.heads": ("head_roles", "role_agreement"),
     "kcwb.analysis.knowledge": ("knowledge_table",),
+    "kcwb.analysis.lens": ("arrival", "lens"),
     "kcwb.analysis.nodes": (
         "ablate_nodes",
         "ablation_summary",
@@ -51,6 +68,7 @@ _HOME = {
         "component_logits",
         "node_edges",
     ),
+    "kcwb.analysis.shared": ("circuit_overlap", "relation_matrix", "shared_heads"),
     "kcwb.analysis.stability": ("bootstrap_stability", "template_stability"),
     "kcwb.circuits.ablation": ("make_ablation",),
     "kcwb.circuits.circuit": ("Circuit",),
@@ -59,9 +77,15 @@ _HOME = {
     "kcwb.discovery.baselines": ("random_circuit",),
     "kcwb.discovery.discover": ("discover", "predict", "score_edges", "tau_path"),
     "kcwb.discovery.selection": ("resize",),
+    "kcwb.editing.compare": ("account", "compare_edit", "compare_edits"),
+    "kcwb.editing.covariance": ("covariance",),
+    "kcwb.editing.edit": ("Edit", "EditError", "edit"),
+    "kcwb.editing.scores": ("EditCase", "edit_cases", "edit_scores", "load_counterfact", "score_summary"),
     "kcwb.errors": ("CircuitError", "DataError", "KcwbError", "ModelError", "SettingError"),
+    "kcwb.models.encoder": ("load_encoder",),
     "kcwb.models.graph": ("Graph",),
     "kcwb.models.loading": ("Model", "load_model"),
+    "kcwb.tasks.masked": ("make_masked_task",),
     "kcwb.tasks.metrics": ("answer_ranks", "hit_at_k", "make_loss"),
     "kcwb.tasks.prompts": ("Task", "make_task"),
     "kcwb.tasks.relations": ("Fact", "Relation", "load_relation", "load_relations"),

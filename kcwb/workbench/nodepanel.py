@@ -121,6 +121,8 @@ class NodePanel(Panel):
         What to start with: the name of a node.
     k
         How many tokens of a node's output are shown.
+    roles
+        The table of `kcwb.head_roles`: a head's role is said beside its name, and colours the graph.
     graph
         Whether to draw the circuit's graph above, to be clicked in.
     height
@@ -158,13 +160,14 @@ class NodePanel(Panel):
         *,
         node: str | None = None,
         k: int = 10,
+        roles: pd.DataFrame | None = None,
         graph: bool = True,
         height: int = 560,
     ) -> None:
         if not 1 <= k <= model.network.d_vocab:
             raise SettingError(f"k={k}: the vocabulary has {model.network.d_vocab:,} tokens; ask for 1 to that many.")
         super().__init__()
-        self.model, self.circuit, self.task = model, circuit, task
+        self.model, self.circuit, self.task, self.roles = model, circuit, task, roles
         self.nodes: tuple[str, ...] = ()
         self.pattern: pd.DataFrame | None = None
         self.tokens: pd.DataFrame | None = None
@@ -190,14 +193,14 @@ class NodePanel(Panel):
         self.clicks = GraphClicks(self._guarded(self._on_click))
         self._connect()
         self._lay_out(graph)
-        self.show(circuit, task)
+        self.show(circuit, task, roles)
         if node is not None:
             self.select(node)
 
     # --- in a script ---
 
-    def show(self, circuit: Circuit | None, task: Task | None) -> None:
-        """Go over to another circuit, and look at the same node in it."""
+    def show(self, circuit: Circuit | None, task: Task | None, roles: pd.DataFrame | None = None) -> None:
+        """Go over to another circuit, with its heads' roles if they are known, and look at the same node in it."""
         if circuit is not None:
             check_same_model(self.model, circuit)
         if task is not None:
@@ -206,9 +209,10 @@ class NodePanel(Panel):
             same = task is not None and task is self.task and self._prompt.options
             if self._where.disabled or circuit is None:  # there was none, or is none: then the choice was not made
                 self._where.value = _MODEL if circuit is None else _CIRCUIT
-            self.circuit, self.task, self.ablated = circuit, task, None
+            self.circuit, self.task, self.roles, self.ablated = circuit, task, roles, None
             if self._has_graph and circuit is not None:
-                self._graph.value = graph_view(circuit, height=self._height, title=title(circuit))._repr_html_()
+                drawn = graph_view(circuit, roles=roles, height=self._height, title=title(circuit))
+                self._graph.value = drawn._repr_html_()
             inside = [] if circuit is None else circuit.nodes.sort_values("score", ascending=False)["node"].tolist()
             self._node.options = inside or self.model.graph.node_names
             self._where.disabled = circuit is None
@@ -363,7 +367,7 @@ class NodePanel(Panel):
         node = self.nodes[0]
         place = self.model.graph.node(node)
         words = {"head": f"head {place.head} of layer {place.layer}", "mlp": f"the MLP of layer {place.layer}"}
-        said = [f"{node}: {words.get(place.kind, place.kind)}"]
+        said = [f"{node}: {words.get(place.kind, place.kind)}", *self._role_of(node)]
         if self.circuit is not None and self.edges is not None:
             counts = self.edges["direction"].value_counts()
             joined = f"edges: {counts.get('in', 0):,} in, {counts.get('out', 0):,} out"
@@ -372,6 +376,14 @@ class NodePanel(Panel):
             said.append(f"also chosen, to be ablated together: {brief(', '.join(self.nodes[1:]))}")
         without = [] if self.task else [tables.muted("The facts of this circuit are not at hand; only its edges are.")]
         return "".join([f'<div class="kc-summary">{tables.text(" · ".join(said), 1000)}</div>', *without])
+
+    def _role_of(self, node: str) -> list[str]:
+        """Words for a head's role, where it is known."""
+        known = None if self.roles is None else self.roles[self.roles["node"] == node]
+        if known is None or known.empty:
+            return []
+        row = known.iloc[0]
+        return [f"{row['role']}: {row['D_S']:+.2f} logits from the subject, {row['D_R']:+.2f} from the relation"]
 
     def _draw_edges(self) -> None:
         if self.edges is None or self.edges.empty:

@@ -14,6 +14,7 @@ import ipywidgets as W
 import pandas as pd
 
 from kcwb.analysis.completeness import completeness
+from kcwb.analysis.heads import head_roles
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.discover import discover, predict
@@ -105,12 +106,14 @@ class DiscoveryPanel(Panel):
         self._draws, self._height = draws, height
         self._task: tuple[tuple, Task] | None = None  # the last one made, and of what
         self._searched: tuple[tuple, Circuit] | None = None  # the last preselection, and of what
+        self._roles: tuple[Task, pd.DataFrame] | None = None  # the last ones asked for, and on what
 
         self._run_button = button("Run", "play", button_style="primary")
         self._run_button.layout.margin = "2px 2px 2px 90px"
         self._ask_button = button("Ask", "question", tooltip="Which facts does the model know?")
         self._predict_button = button("How long?", "clock-o", tooltip="Time a few steps of ACDC, without running it")
         self._runs = dropdown("Shown", [], None, wide=True)
+        self._roles_button = button("Roles", "paint-brush", tooltip="Which heads move the answer? Colours the graph")
         self._summary, self._graph = W.HTML(), W.HTML(layout=W.Layout(width="100%"))
         self._graph.add_class(GRAPH_CLASS)
         self._tables = {name: W.HTML() for name in _TABS}
@@ -189,6 +192,30 @@ class DiscoveryPanel(Panel):
             return f"ACDC over {searched:,} edges and {len(task.val)} facts takes about {took} on this machine."
 
         self._start("prediction", job, lambda words: self._say("kc-note", words))
+
+    def find_roles(self) -> None:
+        """Name all heads' roles on the task on screen, and colour the graph by them; returns at once, see `wait`."""
+        self._message.value = ""
+        task = self.task
+        if task is None:
+            raise SettingError("Roles are named on facts: press Run, or load a circuit whose relation is at hand.")
+
+        def job(progress: ProgressCallback) -> pd.DataFrame:
+            self._enter("Naming the heads' roles", progress)
+            return head_roles(self.model, None, task, progress=progress)
+
+        def done(table: pd.DataFrame) -> None:
+            with self._lock:
+                self._roles = task, table
+                if self._shown is not None and self._shown.task is task:
+                    self._show(self._shown)
+
+        self._start("roles", job, done)
+
+    @property
+    def roles(self) -> pd.DataFrame | None:
+        """The table of `kcwb.head_roles` for all heads, on the task on screen; None until `find_roles` is done."""
+        return self._roles[1] if self._roles is not None and self._roles[0] is self.task else None
 
     def show(self, number: int) -> None:
         """Show a run of the history, counted from 0."""
@@ -272,6 +299,7 @@ class DiscoveryPanel(Panel):
         on(self.nodes.clicks.field, self._on_click)
         self._run_button.on_click(self._guarded(lambda _: self.run()))
         self._ask_button.on_click(self._guarded(lambda _: self.ask()))
+        self._roles_button.on_click(self._guarded(lambda _: self.find_roles()))
         self._predict_button.on_click(self._guarded(lambda _: self.predict()))
         self._save_button.on_click(self._guarded(lambda _: self.save(self._path.value)))
         self._load_button.on_click(self._guarded(lambda _: self.load(self._path.value)))
@@ -284,7 +312,13 @@ class DiscoveryPanel(Panel):
         boxes = {_NODE: self.nodes.widget, _COMPARE: against}
         self._tabs = W.Tab([boxes.get(name, self._tables[name]) for name in _TABS], titles=_TABS, selected_index=0)
         self._result = W.VBox(
-            [W.HBox([self._runs], layout=ROW), self._summary, self._graph, self.nodes.clicks.widget, self._tabs],
+            [
+                W.HBox([self._runs, self._roles_button], layout=ROW),
+                self._summary,
+                self._graph,
+                self.nodes.clicks.widget,
+                self._tabs,
+            ],
             layout=W.Layout(display="none"),
         )
         for name in _TABS:
@@ -420,7 +454,8 @@ class DiscoveryPanel(Panel):
     def _show(self, finding: Finding) -> None:
         """Draw a finding everywhere but in the controls."""
         circuit = finding.circuit
-        graph = graph_view(circuit, height=self._height, title=findings.title(circuit))._repr_html_()
+        roles = self._roles[1] if self._roles is not None and self._roles[0] is finding.task else None
+        graph = graph_view(circuit, roles=roles, height=self._height, title=findings.title(circuit))._repr_html_()
         drawn = {"Strongest edges": findings.edge_table(circuit), "Nodes": findings.node_table(circuit)}
         drawn["Facts"] = findings.facts_table(finding.task)
         with self._silently():
@@ -440,7 +475,7 @@ class DiscoveryPanel(Panel):
             if asked and findings.resizable(circuit) and asked != self.controls.size:
                 self.controls.edges.value = asked
             self._result.layout.display = ""
-            self.nodes.show(circuit, finding.task)
+            self.nodes.show(circuit, finding.task, roles)
 
     def _draw_completeness(self, finding: Finding) -> None:
         self._summary.value = tables.styled(findings.summary(finding))

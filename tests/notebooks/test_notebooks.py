@@ -219,3 +219,14 @@ def test_editing_changes_a_fact_and_weighs_the_papers_account(tmp_path):
     executed = run("05_editing", tmp_path, edits=2, compared=1, prefixes=2, draws=10, size=80)
     assert shown(executed, "account(")
     no_warnings(executed)
+
+
+@pytest.mark.model
+def test_sweeps_fills_a_store_and_counts_operations(tmp_path):
+    executed = run(
+        "10_sweeps", tmp_path, relations=["antonym"], methods=["eap"], edges=150, n=2, ablations=["mean"],
+        scale_layers=[2], scale_widths=[64],
+    )  # fmt: skip
+    assert "antonym" in "".join(shown(executed, "sweep("))
+    assert "70" in shown(executed, '"EAP-IG"')
+    no_warnings(executed)

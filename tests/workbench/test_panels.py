@@ -93,6 +93,30 @@ def test_run_finds_what_the_plain_functions_find(found, model, relation):
     pd.testing.assert_frame_equal(found.completeness, expected)
 
 
+def test_roles_colour_the_graph_and_stand_beside_a_head(found, model, relation):
+    assert found.roles is None and '"withRoles": true' not in found._graph.value
+    found._roles_button.click()
+    found.wait(SOON)
+    expected = kcwb.head_roles(model, None, make_task(model, relation, n=4), progress=False)
+    pd.testing.assert_frame_equal(found.roles, expected)
+    head = expected.iloc[0]
+    found.nodes.select(head["node"])
+    found.wait(SOON)
+    assert f"{head['role']}: {head['D_S']:+.2f} logits from the subject" in shown_text(found)
+    drawn = found._graph.value
+    found.resize(30)  # roles are the model's heads', whatever the circuit
+    assert found.roles is not None and found._graph.value != drawn
+    found.controls.seed.value = 9
+    found.run()
+    found.wait(SOON)
+    assert found.roles is None  # other facts
+
+
+def test_roles_without_facts_are_refused_in_words(panel):
+    panel._roles_button.click()
+    assert "press Run" in panel._message.value
+
+
 def test_every_control_reaches_the_function(panel, relation, model):
     panel.controls.method.value = "eap"
     panel.controls.ablation.value = "zero"

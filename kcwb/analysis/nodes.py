@@ -121,7 +121,8 @@ def node_logits(
     Returns
     -------
     Tensor
-        `[N, V]` float32, on the model's device.
+        `[N, V]` float32, on the model's device; before the final softcap, where the model has one (Gemma 2): parts add
+        up to what is capped, not to the logits.
 
     Raises
     ------

@@ -192,7 +192,7 @@ def test_threshold_sensitivity_finds_a_core_of_two_thresholds(tmp_path):
     executed = run("03_threshold_sensitivity", tmp_path, taus=[0.1, 0.02], within=300, n=1, draws=1)
     assert "near ties" in shown(executed, '"near ties"')
     assert "<iframe" in shown(executed, "graph_view(core")
-    assert "nll" in shown(executed, "inside = core.nodes")
+    assert "loss" in shown(executed, "inside = core.nodes")
     no_warnings(executed)
 
 

@@ -107,7 +107,7 @@ class Current:
     ) -> None:
         self.network, self.loss, self.kept = network, loss, kept
         self._ablated = ablated
-        self._settles = ablated is None and network.stacked_norms
+        self._settles = ablated is None
         prompts = loss.prompts
         self._rows = torch.arange(len(prompts), device=network.device)[:, None]
         self._positions = prompts.positions
@@ -279,9 +279,9 @@ class Current:
     def _settled(self, x: Float[Tensor, "... N P D"], before: Float[Tensor, "... N P D"]) -> Tensor:
         """`x`, or zeros at positions where it is no more than what rounding left of `before`.
 
-        A difference is rarely an exact zero, where the sum over no senders is one. One norm multiplies what is left by
-        at most a thousand, which does no harm; a second one, of queries, keys or outputs, would make it a number like
-        any other. Done where norms are stacked, under zero ablation.
+        A difference is rarely an exact zero, where the sum over no senders is one. A norm multiplies what is left by up
+        to a thousand; a second one, of queries, keys or outputs, would make it a number like any other. Done under zero
+        ablation, the only one under which a receiver may read nothing.
         """
         if not self._settles:
             return x

@@ -122,7 +122,6 @@ class Network:
         #: Whether a norm follows the attention, so that the heads of a layer share a scale.
         self.post_norms: bool = any(layer.norm_heads is not None for layer in self.layers)
         #: Whether what one norm gives is normed again before it is used: queries and keys, or outputs.
-        self.stacked_norms: bool = self.post_norms or any(layer.norm_query is not None for layer in self.layers)
         self.norm_final = _norm(bridge.ln_final.original_component)
         #: A bound on the logits, c tanh(x / c), or None.
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)

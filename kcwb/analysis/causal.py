@@ -130,9 +130,7 @@ def check_roles(
     prompts = without_copies(model, prompts)
     random = np.random.default_rng(seed)
     matched = {node: _nearest(model, set(named["node"]), node, random_heads, random) for node in named["node"]}
-    wanted = sorted(
-        {*named["node"], *(node for nodes in matched.values() for node in nodes)}, key=model.graph.sender_index
-    )
+    wanted = {*named["node"], *(node for nodes in matched.values() for node in nodes)}
     if not all(matched.values()):
         raise DataError("Every head has a role: there is none to compare with. Check some of the roles at a time.")
     every, generic = _effects(model, task, prompts, sorted(wanted, key=model.graph.sender_index), progress)

@@ -9,8 +9,9 @@ gain and the scale that it divides by in this very run; for a LayerNorm u_t is c
 its centring of the residual stream amounts to. Contributions are logits, measured from the mean over the vocabulary,
 since a logit that all tokens gain decides nothing.
 
-Where a norm follows the attention (Gemma 2 and 3), a head's output is its share of the normed sum, as everywhere in
-kcwb. Where the logits are bounded (Gemma 2), contributions are to the logits before that.
+Where a norm follows the attention (Gemma 2 and 3), a head's output would be its share of the normed sum, and where the
+logits are bounded (Gemma 2), contributions are to the logits before that. The sums are exact there too, but `attribute`
+refuses these families: the causal checks of roles (`kcwb.analysis.causal`) do not cover them.
 
 **It is exact.** The sum over sources, and b_V . W_O . u_t beside it, is the head's direct logit attribution; the sum
 over all heads, MLPs and `input`, and the model's constants beside it, is the token's logit minus the mean logit.

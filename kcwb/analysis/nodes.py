@@ -371,10 +371,7 @@ def _cuts(model: Model, task: Task | Prompts, ablation: str | Ablation) -> Ablat
 
 def _unembed(network: Network, output: Float[Tensor, "N D"], residual: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
     """Push a summand of the final residual stream through the final norm, held at the stream's scale, and W_U."""
-    norm, part = network.norm_final, output.float()
-    if not norm.rms:
-        part = part - part.mean(-1, keepdim=True)
-    return (part / final_scale(network, residual)[:, None] * norm.weight.float()) @ network.W_U.float()
+    return network.logit_shares(output).float() / final_scale(network, residual)[:, None]
 
 
 # --- ablating ---

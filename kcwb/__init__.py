@@ -35,10 +35,12 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kcwb.discovery.baselines import random_circuit
     from kcwb.discovery.discover import discover, predict, score_edges, tau_path
     from kcwb.discovery.selection import resize
-    from kcwb.editing.compare import account, compare_edit, compare_edits
+    from kcwb.editing.account import account, compare_edits
+    from kcwb.editing.cases import EditCase, edit_cases, load_counterfact
+    from kcwb.editing.compare import compare_edit
     from kcwb.editing.covariance import covariance
     from kcwb.editing.edit import Edit, EditError, edit
-    from kcwb.editing.scores import EditCase, edit_cases, edit_scores, load_counterfact, score_summary
+    from kcwb.editing.scores import edit_scores, score_summary
     from kcwb.errors import CircuitError, DataError, KcwbError, ModelError, SettingError
     from kcwb.models.encoder import load_encoder
     from kcwb.models.graph import Graph
@@ -77,10 +79,12 @@ _HOME = {
     "kcwb.discovery.baselines": ("random_circuit",),
     "kcwb.discovery.discover": ("discover", "predict", "score_edges", "tau_path"),
     "kcwb.discovery.selection": ("resize",),
-    "kcwb.editing.compare": ("account", "compare_edit", "compare_edits"),
+    "kcwb.editing.account": ("account", "compare_edits"),
+    "kcwb.editing.cases": ("EditCase", "edit_cases", "load_counterfact"),
+    "kcwb.editing.compare": ("compare_edit",),
     "kcwb.editing.covariance": ("covariance",),
     "kcwb.editing.edit": ("Edit", "EditError", "edit"),
-    "kcwb.editing.scores": ("EditCase", "edit_cases", "edit_scores", "load_counterfact", "score_summary"),
+    "kcwb.editing.scores": ("edit_scores", "score_summary"),
     "kcwb.errors": ("CircuitError", "DataError", "KcwbError", "ModelError", "SettingError"),
     "kcwb.models.encoder": ("load_encoder",),
     "kcwb.models.graph": ("Graph",),

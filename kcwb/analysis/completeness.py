@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
@@ -132,7 +133,18 @@ def proportion_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float
         centre = (share + z * z / (2 * n)) / (1 + z * z / n)
         half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         return max(0.0, centre - half), min(1.0, centre + half)
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
-    )
+    return _bootstrap(values, seed)
+
+
+def mean_interval(values: Float[np.ndarray, " n"], seed: int = 0) -> tuple[float, float]:
+    """A 95% interval of a mean: `proportion_interval` for shares, else the percentile bootstrap (NaN for one value)."""
+    values = np.asarray(values, dtype=float)
+    if bool(((values >= 0) & (values <= 1)).all()):
+        return proportion_interval(values, seed)
+    return _bootstrap(values, seed) if len(values) > 1 else (np.nan, np.nan)
+
+
+def _bootstrap(values: np.ndarray, seed: int) -> tuple[float, float]:
+    draw = np.random.default_rng(seed)
+    found = stats.bootstrap((values,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=draw)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)

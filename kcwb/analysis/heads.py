@@ -28,6 +28,7 @@ told from a mover: choose one in which words stand between.
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -47,7 +48,7 @@ from kcwb.analysis.dla import (
 from kcwb.analysis.positions import check_prompts, position_groups, split_of, token_text, without_copies
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
-from kcwb.errors import CircuitError, SettingError
+from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -164,6 +165,21 @@ COLUMNS = (
     *("stability", "role_attention", "attention_subject", "attention_relation", "attention_bos", "attention_end"),
     *("to_logits", *_PATTERNS, "top_tokens", "facts"),
 )
+
+
+def strongest_movers(model: Model, task: Task, n: int = 10, seed: int = 0) -> list[str]:
+    """The mover heads of a task with the largest D_S, at most n; DataError if there is none."""
+    if n < 1:
+        raise SettingError(f"movers={n}: at least 1.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of facts that are left out
+        table = head_roles(model, None, task, shuffles=50, resamples=1, seed=seed, progress=False)
+    names = table[table["role"] == "mover"].sort_values("D_S", ascending=False)["node"].tolist()
+    if not names:
+        raise DataError(
+            f"No head is a mover of {task.relation.name} in {task.template!r:.120}; name some: movers=[...]."
+        )
+    return names[:n]
 
 
 def role_agreement(roles: pd.DataFrame, seed: int = 0) -> pd.DataFrame:

@@ -21,7 +21,6 @@ does. Measured here, for one edit that turns the old object into the new one:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,27 +28,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kcwb.analysis.compare import compare_circuits
 from kcwb.analysis.dla import attribute
-from kcwb.analysis.heads import RATIO, head_roles
+from kcwb.analysis.heads import RATIO, strongest_movers
 from kcwb.analysis.positions import check_prompts, position_groups
 from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.selection import select_edges
-from kcwb.editing.edit import Edit, EditError, edit
-from kcwb.editing.passes import Block, run_block
-from kcwb.editing.scores import EditCase, mean_interval
+from kcwb.editing.edit import Edit, EditError
+from kcwb.editing.passes import Block
+from kcwb.editing.transport import trace_blocks, transport
 from kcwb.errors import DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
-from kcwb.models.network import Network
 from kcwb.progress import Progress, track
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights, encode, make_task, rank_of
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights, encode, rank_of
 from kcwb.tasks.relations import Fact
 
 #: Logits: the least |D_S| + |D_R| with which a head has a role on a single prompt.
@@ -187,17 +185,17 @@ def compare_edit(
         step(note="circuit of the paraphrase")
         prompt = asked[fact].select([0])
         ends = int(prompt.ends[0])
-        clean = _trace(model.network, prompt.tokens[:, : ends + 1])
+        clean = trace_blocks(model.network, prompt.tokens[:, : ends + 1])
         lens = [_lens(model, prompt, clean, tokens, "before")]
         roles = _contributions(model, prompt, tokens)
         with made:
             circuits["after"] = _circuit(model, task, new, task.template, make_ablation(model, task, "mean"), edges)
             step(note="circuit after")
-            edited = _trace(model.network, prompt.tokens[:, : ends + 1])
+            edited = trace_blocks(model.network, prompt.tokens[:, : ends + 1])
             lens.append(_lens(model, prompt, edited, tokens, "after"))
             roles_after = _contributions(model, prompt, tokens)
             step(note="lens and roles")
-            transport, p = _transport(model, made, prompt, clean, edited, tokens, names, draws, seed)
+            transported, p = transport(model, made, prompt, clean, edited, tokens, names, draws, seed)
             step(note="transport")
     return EditComparison(
         edit=made,
@@ -206,7 +204,7 @@ def compare_edit(
         layers=_layers(model.graph, made.layers, circuits),
         lens=pd.concat(lens, ignore_index=True),
         roles=_roles(circuits, names, roles[..., 0], roles_after[..., 1]),
-        transport=transport,
+        transport=transported,
         p=p,
     )
 
@@ -230,21 +228,6 @@ def _paraphrase_of(task: Task) -> str:
     if not others:
         raise DataError(f"{task.relation.name} has no other template; give one: paraphrase='... {{}} ...'.")
     return others[0]
-
-
-def strongest_movers(model: Model, task: Task, n: int = 10, seed: int = 0) -> list[str]:
-    """The mover heads of a task with the largest D_S, at most n; DataError if there is none."""
-    if n < 1:
-        raise SettingError(f"movers={n}: at least 1.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of facts that are left out
-        table = head_roles(model, None, task, shuffles=50, resamples=1, seed=seed, progress=False)
-    names = table[table["role"] == "mover"].sort_values("D_S", ascending=False)["node"].tolist()
-    if not names:
-        raise DataError(
-            f"No head is a mover of {task.relation.name} in {task.template!r:.120}; name some: movers=[...]."
-        )
-    return names[:n]
 
 
 # --- circuits ---
@@ -332,16 +315,6 @@ def _shares(layers: np.ndarray, n_layers: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _trace(network: Network, tokens: Int[Tensor, "1 T"]) -> list[Block]:
-    """All blocks of the full model on one prompt up to END."""
-    x, blocks = network.embed(tokens), []
-    for layer in range(network.graph.n_layers):
-        blocks.append(run_block(network, layer, x))
-        x = blocks[-1].after
-    return blocks
-
-
-@torch.no_grad()
 def _lens(model: Model, prompt: Prompts, trace: Sequence[Block], tokens: Int[Tensor, "2"], state: str) -> pd.DataFrame:
     places = {"END": -1, "subject": int(prompt.subject_stop[0]) - 1}
     rows: list[dict[str, Any]] = []
@@ -395,239 +368,3 @@ def _role(subject: float, relation: float) -> str:
         return "suppressor"
     share = abs(subject) / size
     return "mover" if share > RATIO / (RATIO + 1) else "relation" if share < 1 / (RATIO + 1) else "mixture"
-
-
-# --- transport ---
-
-
-@torch.no_grad()
-def _transport(
-    model: Model, made: Edit, prompt: Prompts, clean: list[Block], edited: list[Block], tokens: Int[Tensor, "2"],
-    movers: Sequence[str], draws: int, seed: int,
-) -> tuple[pd.DataFrame, float]:  # fmt: skip
-    """TE of everything that is put back, and p; runs inside the edit."""
-    network, graph = model.network, model.graph
-    ids = prompt.tokens[:, : int(prompt.ends[0]) + 1]
-
-    def difference(final: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-        old, new = network.logits(final)[:, tokens].float().unbind(-1)
-        return new - old
-
-    before, after = float(difference(clean[-1].after[:, -1])), float(difference(edited[-1].after[:, -1]))
-    moved = after - before
-
-    def effect(final: Float[Tensor, "B D"]) -> Float[np.ndarray, " B"]:
-        return (after - difference(final)).cpu().numpy() / moved if moved else np.full(len(final), math.nan)
-
-    chosen = torch.zeros(graph.n_layers, graph.n_heads, dtype=torch.bool)
-    for name in movers:
-        place = graph.node(name)
-        chosen[place.layer, place.head] = True
-    sets = torch.cat([chosen[None], _matched_sets(chosen, draws, seed)]).to(model.device)
-    through = effect(heads_put_back(network, ids, _head_outputs(network, ids, clean), edited, sets))
-    low, high = np.quantile(through[1:], [0.025, 0.975])
-    rows: list[dict[str, Any]] = [
-        {"what": "mover heads", "TE": float(through[0])},
-        {"what": "random heads", "TE": float(through[1:].mean()), "low": float(low), "high": float(high)},
-    ]
-    positions = torch.arange(ids.shape[1], device=model.device)
-    subject = (positions >= prompt.subject_start[0]) & (positions < prompt.subject_stop[0])
-    end = positions == ids.shape[1] - 1
-    unedited = {layer: _unedited_output(network, made, layer, clean[layer].hidden) for layer in made.layers}
-    for what, where in (("subject", subject & ~end), ("END", end), ("elsewhere", ~subject & ~end)):
-        final = outputs_put_back(network, ids, unedited, where)
-        rows.append({"what": f"edited MLP, {what}", "TE": float(effect(final[:, -1])[0])})
-    p = (1 + int((through[1:] >= through[0]).sum())) / (1 + draws)
-    return pd.DataFrame(rows, columns=["what", "TE", "low", "high"]), p
-
-
-def _unedited_output(network: Network, made: Edit, layer: int, hidden: Float[Tensor, "1 T M"]) -> Tensor:
-    """What the MLP wrote before the edit, which is in the weights now."""
-    return network.mlp_output(layer, hidden) - hidden @ made.deltas[layer]
-
-
-def _matched_sets(chosen: Bool[Tensor, "L H"], draws: int, seed: int) -> Bool[Tensor, "draws L H"]:
-    """Random sets of heads with as many in each layer as the chosen ones."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(draws, *chosen.shape, generator=generator).argsort(-1).argsort(-1)
-    return order < chosen.sum(-1)[None, :, None]
-
-
-def _head_outputs(network: Network, tokens: Int[Tensor, "1 T"], trace: Sequence[Block]) -> Float[Tensor, "L H D"]:
-    """Every head's output at END, through W_O, from the traced run."""
-    end = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
-    x, found = network.embed(tokens), []
-    for layer, block in enumerate(trace):
-        q = network.queries(layer, x[None, :, -1:], positions=end)
-        found.append(network.head_outputs(layer, q, block.keys, block.values, positions=end)[:, 0, 0])
-        x = block.after
-    return torch.stack(found)
-
-
-@torch.no_grad()
-def heads_put_back(
-    network: Network, tokens: Int[Tensor, "1 T"], outputs: Float[Tensor, "L H D"], trace: Sequence[Block],
-    sets: Bool[Tensor, "B L H"],
-) -> Float[Tensor, "B D"]:  # fmt: skip
-    """The final stream at END when each set's heads write `outputs` there; one position is run, for all sets at once.
-
-    Parameters
-    ----------
-    network, tokens
-        The network as it is now, and one prompt up to END.
-    outputs
-        What heads write at END where they are put back.
-    trace
-        The network's own run on the prompt: what earlier positions do is not changed by END.
-    sets
-        Which heads are put back.
-    """
-    n_sets, end = len(sets), torch.tensor([tokens.shape[1] - 1], device=tokens.device)
-    x = network.embed(tokens)[:, -1:].expand(n_sets, 1, -1)
-    for layer, block in enumerate(trace):
-        k = torch.cat(
-            [block.keys[:, :, :-1].expand(-1, n_sets, -1, -1), network.keys(layer, x[None], positions=end)], 2
-        )
-        v = torch.cat([block.values[:, :, :-1].expand(-1, n_sets, -1, -1), network.values(layer, x[None])], 2)
-        q = network.queries(layer, x[None], positions=end)
-        heads = network.head_outputs(layer, q, k, v, positions=end)
-        back = sets[:, layer].T[:, :, None, None]
-        heads = torch.where(back, outputs[layer][:, None, None], heads)
-        middle = x + heads.sum(0) + network.constant(layer)
-        x = middle + network.mlp(layer, x if network.graph.parallel else middle)
-    return x[:, 0]
-
-
-@torch.no_grad()
-def outputs_put_back(
-    network: Network, tokens: Int[Tensor, "1 T"], outputs: Mapping[int, Float[Tensor, "1 T D"]],
-    where: Bool[Tensor, " T"],
-) -> Float[Tensor, "1 T D"]:  # fmt: skip
-    """The final stream when some layers' MLPs write `outputs` at the positions `where`."""
-    x = network.embed(tokens)
-    for layer in range(network.graph.n_layers):
-        block = run_block(network, layer, x)
-        x = block.after
-        if layer in outputs:
-            x = x + where[None, :, None] * (outputs[layer] - network.mlp_output(layer, block.hidden))
-    return x
-
-
-# --- many edits ---
-
-
-def compare_edits(
-    model: Model,
-    cases: Sequence[EditCase],
-    method: str = "rome",
-    *,
-    layer: int | None = None,
-    edges: int = 300,
-    movers: int = 10,
-    draws: int = 100,
-    n: int = 8,
-    seed: int = 0,
-    progress: Progress = True,
-    **settings: Any,
-) -> pd.DataFrame:
-    """`compare_edit` over many edits.
-
-    Parameters
-    ----------
-    model, cases
-        The model, and edits from `edit_cases` (their relation is needed: its facts tell the mover heads).
-    method, layer, settings
-        As in `kcwb.editing.edit.edit`. An edit that does not get under its bound (default 1 nat) is left out with a
-        warning: a model that does not say the new object has no circuit for it.
-    edges, movers, draws
-        As in `compare_edit`.
-    n
-        Facts of each relation on which mover heads are found.
-    seed
-        Of everything.
-    progress
-        Reported per edit.
-
-    Returns
-    -------
-    DataFrame
-        One row per edit: `relation`, `subject`, `true`, `target`, `method`, and `EditComparison.summary`.
-    """
-    tasks: dict[tuple[str, str], tuple[Task, list[str]]] = {}
-    rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    with track(progress, len(cases), f"{method}: circuits before and after") as step:
-        for case in cases:
-            key = case.relation, case.template
-            try:
-                if key not in tasks:
-                    task = make_task(model, case.relation, n=n, seed=seed, template=case.template)
-                    tasks[key] = task, strongest_movers(model, task, movers, seed)
-                task, names = tasks[key]
-                more = {"layer": layer, "seed": seed, "progress": False, **settings}
-                made = edit(model, case.fact, case.target, method, template=case.template, **more)
-                found = compare_edit(
-                    model, made, task, edges=edges, movers=names, draws=draws, seed=seed, progress=False
-                )
-            except (EditError, DataError) as error:
-                left_out.append(f"{case.fact.subject}: {error}")
-            else:
-                head = {"relation": case.relation, "subject": case.fact.subject, "true": case.fact.object}
-                rows.append({**head, "target": case.target, "method": method, "nll": made.nll, **found.summary})
-            step(note=case.fact.subject)
-    if left_out:
-        warnings.warn(f"{len(left_out)} of {len(cases)} edits left out: {'; '.join(left_out)}", stacklevel=2)
-    if not rows:
-        raise DataError(f"None of the {len(cases)} {method} edits could be compared; the last: {left_out[-1]}")
-    return pd.DataFrame(rows)
-
-
-def account(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Test the account of Knowledge Circuits claim by claim, over many edits of one method.
-
-    Parameters
-    ----------
-    table
-        Of `compare_edits`.
-    seed
-        Of the bootstrap over edits.
-
-    Returns
-    -------
-    DataFrame
-        One row per claim: `claim`, what is measured (`quantity`, a mean over edits), `mean`, `low`, `high` (95%), `n`,
-        and `holds`: `yes` if the interval lies above `least`, `no` if below, else `undecided`.
-    """
-    claims = {
-        "the edit is written at the subject": ("te_subject", table["te_subject"], 0.5),
-        "the edit is written at END": ("te_end", table["te_end"], 0.5),
-        "mover heads carry it, more than other heads": (
-            "te_movers - te_random",
-            table["te_movers"] - table["te_random"],
-            0.0,
-        ),
-        "mover heads carry most of it": ("te_movers", table["te_movers"], 0.5),
-        "the circuit changes more than by a paraphrase": (
-            "edge_iou_paraphrase - edge_iou",
-            table["edge_iou_paraphrase"] - table["edge_iou"],
-            0.0,
-        ),
-        "the circuit changes more than the new answer alone does": (
-            "edge_iou_answer - edge_iou",
-            table["edge_iou_answer"] - table["edge_iou"],
-            0.0,
-        ),
-        "the change sits in the edited layer": (
-            "edited_share - node_share",
-            table["edited_share"] - table["node_share"],
-            0.0,
-        ),
-    }
-    rows = []
-    for claim, (quantity, values, least) in claims.items():
-        found = values.dropna().to_numpy(float)
-        low, high = mean_interval(found, seed) if len(found) else (math.nan, math.nan)
-        holds = "yes" if low > least else "no" if high < least else "undecided"
-        mean = float(found.mean()) if len(found) else math.nan
-        rows.append((claim, quantity, least, mean, low, high, len(found), holds))
-    return pd.DataFrame(rows, columns=["claim", "quantity", "least", "mean", "low", "high", "n", "holds"])

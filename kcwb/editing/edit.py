@@ -308,7 +308,7 @@ def _check(
     if model.network.post_norms:
         raise ModelError(
             f"{model.name} has a norm behind each MLP, so that no change of its weights alone sets what it writes. "
-            "Edit a model without one (GPT-2, Llama, Mistral, Qwen2, GPT-NeoX, OPT)."
+            "`kcwb models` lists the families that can be edited."
         )
     n_layers = model.graph.n_layers
     if not 0 <= layer < n_layers:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
-from kcwb.tasks.prompts import encode_one
+from kcwb.tasks.prompts import encode_one, padded
 from kcwb.tasks.relations import Fact
 
 
@@ -49,24 +49,21 @@ def make_rows(model: Model, asked: Sequence[tuple[Fact, str]]) -> Rows:
     """Tokens of (fact, template) pairs; DataError if one does not fit into the model's context."""
     rows = [encode_one(model, fact, template) for fact, template in asked]
     lists = [row.prompt + row.answer[:-1] for row in rows]
-    width, longest = max(map(len, lists)), max(len(row.answer) for row in rows)
+    width = max(map(len, lists))
     if width > model.network.n_ctx:
         raise DataError(f"A prompt has {width} tokens with its answer; {model.name} reads {model.network.n_ctx}.")
-
-    def pad(values: Sequence[Sequence[int]], size: int) -> Tensor:
-        return torch.tensor([[*value, *[0] * (size - len(value))] for value in values], device=model.device)
 
     def column(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=model.device)
 
-    mask = pad([[1] * len(row.answer) for row in rows], longest)
+    mask = padded([[1] * len(row.answer) for row in rows], model.device)
     ends = column([len(row.prompt) - 1 for row in rows])
     return Rows(
-        tokens=pad(lists, width),
+        tokens=padded(lists, model.device),
         lengths=column([len(row) for row in lists]),
         subjects=column([row.stop - 1 for row in rows]),
-        positions=ends[:, None] + torch.arange(longest, device=model.device) * mask,
-        answers=pad([row.answer for row in rows], longest),
+        positions=ends[:, None] + torch.arange(mask.shape[1], device=model.device) * mask,
+        answers=padded([row.answer for row in rows], model.device),
         mask=mask.float(),
     )
 

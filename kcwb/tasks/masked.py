@@ -18,11 +18,10 @@ from torch import Tensor
 
 from kcwb.errors import DataError, SettingError
 from kcwb.models.encoder import Encoder, run_encoder
-from kcwb.tasks.prompts import KNOWN_RANK, rank_of
+from kcwb.tasks.prompts import KNOWN_RANK, padded, rank_of, split
 from kcwb.tasks.relations import Fact, Relation, load_relation
 
 _CHUNK = 32
-_REFERENCE_SIZE = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +157,7 @@ def make_masked_task(
             f"{encoder.name} knows none of the {len(rows)} facts of {relation.name} in {text!r} (Hit@{KNOWN_RANK}); "
             f"the best rank is {int(everything.ranks.min())}. Try another template or relation."
         )
-    draw = random.Random(seed)
-    draw.shuffle(known)
-    val = sorted(known[: min(n, max(1, len(rows) // 2))])
-    rest = [i for i in range(len(rows)) if i not in set(val)]
-    draw.shuffle(rest)
+    chosen = split(known, len(rows), n, seed)
     return MaskedTask(
         model_name=encoder.name,
         model_digest=encoder.digest,
@@ -170,9 +165,9 @@ def make_masked_task(
         template=text,
         n=n,
         seed=seed,
-        val=everything.select(val),
-        test=everything.select(sorted(rest[: len(val)])),
-        reference=everything.select(sorted([*val, *rest][:_REFERENCE_SIZE])),
+        val=everything.select(chosen.val),
+        test=everything.select(chosen.test),
+        reference=everything.select(chosen.reference),
         n_known=len(known),
         n_facts=len(rows),
         n_left_out=len(found) - len(rows),
@@ -200,10 +195,9 @@ def _row(encoder: Encoder, fact: Fact, template: str, ending: str) -> _Row | Non
 def _prompts(encoder: Encoder, rows: list[_Row], seed: int) -> MaskedPrompts:
     draw = random.Random(seed)
     partners = [_partner(row, rows, draw) for row in rows]
-    width = max(len(row.tokens) for row in rows)
 
     def pad(lists: list[list[int]]) -> Tensor:
-        return torch.tensor([[*one, *[0] * (width - len(one))] for one in lists], device=encoder.device)
+        return padded(lists, encoder.device)
 
     def column(values: list[Any]) -> Tensor:
         return torch.tensor(values, device=encoder.device)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward
@@ -204,13 +205,7 @@ def make_task(
             f"{model.name} knows none of the {len(relation.facts)} facts of {relation.name} in {text!r} "
             f"(Hit@{KNOWN_RANK}); the best rank is {int(everything.ranks.min())}. Try another template or relation."
         )
-    draw = random.Random(seed)
-    draw.shuffle(known)
-    val = sorted(known[: min(n, max(1, len(everything) // 2))])
-    rest = [i for i in range(len(everything)) if i not in set(val)]
-    draw.shuffle(rest)
-    test = sorted(rest[: len(val) if n_test is None else n_test])
-    order = [*val, *rest]
+    rows = split(known, len(everything), n, seed, n_test)
     return Task(
         model_name=model.name,
         model_digest=model.digest,
@@ -218,12 +213,32 @@ def make_task(
         template=text,
         n=n,
         seed=seed,
-        val=everything.select(val),
-        test=everything.select(test),
-        reference=everything.select(sorted(order[:_REFERENCE_SIZE])),
+        val=everything.select(rows.val),
+        test=everything.select(rows.test),
+        reference=everything.select(rows.reference),
         n_known=len(known),
         n_facts=len(everything),
     )
+
+
+class Split(NamedTuple):
+    """Rows of D_val, of D_test, and of the prompts that mean ablation averages over."""
+
+    val: list[int]
+    test: list[int]
+    reference: list[int]
+
+
+def split(known: Sequence[int], total: int, n: int, seed: int, n_test: int | None = None) -> Split:
+    """Draw D_val from the known ones of `total` facts and D_test from the rest; see `make_task`."""
+    draw = random.Random(seed)
+    order = list(known)
+    draw.shuffle(order)
+    val = sorted(order[: min(n, max(1, total // 2))])
+    rest = [i for i in range(total) if i not in set(val)]
+    draw.shuffle(rest)
+    test = rest[: len(val) if n_test is None else n_test]
+    return Split(val, sorted(test), sorted([*val, *rest][:_REFERENCE_SIZE]))
 
 
 class _Row(NamedTuple):
@@ -252,30 +267,32 @@ def encode(
     if width > model.network.n_ctx:
         raise DataError(f"A prompt of {template!r} has {width} tokens; {model.name} reads {model.network.n_ctx}.")
 
-    def pad(lists: Sequence[Sequence[int]], width: int) -> Tensor:
-        return torch.tensor([[*row, *[0] * (width - len(row))] for row in lists], device=model.device)
+    def pad(lists: Sequence[Sequence[int]]) -> Tensor:
+        return padded(lists, model.device)
 
     def column(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=model.device)
 
-    longest = max(len(row.answer) for row in rows)
     prompts = Prompts(
         facts=tuple(facts),
         texts=tuple(template.replace("{}", fact.subject) for fact in facts),
-        tokens=pad([row.prompt + row.answer[:-1] for row in rows], width),
+        tokens=pad([row.prompt + row.answer[:-1] for row in rows]),
         lengths=column([len(row.prompt) for row in rows]),
         subject_start=column([row.start for row in rows]),
         subject_stop=column([row.stop for row in rows]),
-        answers=pad([row.answer for row in rows], longest),
-        answer_mask=pad([[1] * len(row.answer) for row in rows], longest).bool(),
+        answers=pad([row.answer for row in rows]),
+        answer_mask=pad([[1] * len(row.answer) for row in rows]).bool(),
         foils=column(foils),
         ranks=column([0] * len(rows)),
-        corrupted=pad(
-            [(other or row).prompt + row.answer[:-1] for row, other in zip(rows, partners, strict=True)], width
-        ),
+        corrupted=pad([(other or row).prompt + row.answer[:-1] for row, other in zip(rows, partners, strict=True)]),
         paired=column([other is not None for other in partners]),
     )
-    return replace(prompts, ranks=_full_ranks(model, prompts, progress))
+    return replace(prompts, ranks=full_ranks(model, prompts, progress))
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "N T"]:
+    """Rows of unequal length, filled up with zeros on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
 
 def encode_one(model: Model, fact: Fact, template: str) -> _Row:
@@ -323,7 +340,7 @@ def _partner(row: _Row, rows: Sequence[_Row], draw: random.Random) -> _Row | Non
 
 
 @torch.no_grad()
-def _full_ranks(model: Model, prompts: Prompts, progress: Progress) -> Int[Tensor, " N"]:
+def full_ranks(model: Model, prompts: Prompts, progress: Progress) -> Int[Tensor, " N"]:
     """The full model's rank of each answer's first token."""
     ranks = []
     with track(progress, len(prompts), "facts") as step:

@@ -427,7 +427,10 @@ class DiscoveryPanel(Panel):
                 self._shown = before
                 if before is not None:
                     self._show(before)
-                raise CircuitError(f"This circuit cannot be shown: {type(error).__name__}: {error}") from error
+                raise CircuitError(
+                    "This circuit cannot be shown: its provenance holds something that no discovery writes, as after "
+                    "an edit by hand. Its edges can still be read: kcwb.Circuit.load(path).edges."
+                ) from error
             self._test(finding)
 
     def _test(self, finding: Finding) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from kcwb.editing.compare import EditComparison, compare_edit
+from kcwb.editing.edit import Edit, edit
 from kcwb.models.loading import Model
-from kcwb.tasks.relations import Fact
+from kcwb.tasks.prompts import Task, make_task
+from kcwb.tasks.relations import Fact, Relation
+from tests.tasks import known_relation
 from tests.tiny import tiny_model
 
+TEMPLATES = ("w1 {} w2", "w3 {} w4")
 TEMPLATE = "w80 {} w81 w82"
 FACT = Fact("w5 w6", "w40")
 QUICK: dict[str, Any] = {"steps": 4, "prefixes": 3, "bound": float("inf"), "progress": False, "template": TEMPLATE}
@@ -66,3 +72,37 @@ def keys_and_outputs(model: Model, layer: int, tokens: torch.Tensor) -> tuple[to
     finally:
         handle.remove()
     return seen[0]
+
+
+# --- a comparison ---
+
+
+def large_edit(model: Model, fact: Fact, target: str, method: str = "ft_m") -> Edit:
+    """An edit whose loss may stay where it likes."""
+    more = {"lr": 0.1, "clamp": 0.3} if method == "ft_m" else {"prefixes": 2, "clamp": 3.0, "covariance": "identity"}
+    return edit(
+        model, fact, target, method, template=TEMPLATES[0], layer=0, steps=4, bound=99.0, progress=False, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def relation(model: Model) -> Relation:
+    """Facts that the model knows, in two templates."""
+    return replace(known_relation(model, 16), prompt_templates_zs=TEMPLATES)
+
+
+@pytest.fixture(scope="module")
+def task(model: Model, relation: Relation) -> Task:
+    """Six of them."""
+    return make_task(model, relation, n=6)
+
+
+@pytest.fixture(scope="module")
+def found(model: Model, task: Task) -> EditComparison:
+    """One edit compared; it left no trace."""
+    fact = task.val.facts[0]
+    made = large_edit(model, fact, "w61")
+    before = weights(model)
+    comparison = compare_edit(model, made, task, edges=60, movers=["a0.h1", "a1.h0", "a1.h2"], draws=25, progress=False)
+    assert same_bits(model, before)
+    return comparison

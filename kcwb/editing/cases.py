@@ -1,0 +1,242 @@
+"""Edits to be made, and the prompts that judge them: from our relations, or from a file of CounterFact's format."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kcwb.errors import DataError, SettingError
+from kcwb.models.loading import Model
+from kcwb.progress import Progress, track
+from kcwb.tasks.prompts import encode
+from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations
+
+#: Relations with shared objects, from which edits are made where none are named.
+RELATIONS = (
+    "city_country",
+    "landmark_country",
+    "country_language",
+    "country_currency",
+    "musician_instrument",
+    "noun_superclass",
+    "food_country",
+    "person_native_language",
+)
+#: How a subject's object is described, so that another relation can be asked of it.
+_DESCRIPTIONS = {
+    "city_country": "the country that has the city of {}",
+    "landmark_country": "the country that has the landmark {}",
+    "food_country": "the country that has the dish {}",
+}
+#: What such a description is asked.
+_SECOND_STEPS = ("country_capital", "country_language", "country_currency", "country_continent")
+_AT_ONCE = 16  # facts that are asked together
+
+
+@dataclass(frozen=True)
+class EditCase:
+    """One edit to be made, and the prompts that judge it.
+
+    Attributes
+    ----------
+    fact, target, template
+        The edit: the true fact, the new object, and the template.
+    paraphrases
+        The same question in other words.
+    neighbours
+        Prompts whose answer is the same true object, about other subjects.
+    same_subject, other_subjects
+        Prompts of other relations, for bleed-over.
+    compositions
+        (prompt, new object, true object) of a fact that follows from the edited one.
+    relation
+        The relation's name.
+    """
+
+    fact: Fact
+    target: str
+    template: str
+    paraphrases: tuple[str, ...]
+    neighbours: tuple[str, ...]
+    same_subject: tuple[str, ...] = ()
+    other_subjects: tuple[str, ...] = ()
+    compositions: tuple[tuple[str, str, str], ...] = ()
+    relation: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The template about the fact's subject."""
+        return self.template.replace("{}", self.fact.subject)
+
+
+def edit_cases(
+    model: Model,
+    relations: Sequence[Relation | str] = RELATIONS,
+    *,
+    n: int = 50,
+    seed: int = 0,
+    template: int = 0,
+    rank: int = 1,
+    neighbours: int = 5,
+    others: int = 5,
+    progress: Progress = False,
+) -> list[EditCase]:
+    """Edits made from relations: facts that the model knows, each with another object of the relation as its target.
+
+    Parameters
+    ----------
+    model
+        Who is to know the facts.
+    relations
+        Relations or their names; of each, in turn, a fact that has a neighbour.
+    n
+        How many edits; fewer if there are not as many.
+    seed
+        Of the draws of facts, targets, neighbours and others.
+    template
+        The zero-shot template that is edited; the others are paraphrases.
+    rank
+        A fact is known when the first token of its object has at most this rank.
+    neighbours
+        How many of the other subjects with the same object are asked, at most.
+    others
+        How many prompts of other relations and about other subjects.
+    progress
+        Reported per relation.
+
+    Returns
+    -------
+    list
+        EditCases, of the relations in turn.
+
+    Raises
+    ------
+    DataError
+        If no relation has a fact that is known and has a neighbour.
+    """
+    if n < 1 or rank < 1 or neighbours < 1:
+        raise SettingError(f"n={n}, rank={rank}, neighbours={neighbours}: all must be at least 1.")
+    loaded = [load_relation(one) if isinstance(one, str) else one for one in relations]
+    everything = load_relations()
+    counts = {"neighbours": neighbours, "others": others}
+    waiting = [_cases_of(model, one, everything, template, rank, seed, **counts) for one in loaded]
+    cases: list[EditCase] = []
+    with track(progress, n, "facts") as step:
+        while waiting and len(cases) < n:
+            for source in list(waiting):
+                case = next(source, None)
+                if case is None:
+                    waiting.remove(source)
+                elif len(cases) < n:
+                    cases.append(case)
+                    step(note=case.relation)
+    if not cases:
+        names = ", ".join(relation.name for relation in loaded)
+        raise DataError(f"{model.name} knows no fact of {names} (rank {rank}) that shares its object with another.")
+    return cases
+
+
+def _cases_of(
+    model: Model, relation: Relation, everything: Sequence[Relation], template: int, rank: int, seed: int, *,
+    neighbours: int, others: int,
+) -> Iterator[EditCase]:  # fmt: skip
+    """The edits of one relation, in random order; facts are asked a few at a time, as they are needed."""
+    templates = relation.prompt_templates_zs
+    if not 0 <= template < len(templates):
+        raise SettingError(f"template={template}: {relation.name} has 0 to {len(templates) - 1}.")
+    draw = random.Random(f"{seed} {relation.name}")
+    apart = [one for one in everything if one.name != relation.name]
+    facts = draw.sample(relation.facts, len(relation.facts))
+    facts = [fact for fact in facts if any(one.object == fact.object and one != fact for one in relation.facts)]
+    for start in range(0, len(facts), _AT_ONCE):
+        part = facts[start : start + _AT_ONCE]
+        prompts = encode(model, part, templates[template], relation.objects)
+        for fact, known in zip(part, (prompts.ranks <= rank).tolist(), strict=True):
+            targets = [one for one in relation.objects if one != fact.object]
+            if known and targets:
+                case = _case(relation, fact, draw.choice(targets), template, apart, draw, neighbours, others)
+                yield case
+
+
+def _case(
+    relation: Relation, fact: Fact, target: str, template: int, apart: Sequence[Relation], draw: random.Random,
+    neighbours: int, others: int,
+) -> EditCase:  # fmt: skip
+    """One edit with the prompts that judge it; `apart` are the other relations."""
+    templates, subject = relation.prompt_templates_zs, fact.subject
+    near = [one for one in relation.facts if one.object == fact.object and one != fact]
+    near = draw.sample(near, min(neighbours, len(near)))
+    same = [one.prompt_templates_zs[0] for one in apart if any(other.subject == subject for other in one.facts)]
+    far = [draw.choice(apart) for _ in range(others)]
+    strangers = [draw.choice([other.subject for other in one.facts if other.subject != subject]) for one in far]
+    return EditCase(
+        fact=fact,
+        target=target,
+        template=templates[template],
+        paraphrases=tuple(text.replace("{}", subject) for i, text in enumerate(templates) if i != template),
+        neighbours=tuple(templates[template].replace("{}", one.subject) for one in near),
+        same_subject=tuple(text.replace("{}", subject) for text in same),
+        other_subjects=tuple(
+            one.prompt_templates_zs[0].replace("{}", name) for one, name in zip(far, strangers, strict=True)
+        ),
+        compositions=tuple(_compositions(relation.name, fact, target, apart)),
+        relation=relation.name,
+    )
+
+
+def _compositions(name: str, fact: Fact, target: str, everything: Iterable[Relation]) -> Iterator[tuple[str, str, str]]:
+    """Second steps from the old and the new object, where both are known to differ."""
+    if name not in _DESCRIPTIONS:
+        return
+    whose = _DESCRIPTIONS[name].replace("{}", fact.subject)
+    for relation in everything:
+        objects = {one.subject: one.object for one in relation.facts}
+        old, new = objects.get(fact.object), objects.get(target)
+        if relation.name in _SECOND_STEPS and old and new and old != new:
+            yield relation.prompt_templates_zs[0].replace("{}", whose), new, old
+
+
+def load_counterfact(path: str | Path) -> list[EditCase]:
+    """Read edits from a file in the format of CounterFact: a JSON list of records.
+
+    Of a record, `requested_rewrite` (`prompt`, `subject`, `target_new.str`, `target_true.str`), `paraphrase_prompts`
+    and `neighborhood_prompts` are read.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read or a record lacks something; names the file and the record.
+    """
+    path = Path(path)
+    try:
+        records = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{path}: expected a list of records, as in CounterFact.")
+    return [_counterfact_case(record, f"{path}, record {i}") for i, record in enumerate(records)]
+
+
+def _counterfact_case(record: Any, where: str) -> EditCase:
+    try:
+        asked = record["requested_rewrite"]
+        texts = [asked["prompt"], asked["subject"], asked["target_true"]["str"], asked["target_new"]["str"]]
+        near, other = record["neighborhood_prompts"], record["paraphrase_prompts"]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where}: {error} is missing or is not what CounterFact has there.") from error
+    if not all(isinstance(text, str) and text.strip() for text in [*texts, *near, *other]):
+        raise DataError(f"{where}: prompts, subject and targets must be texts that are not empty.")
+    template, subject, true, new = texts
+    return EditCase(
+        fact=Fact(subject.strip(), true.strip()),
+        target=new.strip(),
+        template=check_template(template.strip(), f"{where}, prompt"),
+        paraphrases=tuple(text.strip() for text in other),
+        neighbours=tuple(text.strip() for text in near),
+    )

@@ -1,0 +1,142 @@
+"""Which way an edit takes: some outputs of the unedited run are put back into the edited model, at END or elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kcwb.editing.edit import Edit
+from kcwb.editing.passes import Block, run_block
+from kcwb.models.loading import Model
+from kcwb.models.network import Network
+from kcwb.tasks.prompts import Prompts
+
+
+@torch.no_grad()
+def trace_blocks(network: Network, tokens: Int[Tensor, "1 T"]) -> list[Block]:
+    """All blocks of the full model on one prompt up to END."""
+    x, blocks = network.embed(tokens), []
+    for layer in range(network.graph.n_layers):
+        blocks.append(run_block(network, layer, x))
+        x = blocks[-1].after
+    return blocks
+
+
+@torch.no_grad()
+def transport(
+    model: Model, made: Edit, prompt: Prompts, clean: list[Block], edited: list[Block], tokens: Int[Tensor, "2"],
+    movers: Sequence[str], draws: int, seed: int,
+) -> tuple[pd.DataFrame, float]:  # fmt: skip
+    """TE of everything that is put back, and p; runs inside the edit."""
+    network, graph = model.network, model.graph
+    ids = prompt.tokens[:, : int(prompt.ends[0]) + 1]
+
+    def difference(final: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+        old, new = network.logits(final)[:, tokens].float().unbind(-1)
+        return new - old
+
+    before, after = float(difference(clean[-1].after[:, -1])), float(difference(edited[-1].after[:, -1]))
+    moved = after - before
+
+    def effect(final: Float[Tensor, "B D"]) -> Float[np.ndarray, " B"]:
+        return (after - difference(final)).cpu().numpy() / moved if moved else np.full(len(final), math.nan)
+
+    chosen = torch.zeros(graph.n_layers, graph.n_heads, dtype=torch.bool)
+    for name in movers:
+        place = graph.node(name)
+        chosen[place.layer, place.head] = True
+    sets = torch.cat([chosen[None], matched_sets(chosen, draws, seed)]).to(model.device)
+    through = effect(heads_put_back(network, ids, head_outputs_at_end(network, ids, clean), edited, sets))
+    low, high = np.quantile(through[1:], [0.025, 0.975])
+    rows: list[dict[str, Any]] = [
+        {"what": "mover heads", "TE": float(through[0])},
+        {"what": "random heads", "TE": float(through[1:].mean()), "low": float(low), "high": float(high)},
+    ]
+    positions = torch.arange(ids.shape[1], device=model.device)
+    subject = (positions >= prompt.subject_start[0]) & (positions < prompt.subject_stop[0])
+    end = positions == ids.shape[1] - 1
+    unedited = {layer: _unedited_output(network, made, layer, clean[layer].hidden) for layer in made.layers}
+    for what, where in (("subject", subject & ~end), ("END", end), ("elsewhere", ~subject & ~end)):
+        final = outputs_put_back(network, ids, unedited, where)
+        rows.append({"what": f"edited MLP, {what}", "TE": float(effect(final[:, -1])[0])})
+    p = (1 + int((through[1:] >= through[0]).sum())) / (1 + draws)
+    return pd.DataFrame(rows, columns=["what", "TE", "low", "high"]), p
+
+
+def _unedited_output(network: Network, made: Edit, layer: int, hidden: Float[Tensor, "1 T M"]) -> Tensor:
+    """What the MLP wrote before the edit, which is in the weights now."""
+    return network.mlp_output(layer, hidden) - hidden @ made.deltas[layer]
+
+
+def matched_sets(chosen: Bool[Tensor, "L H"], draws: int, seed: int) -> Bool[Tensor, "draws L H"]:
+    """Random sets of heads with as many in each layer as the chosen ones."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(draws, *chosen.shape, generator=generator).argsort(-1).argsort(-1)
+    return order < chosen.sum(-1)[None, :, None]
+
+
+def head_outputs_at_end(network: Network, tokens: Int[Tensor, "1 T"], trace: Sequence[Block]) -> Float[Tensor, "L H D"]:
+    """Every head's output at END, through W_O, from the traced run."""
+    end = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
+    x, found = network.embed(tokens), []
+    for layer, block in enumerate(trace):
+        q = network.queries(layer, x[None, :, -1:], positions=end)
+        found.append(network.head_outputs(layer, q, block.keys, block.values, positions=end)[:, 0, 0])
+        x = block.after
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def heads_put_back(
+    network: Network, tokens: Int[Tensor, "1 T"], outputs: Float[Tensor, "L H D"], trace: Sequence[Block],
+    sets: Bool[Tensor, "B L H"],
+) -> Float[Tensor, "B D"]:  # fmt: skip
+    """The final stream at END when each set's heads write `outputs` there; one position is run, for all sets at once.
+
+    Parameters
+    ----------
+    network, tokens
+        The network as it is now, and one prompt up to END.
+    outputs
+        What heads write at END where they are put back.
+    trace
+        The network's own run on the prompt: what earlier positions do is not changed by END.
+    sets
+        Which heads are put back.
+    """
+    n_sets, end = len(sets), torch.tensor([tokens.shape[1] - 1], device=tokens.device)
+    x = network.embed(tokens)[:, -1:].expand(n_sets, 1, -1)
+    for layer, block in enumerate(trace):
+        k = torch.cat(
+            [block.keys[:, :, :-1].expand(-1, n_sets, -1, -1), network.keys(layer, x[None], positions=end)], 2
+        )
+        v = torch.cat([block.values[:, :, :-1].expand(-1, n_sets, -1, -1), network.values(layer, x[None])], 2)
+        q = network.queries(layer, x[None], positions=end)
+        heads = network.head_outputs(layer, q, k, v, positions=end)
+        back = sets[:, layer].T[:, :, None, None]
+        heads = torch.where(back, outputs[layer][:, None, None], heads)
+        middle = x + heads.sum(0) + network.constant(layer)
+        x = middle + network.mlp(layer, x if network.graph.parallel else middle)
+    return x[:, 0]
+
+
+@torch.no_grad()
+def outputs_put_back(
+    network: Network, tokens: Int[Tensor, "1 T"], outputs: Mapping[int, Float[Tensor, "1 T D"]],
+    where: Bool[Tensor, " T"],
+) -> Float[Tensor, "1 T D"]:  # fmt: skip
+    """The final stream when some layers' MLPs write `outputs` at the positions `where`."""
+    x = network.embed(tokens)
+    for layer in range(network.graph.n_layers):
+        block = run_block(network, layer, x)
+        x = block.after
+        if layer in outputs:
+            x = x + where[None, :, None] * (outputs[layer] - network.mlp_output(layer, block.hidden))
+    return x

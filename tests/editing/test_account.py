@@ -1,0 +1,67 @@
+"""Comparisons over many edits are those of the single ones, and claims hold, fail or stay open."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kcwb.editing.account import account, compare_edits
+from kcwb.editing.cases import EditCase
+from kcwb.editing.compare import (
+    compare_edit,
+)
+from kcwb.tasks.prompts import make_task
+from tests.editing.conftest import TEMPLATES, large_edit, same_bits, weights
+
+
+def test_circuits_have_the_size_asked_for_and_say_whose_they_are(model, found):
+    for name, circuit in found.circuits.items():
+        assert abs(circuit.n_edges - 60) <= 6, name
+        assert circuit.n_edges == circuit.without_dangling().n_edges
+    digests = {name: circuit.provenance["model"]["digest"] for name, circuit in found.circuits.items()}
+    assert digests.pop("after") != model.digest and set(digests.values()) == {model.digest}
+    for name in ("after", "new answer", "paraphrase"):
+        iou = found.circuits["before"].iou(found.circuits[name])
+        assert found.overlap.loc[name, "edge_iou"] == pytest.approx(iou)
+    assert found.summary["edge_iou"] == pytest.approx(found.circuits["before"].iou(found.circuits["after"]))
+
+
+def test_many_edits_are_the_single_ones(model, relation, monkeypatch):
+    from kcwb.editing import account as module
+
+    monkeypatch.setattr(module, "strongest_movers", lambda *args: ["a1.h0"])
+    monkeypatch.setattr(module, "make_task", lambda model, _name, **more: make_task(model, relation, **more))
+    facts = make_task(model, relation, n=4).val.facts[:2]
+    cases = [EditCase(fact, "w61", TEMPLATES[0], (), (), relation="words") for fact in facts]
+    same = EditCase(facts[0], f"{facts[0].object.split()[0]} w9", TEMPLATES[0], (), (), relation="words")
+    more = {"layer": 0, "steps": 4, "lr": 0.1, "clamp": 0.3, "bound": 99.0, "edges": 40, "draws": 4, "n": 4}
+    before = weights(model)
+    with pytest.warns(UserWarning, match="1 of 3 edits left out"):
+        table = compare_edits(model, [*cases, same], "ft_m", progress=False, **more)
+    assert same_bits(model, before) and table["subject"].tolist() == [fact.subject for fact in facts]
+    made = large_edit(model, facts[1], "w61")
+    task = make_task(model, relation, n=4)
+    single = compare_edit(model, made, task, edges=40, movers=["a1.h0"], draws=4, progress=False).summary
+    for name, value in single.items():
+        assert table.iloc[1][name] == pytest.approx(value, nan_ok=True), name
+
+
+def test_the_account_says_yes_no_or_undecided():
+    n = 40
+    draw = np.random.default_rng(0)
+    table = pd.DataFrame({"te_subject": 0.9 + 0.02 * draw.standard_normal(n), "te_end": 0.1, "edge_iou": 0.5})
+    table["te_movers"], table["te_random"] = 0.5 + 0.4 * draw.standard_normal(n), 0.2
+    table["edge_iou_paraphrase"] = table["edge_iou_answer"] = 0.5 + 0.01 * draw.standard_normal(n)
+    table["edited_share"], table["node_share"] = 0.02, 0.03
+    rows = account(table).set_index("quantity")
+    assert rows["holds"].to_dict() == {
+        "te_subject": "yes",
+        "te_end": "no",
+        "te_movers - te_random": "yes",
+        "te_movers": "undecided",
+        "edge_iou_paraphrase - edge_iou": "undecided",
+        "edge_iou_answer - edge_iou": "undecided",
+        "edited_share - node_share": "no",
+    }
+    assert (rows["n"] == n).all() and (rows["low"] <= rows["mean"]).all()

@@ -1,0 +1,106 @@
+"""What is put back into an edited model, against hooks on the Hugging Face model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kcwb.editing.transport import head_outputs_at_end, heads_put_back, matched_sets, outputs_put_back, trace_blocks
+from tests.editing.conftest import large_edit
+from tests.tasks import prompt_ids
+
+
+def test_circuits_have_the_size_asked_for_and_say_whose_they_are(model, found):
+    for name, circuit in found.circuits.items():
+        assert abs(circuit.n_edges - 60) <= 6, name
+        assert circuit.n_edges == circuit.without_dangling().n_edges
+    digests = {name: circuit.provenance["model"]["digest"] for name, circuit in found.circuits.items()}
+    assert digests.pop("after") != model.digest and set(digests.values()) == {model.digest}
+    for name in ("after", "new answer", "paraphrase"):
+        iou = found.circuits["before"].iou(found.circuits[name])
+        assert found.overlap.loc[name, "edge_iou"] == pytest.approx(iou)
+    assert found.summary["edge_iou"] == pytest.approx(found.circuits["before"].iou(found.circuits["after"]))
+
+
+def hooked(model, tokens: torch.Tensor, heads: dict[tuple[int, int], torch.Tensor]) -> torch.Tensor:
+    """Logits at END of the Hugging Face model when some heads' outputs at END are replaced, through o_proj's input."""
+    module: Any = model.bridge.original_model
+    handles = []
+    for layer in {layer for layer, _ in heads}:
+        chosen = {head: value for (at, head), value in heads.items() if at == layer}
+
+        def hook(_module: Any, inputs: Any, output: torch.Tensor, layer=layer, chosen=chosen) -> torch.Tensor:
+            weight = model.network.layers[layer].W_O
+            output = output.clone()
+            z = inputs[0].unflatten(-1, (weight.shape[0], -1))
+            for head, value in chosen.items():
+                output[:, -1] += value - z[:, -1, head] @ weight[head]
+            return output
+
+        handles.append(module.model.layers[layer].self_attn.o_proj.register_forward_hook(hook))
+    try:
+        return model.logits(tokens)[0, -1]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_heads_put_back_is_the_hooked_model(model, task):
+    tokens = task.val.select([0]).tokens[:, : int(task.val.ends[0]) + 1]
+    clean = head_outputs_at_end(model.network, tokens, trace_blocks(model.network, tokens))
+    with large_edit(model, task.val.facts[0], "w61"):
+        trace = trace_blocks(model.network, tokens)
+        sets = torch.zeros(4, 2, 4, dtype=torch.bool)
+        sets[1, 0, 1], sets[2, 0, :], sets[3, 1, 2], sets[3, 0, 3] = True, True, True, True
+        logits = model.network.logits(heads_put_back(model.network, tokens, clean, trace, sets))
+        for one, row in zip(sets, logits, strict=True):
+            heads = {(layer, head): clean[layer, head] for layer, head in one.nonzero().tolist()}
+            assert torch.allclose(row, hooked(model, tokens, heads), atol=2e-4)
+        assert torch.allclose(logits[0], logits[2], atol=1e-4)  # those heads are below the edited MLP
+        assert not torch.allclose(logits[0], logits[3], atol=1e-3)
+
+
+def test_outputs_put_back_everywhere_is_the_unedited_model(model, task):
+    tokens = task.val.select([0]).tokens[:, : int(task.val.ends[0]) + 1]
+    clean, unedited = trace_blocks(model.network, tokens), model.logits(tokens)
+    with large_edit(model, task.val.facts[0], "w61") as edited:
+        before = {0: model.network.mlp_output(0, clean[0].hidden) - clean[0].hidden @ _delta(model)}
+        everywhere = torch.ones(tokens.shape[1], dtype=torch.bool)
+        final = outputs_put_back(model.network, tokens, before, everywhere)
+        assert torch.allclose(model.network.logits(final), unedited, atol=2e-4)
+        nowhere = outputs_put_back(model.network, tokens, before, ~everywhere)
+        assert torch.allclose(model.network.logits(nowhere), edited.logits(tokens), atol=2e-4)
+
+
+def _delta(model) -> torch.Tensor:
+    from kcwb.editing.edit import _stack
+
+    return _stack(model.network)[-1].edit.deltas[0]
+
+
+def test_te_is_the_share_of_the_edits_effect(model, task, found):
+    """From logits of the Hugging Face model, edited, unedited and patched."""
+    fact, made = task.val.facts[0], found.edit
+    tokens = task.val.select([0]).tokens[:, : int(task.val.ends[0]) + 1]
+    old, new = (prompt_ids(model, name)[int(model.prepend_bos)] for name in (fact.object, "w61"))
+    clean = head_outputs_at_end(model.network, tokens, trace_blocks(model.network, tokens))
+    before = model.logits(tokens)[0, -1]
+    with made:
+        after = model.logits(tokens)[0, -1]
+        patched = hooked(model, tokens, {at: clean[at] for at in [(0, 1), (1, 0), (1, 2)]})
+    clean_ld, edit_ld, patched_ld = (float(row[new] - row[old]) for row in (before, after, patched))
+    te = (edit_ld - patched_ld) / (edit_ld - clean_ld)
+    assert found.transport.set_index("what").loc["mover heads", "TE"] == pytest.approx(te, abs=1e-3)
+    assert found.summary["te_movers"] == pytest.approx(te, abs=1e-3)
+    assert 1 / 26 <= found.p <= 1
+
+
+def test_random_sets_have_as_many_heads_in_each_layer():
+    chosen = torch.zeros(3, 8, dtype=torch.bool)
+    chosen[0, 2], chosen[2, [1, 5, 6]] = True, True
+    sets = matched_sets(chosen, 200, seed=0)
+    assert (sets.sum(-1) == torch.tensor([1, 0, 3])).all()
+    assert (sets.float().mean(0)[0] > 0.05).all()  # every head has its turn
+    assert torch.equal(sets, matched_sets(chosen, 200, 0)) and not torch.equal(sets, matched_sets(chosen, 200, 1))

@@ -1,10 +1,16 @@
-"""Shared by all tests: tiny models made once, and one loaded copy of the built-in model."""
+"""Shared by all tests: tiny models made once, and one loaded copy of the built-in model.
+
+`make test` runs two or more processes side by side (pytest-xdist): all tests that need the built-in model in one of
+them, so that it is loaded once; others by file; a notebook's tests together, since they look at one run of it.
+"""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they and what they start share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import pytest
 import torch
@@ -14,6 +20,17 @@ from kcwb.tasks.relations import Relation
 from tests.tiny import tiny_model, word_relation
 
 _TINY: dict[str, Model] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests belong into one process."""
+    for item in items:
+        group = item.nodeid.split("::")[0]
+        if item.path.stem == "test_notebooks":
+            group = f"notebook {item.name.split('_')[1]}"
+        elif item.get_closest_marker("model"):
+            group = "model"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The command line: `kcwb relations`, `models`, `discover`, `completeness`, `sweep`, `report`.
+"""The command line: `kcwb relations`, `models`, `discover`, `completeness`, `sweep`, `report`, `world`.
 
 A command is one function from parsed arguments to what `--json` prints and to the text that is printed otherwise. Its
 name and docstring are its help; `@command(...)` lists its arguments. The result goes to stdout; progress, warnings and
@@ -260,6 +260,40 @@ def sweep(args: argparse.Namespace) -> tuple[Any, str]:
     for row in failed:
         text += f"\n\n{row['model']}, {row['relation']}, {row['method']} failed on {row['worker']}: {row['error']}"
     return data, text
+
+
+@command(
+    option("--architectures", nargs="+", metavar="NAME", help="some of gpt2, llama, opt, bert (default: all)"),
+    option(
+        "--seed", type=int, default=0, help="of the world, the first weights and the batches (default: %(default)s)"
+    ),
+    option("--steps", type=int, help="updates of each model's weights (default: enough to know the facts)"),
+    option("--relations", type=Path, metavar="FOLDER", help="also write the world's relations to files in this folder"),
+    option("--quiet", action="store_true", help="show no progress on stderr"),
+)
+def world(args: argparse.Namespace) -> tuple[Any, str]:
+    """Train tiny models of several architectures on one small world of invented facts, or find them.
+
+    People, cities, countries and languages: some minutes on two cores, once; then the models lie in the user's cache.
+    The table says where, and which share of the facts each knows. --relations writes what kcwb discover asks for.
+    """
+    from kcwb.world.facts import make_world
+    from kcwb.world.models import ARCHITECTURES, Recipe, load_world, train_world, world_knowledge
+
+    names, facts = args.architectures or ARCHITECTURES, make_world(args.seed)
+    steps = {} if args.steps is None else {"steps": args.steps, "encoder_steps": args.steps}
+    recipe = Recipe(seed=args.seed, **steps)
+    folders = train_world(names, world=facts, recipe=recipe, progress=not args.quiet)
+    if args.relations is not None:
+        facts.save(args.relations)
+    data = []
+    for name, folder in folders.items():
+        known = world_knowledge(load_world(folder, device="cpu"), facts, seed=args.seed)
+        data.append({"architecture": name, "folder": str(folder), "known": _records(known)})
+    rows = [[one["architecture"], *(kind["known"] for kind in one["known"]), one["folder"]] for one in data]
+    table = _table(("model", *(kind["kind"] for kind in data[0]["known"]), "folder"), rows)
+    count = sum(len(relation.facts) for relation in facts.relations.values())
+    return data, f"{count} facts, {len(facts.sentences)} sentences. Answers that are the first choice:\n\n{table}"
 
 
 def _executor(args: argparse.Namespace, stack: contextlib.ExitStack) -> Any:

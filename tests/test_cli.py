@@ -107,7 +107,7 @@ def test_version(run) -> None:
 
 def test_the_help_names_every_command(run) -> None:
     text = run("--help").out
-    for name in ("relations", "models", "discover", "completeness", "sweep"):
+    for name in ("relations", "models", "discover", "completeness", "sweep", "world"):
         assert f"    {name}" in text
         assert run(name, "--help").out.startswith(f"usage: kcwb {name}")
 
@@ -352,6 +352,49 @@ def test_a_sweep_that_makes_no_sense_is_one_line_and_needs_no_model(run, tmp_pat
     (tmp_path / "sweep.toml").write_text(text)
     assert refused(run("sweep", tmp_path / "sweep.toml", *argv, "--quiet"), *parts)
     assert not (tmp_path / "s").exists()
+
+
+# world
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache of our own."""
+    monkeypatch.setenv("KCWB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_world_trains_says_where_and_finds_again(run, cache, tmp_path) -> None:
+    options = ["--architectures", "bert", "llama", "--steps", 2, "--seed", 3]
+    first = run("world", *options, "--relations", tmp_path / "facts", "--json", "--quiet")
+    data = json.loads(first.out)
+    assert (first.code, first.err) == (0, "") and [one["architecture"] for one in data] == ["bert", "llama"]
+    assert all(Path(one["folder"]).is_relative_to(cache) for one in data)
+    assert [row["kind"] for row in data[0]["known"]] == ["atomic", "composed", "held out"]
+    made = json.loads((Path(data[1]["folder"]) / "kcwb.json").read_text())["recipe"]
+    assert (made["steps"], made["seed"]) == (2, 3)
+    again = run("world", *options)
+    assert again.code == 0 and again.out.startswith("168 facts, 396 sentences")
+    lines = again.out.splitlines()
+    assert lines[2].split() == ["model", "atomic", "composed", "held", "out", "folder"]
+    assert [line.split()[-1] for line in lines[3:]] == [one["folder"] for one in data]
+    found = run("relations", "--folder", tmp_path / "facts", "--json")
+    assert len(json.loads(found.out)) == 7
+
+
+def test_a_model_of_the_world_is_discovered_in_by_its_folder(run, cache, tmp_path) -> None:
+    options = ["--architectures", "gpt2", "--steps", 2, "--relations", tmp_path, "--json", "--quiet"]
+    folder = json.loads(run("world", *options).out)[0]["folder"]
+    done = run("discover", tmp_path / "person_city.json", "--model", folder, "--edges", 500, "--json", "--quiet")
+    assert done.code == 0 and json.loads(done.out)["provenance"]["model"]["name"] == folder
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"), [(["--architectures", "lama"], ["'llama'"]), (["--steps", 0], ["steps=0"])]
+)
+def test_a_world_that_makes_no_sense_is_one_line_and_trains_nothing(run, cache, option, parts) -> None:
+    assert refused(run("world", *option, "--quiet"), *parts)
+    assert not cache.exists()
 
 
 # completeness

@@ -9,9 +9,8 @@ gain and the scale that it divides by in this very run; for a LayerNorm u_t is c
 its centring of the residual stream amounts to. Contributions are logits, measured from the mean over the vocabulary,
 since a logit that all tokens gain decides nothing.
 
-Where a norm follows the attention (Gemma 2 and 3), a head's output would be its share of the normed sum, and where the
-logits are bounded (Gemma 2), contributions are to the logits before that. The sums are exact there too, but `attribute`
-refuses these families: the causal checks of roles (`kcwb.analysis.causal`) do not cover them.
+Where a norm follows the attention (Gemma 2 and 3), a head's output depends on the other heads of its layer, and what it
+writes by itself is not defined without a choice: `attribute` refuses these families.
 
 **It is exact.** The sum over sources, and b_V . W_O . u_t beside it, is the head's direct logit attribution; the sum
 over all heads, MLPs and `input`, and the model's constants beside it, is the token's logit minus the mean logit.
@@ -124,8 +123,7 @@ def _attribute_chunk(
         values = _wide(network.values(layer, x))
         bias = value_bias(network, layer)
         mixed = torch.einsum("hns,hnsk->hnk", attention, values)
-        through = directions * _post_norm(network, layer, mixed)[:, None]
-        written = torch.einsum("ntd,hkd->hntk", through, _wide(network.layers[layer].W_O))
+        written = torch.einsum("ntd,hkd->hntk", directions, _wide(network.layers[layer].W_O))
         along = torch.einsum("hnsk,hntk->hnst", values - bias[:, None, None], written)
         pad = width - attention.shape[-1]
         fields[0].append(torch.nn.functional.pad(attention[..., None] * along, (0, 0, 0, pad)))
@@ -165,19 +163,8 @@ def value_bias(network: Network, layer: int) -> Float[Tensor, "H K"]:
 
 def head_outputs(network: Network, found: Attribution) -> Float[Tensor, "L H N D"]:
     """What every head writes at END, through W_O and without b_O, in the run's own units."""
-    outputs = []
-    for layer, (mixed, weights) in enumerate(zip(found.mixed, network.layers, strict=True)):
-        results = torch.einsum("hnk,hkd->hnd", mixed, _wide(weights.W_O))
-        outputs.append(results * _post_norm(network, layer, mixed))
-    return torch.stack(outputs)
-
-
-def _post_norm(network: Network, layer: int, mixed: Float[Tensor, "H N K"]) -> Float[Tensor, "#N #D"]:
-    """What a norm after the attention multiplies the heads' products with W_O by in this run; 1 where there is none."""
-    weights = network.layers[layer]
-    if weights.norm_heads is None:
-        return mixed.new_ones(1, 1)
-    return weights.norm_heads.factor(torch.einsum("hnk,hkd->nd", mixed, _wide(weights.W_O)))
+    pairs = zip(found.mixed, network.layers, strict=True)
+    return torch.stack([torch.einsum("hnk,hkd->hnd", mixed, _wide(weights.W_O)) for mixed, weights in pairs])
 
 
 class _Head(NamedTuple):

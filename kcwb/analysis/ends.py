@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kcwb.analysis.dla import attribute, head_outputs
@@ -63,6 +63,44 @@ def logits_without(
         step = max(1, _LOGIT_BYTES // (len(prompts) * network.d_vocab * 4))
         for part in x[back].split(step):
             yield network.logits(part).float()
+
+
+@torch.no_grad()
+def logits_with(
+    model: Model, prompts: Prompts, outputs: Float[Tensor, "L H N D"], sets: Bool[Tensor, "s L H"]
+) -> Iterator[Float[Tensor, "c N V"]]:
+    """Logits at END when each set's heads write `outputs` there instead of their own; sets come in batches, in order.
+
+    As in `logits_without` only END is run, here from the first layer on in which any head is replaced.
+    """
+    network = model.network
+    places, rows = prompts.ends[:, None], torch.arange(len(prompts), device=model.device)
+    clean = forward(network, prompts.tokens, receivers=True)
+    assert clean.receivers is not None  # asked for in the line above
+    streams = [x[:1] for x, _ in clean.receivers]
+    first = int(sets.any(0).any(-1).int().argmax())
+    keys = {layer: network.keys(layer, streams[layer]) for layer in range(first, len(streams))}
+    values = {layer: network.values(layer, streams[layer]) for layer in keys}
+    step = max(1, _LOGIT_BYTES // (len(prompts) * network.d_vocab * 4))
+    for batch in sets.to(model.device).split(max(1, _ROWS // prompts.tokens.numel())):
+        x = streams[first][0][rows, prompts.ends].expand(len(batch), -1, -1)
+        for layer in keys:
+            at = x[None, :, :, None]
+            k = _with_end(keys[layer], network.keys(layer, at, positions=places), prompts)
+            v = _with_end(values[layer], network.values(layer, at), prompts)
+            q = network.queries(layer, at, positions=places)
+            out = network.head_outputs(layer, q, k, v, positions=places)[:, :, :, 0]
+            given = outputs[layer][:, None].to(out.dtype)
+            out = torch.where(batch[:, layer].T[:, :, None, None], given, out)
+            x = _after(network, layer, x, out.sum(0) + network.constant(layer))
+        for part in x.split(step):
+            yield network.logits(part).float()
+
+
+def matched_sets(chosen: Bool[Tensor, "L H"], draws: int, seed: int) -> Bool[Tensor, "s L H"]:
+    """Random sets of heads with as many in each layer as the chosen ones, drawn from all heads of the layer."""
+    order = torch.rand(draws, *chosen.shape, generator=torch.Generator().manual_seed(seed)).argsort(-1).argsort(-1)
+    return order < chosen.sum(-1)[None, :, None]
 
 
 def _with_end(clean: Float[Tensor, "H N T K"], new: Float[Tensor, "H c N 1 K"], prompts: Prompts) -> Tensor:

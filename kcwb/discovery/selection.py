@@ -129,3 +129,21 @@ def resize(
     parameters = dict(circuit.provenance.get("parameters", {}), edges=edges, threshold=threshold, select=select)
     provenance = dict(circuit.provenance, parameters=parameters)
     return replace(circuit, kept=kept, provenance=provenance).without_dangling()
+
+
+def matched_circuit(graph: Graph, scores: Float[Tensor, "S R"], edges: int) -> Circuit:
+    """The edges of highest score, as many as leave the number nearest to `edges` once dangling ones are dropped."""
+    scores = scores.masked_fill(~graph.exists, math.nan).float()
+
+    def of(asked: int) -> Circuit:
+        kept = select_edges(graph, scores.nan_to_num(0.0), edges=asked)
+        return Circuit(graph, kept, scores).without_dangling()
+
+    low, high = 0, min(2 * edges, graph.n_edges)
+    while high < graph.n_edges and of(high).n_edges < edges:
+        low, high = high, min(2 * high, graph.n_edges)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if of(middle).n_edges < edges else (low, middle)
+    best, above = of(max(low, 1)), of(high)
+    return best if edges - best.n_edges < above.n_edges - edges else above

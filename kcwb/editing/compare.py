@@ -38,7 +38,7 @@ from kcwb.analysis.positions import check_prompts, position_groups
 from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
-from kcwb.discovery.selection import select_edges
+from kcwb.discovery.selection import matched_circuit
 from kcwb.editing.edit import Edit, EditError
 from kcwb.editing.passes import Block
 from kcwb.editing.transport import trace_blocks, transport
@@ -251,24 +251,6 @@ def _circuit(model: Model, task: Task, fact: Fact, template: str, cuts: Ablation
         "parameters": {"edges": edges, "select": "signed", "steps": _STEPS},
     }
     return replace(matched_circuit(model.graph, scores, edges), provenance=provenance)
-
-
-def matched_circuit(graph: Graph, scores: Float[Tensor, "S R"], edges: int) -> Circuit:
-    """The edges of highest score, as many as leave the number nearest to `edges` once dangling ones are dropped."""
-    scores = scores.masked_fill(~graph.exists, math.nan).float()
-
-    def of(asked: int) -> Circuit:
-        kept = select_edges(graph, scores.nan_to_num(0.0), edges=asked)
-        return Circuit(graph, kept, scores).without_dangling()
-
-    low, high = 0, min(2 * edges, graph.n_edges)
-    while high < graph.n_edges and of(high).n_edges < edges:
-        low, high = high, min(2 * high, graph.n_edges)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if of(middle).n_edges < edges else (low, middle)
-    best, above = of(max(low, 1)), of(high)
-    return best if edges - best.n_edges < above.n_edges - edges else above
 
 
 def _overlap(circuits: Mapping[str, Circuit]) -> pd.DataFrame:

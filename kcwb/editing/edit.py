@@ -28,7 +28,7 @@ from kcwb.editing.fine_tuning import TuningSettings, fine_tune
 from kcwb.editing.memit import MemitSettings, memit
 from kcwb.editing.passes import make_rows
 from kcwb.editing.rome import Fit, RomeSettings, rome
-from kcwb.errors import KcwbError, ModelError, SettingError, choose, nearest
+from kcwb.errors import KcwbError, SettingError, choose, nearest
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.progress import Progress
@@ -242,7 +242,7 @@ def edit(
     Raises
     ------
     ModelError
-        If the model normalises what its MLPs write (Gemma).
+        If its family is not covered (`kcwb models`), or the model lies on several devices.
     SettingError
         If the subject is not in the template, the target is the current answer, the layer is out of range, or a
         setting cannot be meant.
@@ -305,11 +305,7 @@ def _check(
     bound: float,
 ) -> tuple[str, ...]:  # fmt: skip
     """Refuse what cannot be meant; the templates, each with `{}`."""
-    if model.network.post_norms:
-        raise ModelError(
-            f"{model.name} has a norm behind each MLP, so that no change of its weights alone sets what it writes. "
-            "`kcwb models` lists the families that can be edited."
-        )
+    model.network.require("editing")
     n_layers = model.graph.n_layers
     if not 0 <= layer < n_layers:
         raise SettingError(f"layer={layer}: {model.name} has layers 0 to {n_layers - 1}.")

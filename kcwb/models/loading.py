@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     device: str | torch.device = "auto",
+    device_map: str | Mapping[str, str | int] | None = None,
     dtype: str | torch.dtype = "float32",
     prepend_bos: bool | None = None,
 ) -> Model:
@@ -93,6 +95,11 @@ def load_model(
         The tokenizer of a model in memory; otherwise the model's own.
     device
         `"auto"` takes CUDA if there is one, else the CPU.
+    device_map
+        For a named model that does not fit on one GPU: where its layers go, instead of `device`, in Hugging Face's
+        terms (`"auto"`, `"balanced"`, or module names -> devices). Prompts and all senders' outputs are on the device
+        of the embedding, which needs room for them; circuits of edges are covered, roles and editing are not. Layers
+        that are kept on disk, or in memory for a GPU to fetch, are refused.
     dtype
         `"float32"`, `"bfloat16"` or `"float16"`; a model in memory keeps its own.
     prepend_bos
@@ -110,6 +117,11 @@ def load_model(
     SettingError
         If device or precision are not known.
     """
+    if device_map is not None and str(device) != "auto":
+        raise SettingError(f"Give either device={device!r} or device_map, not both.")
+    for place in device_map.values() if isinstance(device_map, Mapping) else ():
+        if place != "disk":
+            known_device(f"cuda:{place}" if isinstance(place, int) else place)
     device, dtype = known_device(device), known_dtype(dtype)
     digest = None
     module: Any
@@ -117,17 +129,22 @@ def load_model(
         if tokenizer is not None:
             raise SettingError("A tokenizer is only taken beside a model in memory; a named model brings its own.")
         name = str(model)
-        module, tokenizer = read_pretrained(name, dtype)
+        module, tokenizer = read_pretrained(name, dtype, device_map=device_map)
         if name == BUILTIN_NAME and module.dtype == torch.float32:
             digest = builtin_digest()
     else:
         if tokenizer is None:
             raise SettingError("A model in memory needs its tokenizer: load_model(model, tokenizer).")
+        if device_map is not None:
+            raise SettingError("A model in memory is where it is; device_map is for one that is loaded by its name.")
         module = model
         name = str(model.config.name_or_path or type(model).__name__)
     covered_family(module.config)
     require_fast(tokenizer, name)
-    module = module.to(device).eval()
+    if getattr(module, "hf_device_map", None) is None:
+        module = module.to(device)
+    _require_in_place(module, name)
+    module = module.eval()
     bridge = _wrap(module, tokenizer, name)
     module.requires_grad_(False)  # after wrapping, which makes parameters of its own for fused weights
     network = Network(bridge)
@@ -135,7 +152,7 @@ def load_model(
     bos = _prepends_bos(tokenizer, name, prepend_bos)
     digest = digest or weights_digest(module)
     assert tokenizer is not None  # a named model brings its own; one in memory was checked
-    return Model(bridge, tokenizer, network, name, digest, device, network.dtype, bos)
+    return Model(bridge, tokenizer, network, name, digest, network.device, network.dtype, bos)
 
 
 def known_device(device: str | torch.device) -> torch.device:
@@ -157,10 +174,15 @@ def known_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def read_pretrained(name: str, dtype: torch.dtype, masked: bool = False) -> tuple[Any, Any]:
+def read_pretrained(
+    name: str,
+    dtype: torch.dtype,
+    masked: bool = False,
+    device_map: str | Mapping[str, str | int] | None = None,
+) -> tuple[Any, Any]:
     """The Hugging Face module and tokenizer of a name; only a name of the hub may reach the network.
 
-    `masked` reads a masked language model; otherwise the model is a causal one.
+    `masked` reads a masked language model; otherwise the model is a causal one. `device_map` says where its parts go.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
@@ -173,9 +195,10 @@ def read_pretrained(name: str, dtype: torch.dtype, masked: bool = False) -> tupl
         logging.disable_progress_bar()
     try:
         kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        module = kind.from_pretrained(source, dtype=dtype, local_files_only=local)
+        more = {} if device_map is None else {"device_map": device_map}
+        module = kind.from_pretrained(source, dtype=dtype, local_files_only=local, **more)
         return module, AutoTokenizer.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = f"{' '.join(str(error).split()):.300}"
         raise ModelError(
             f"The model {name!r} cannot be loaded: {reason} A name is {BUILTIN_NAME!r} (built in, works offline), the "
@@ -184,6 +207,17 @@ def read_pretrained(name: str, dtype: torch.dtype, masked: bool = False) -> tupl
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _require_in_place(module: Any, name: str) -> None:
+    """Raise ModelError if some weights are not where they are computed with: kept on disk, or in memory for a GPU."""
+    away = [key for key, value in module.named_parameters() if value.is_meta]
+    if away:
+        raise ModelError(
+            f"device_map leaves {len(away)} weights of {name} on disk or in memory, away from the device that computes "
+            f"with them ({away[0]}, ...). Every layer must fit on a device: use more GPUs, dtype='bfloat16', or a "
+            "smaller model."
+        )
 
 
 def require_fast(tokenizer: Any, name: str) -> None:

@@ -18,6 +18,9 @@ its own product with W_O, times the norm's gain, over the root mean square of th
 the run at hand**. The shares add up to what the model adds, so with every edge kept the logits are the model's own, and
 cutting an edge takes exactly one share away from exactly one receiver. The price is that the heads of a layer are no
 longer independent: what changes one of them changes the scale of all (`Network.together`), at that position.
+
+Layers may lie on several devices (`load_model(..., device_map=...)`). What goes in and comes out is on the device of
+the embedding, `Network.device`; each function computes where its layer's weights are.
 """
 
 from __future__ import annotations
@@ -96,6 +99,11 @@ class Layer:
     norm_heads: Norm | None = None
     norm_mlp_output: Norm | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_Q.device
+
 
 class Network:
     """A transformer as functions of nodes.
@@ -147,15 +155,26 @@ class Network:
         return self.W_E.device
 
     @property
+    def devices(self) -> list[torch.device]:
+        """All devices that hold weights, in the order of the layers; the first is `device`."""
+        weights = [self.W_E, *(layer.W_Q for layer in self.layers), self.norm_final.weight, self.W_U]
+        return list(dict.fromkeys(weight.device for weight in weights))
+
+    @property
     def dtype(self) -> torch.dtype:
         """The weights' floating-point type."""
         return self.W_E.dtype
 
     def require(self, what: str) -> None:
-        """Raise ModelError if `what`, "roles" or "editing", is not defined on this family of models."""
+        """Raise ModelError if `what`, "roles" or "editing", is not defined on this family, or on several devices."""
         family = FAMILIES[self.family]
+        words = {"roles": "What a head writes towards an answer", "editing": "Editing an MLP's down-projection"}
+        if len(self.devices) > 1:
+            raise ModelError(
+                f"{words[what]} is not covered for a model on several devices ({', '.join(map(str, self.devices))}). "
+                "Circuits of edges are. Load it on one device, without device_map."
+            )
         if not getattr(family, what):
-            words = {"roles": "What a head writes towards an answer", "editing": "Editing an MLP's down-projection"}
             raise ModelError(
                 f"{words[what]} is not covered on {family.name}: {family.note}. Circuits of edges are; kcwb models "
                 "lists what works on each family."
@@ -166,7 +185,7 @@ class Network:
         x = F.embedding(tokens, self.W_E)
         if self._embed_scale is not None:
             x = x * self._embed_scale.to(x.dtype)
-        return x if self._positions is None else x + self._positions[: tokens.shape[-1]]
+        return x if self._positions is None else x + self._positions[: tokens.shape[-1]].to(self.device)
 
     def queries(
         self,
@@ -180,8 +199,9 @@ class Network:
         Positions may be the same for all prompts, `[T]`, or each prompt's own, `[N, T]`.
         """
         weights = self.layers[layer]
-        q = _project(weights.norm_attention(x), weights.W_Q, weights.b_Q, heads)
-        return self._rotate(q if weights.norm_query is None else weights.norm_query(q), positions, weights.rope)
+        q = _project(weights.norm_attention(x.to(weights.device)), weights.W_Q, weights.b_Q, heads)
+        q = q if weights.norm_query is None else weights.norm_query(q)
+        return self._rotate(q.to(self.device), positions, weights.rope)
 
     def keys(
         self,
@@ -192,15 +212,17 @@ class Network:
     ) -> Float[Tensor, "h ... T K"]:
         """Keys, rotated like the queries; under grouped-query attention, one per query head."""
         weights = self.layers[layer]
-        k = _project(weights.norm_attention(x), weights.W_K, weights.b_K, self._kv_heads(heads))
-        return self._rotate(k if weights.norm_key is None else weights.norm_key(k), positions, weights.rope)
+        k = _project(weights.norm_attention(x.to(weights.device)), weights.W_K, weights.b_K, self._kv_heads(heads))
+        k = k if weights.norm_key is None else weights.norm_key(k)
+        return self._rotate(k.to(self.device), positions, weights.rope)
 
     def values(
         self, layer: int, x: Float[Tensor, "h ... T D"], heads: Int[Tensor, " h"] | None = None
     ) -> Float[Tensor, "h ... T K"]:
         """Values; under grouped-query attention, one per query head."""
         weights = self.layers[layer]
-        return _project(weights.norm_attention(x), weights.W_V, weights.b_V, self._kv_heads(heads))
+        v = _project(weights.norm_attention(x.to(weights.device)), weights.W_V, weights.b_V, self._kv_heads(heads))
+        return v.to(self.device)
 
     def pattern(
         self,
@@ -253,13 +275,15 @@ class Network:
         positions: Int[Tensor, "*N Q"] | None = None,
     ) -> Float[Tensor, "h ... Q D"]:
         """Heads' products with W_O: what they add, unless a norm follows, which reads their sum."""
-        mixed = self.pattern(layer, q, k, positions) @ v
-        return _project(mixed, self.layers[layer].W_O, None, heads)
+        mixed, weights = self.pattern(layer, q, k, positions) @ v, self.layers[layer]
+        return _project(mixed.to(weights.device), weights.W_O, None, heads).to(self.device)
 
     def head_shares(self, layer: int, results: Float[Tensor, "H ... D"]) -> Float[Tensor, "H ... D"]:
         """What all heads of a layer add, from their `head_results`: the same, or shares of the normed sum."""
-        norm = self.layers[layer].norm_heads
-        return results if norm is None else results * norm.factor(results.sum(0))
+        weights = self.layers[layer]
+        if weights.norm_heads is None:
+            return results
+        return results * weights.norm_heads.factor(results.sum(0).to(weights.device)).to(self.device)
 
     def together(self, row: int) -> slice:
         """The senders whose outputs change when what a sender reads changes: itself, or all heads of its layer."""
@@ -270,12 +294,16 @@ class Network:
 
     def mlp(self, layer: int, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Output of an MLP, its bias included."""
-        return self.mlp_output(layer, self.mlp_hidden(layer, x))
+        return self.mlp_output(layer, self._mlp_hidden(layer, x))
 
     def mlp_hidden(self, layer: int, x: Float[Tensor, "... D"]) -> Float[Tensor, "... M"]:
         """The MLP's hidden activations: the input of its down-projection."""
+        return self._mlp_hidden(layer, x).to(self.device)
+
+    def _mlp_hidden(self, layer: int, x: Float[Tensor, "... D"]) -> Float[Tensor, "... M"]:
+        """The same, left where the layer is."""
         weights = self.layers[layer]
-        x = weights.norm_mlp(x)
+        x = weights.norm_mlp(x.to(weights.device))
         hidden = _affine(x, weights.W_in, weights.b_in)
         if weights.W_gate is None:
             return self._activation(hidden)
@@ -284,12 +312,14 @@ class Network:
     def mlp_output(self, layer: int, hidden: Float[Tensor, "... M"]) -> Float[Tensor, "... D"]:
         """The MLP's down-projection, and the norm that follows it in some architectures."""
         weights = self.layers[layer]
-        output = _affine(hidden, weights.W_out, weights.b_out)
-        return output if weights.norm_mlp_output is None else weights.norm_mlp_output(output)
+        output = _affine(hidden.to(weights.device), weights.W_out, weights.b_out)
+        output = output if weights.norm_mlp_output is None else weights.norm_mlp_output(output)
+        return output.to(self.device)
 
     def logits(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits from the final residual stream."""
-        return _capped(_affine(self.norm_final(x), self.W_U, self.b_U), self.softcap)
+        x = self.norm_final(x.to(self.norm_final.weight.device)).to(self.W_U.device)
+        return _capped(_affine(x, self.W_U, self.b_U), self.softcap).to(self.device)
 
     def logit_shares(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """What a part of the final residual stream adds to the logits; linear in `x`.
@@ -299,7 +329,8 @@ class Network:
         norm = self.norm_final
         if not norm.rms:
             x = x - x.mean(-1, keepdim=True)
-        return _affine((x * norm.weight).to(self.dtype), self.W_U, None)
+        x = (x.to(norm.weight.device) * norm.weight).to(self.W_U.device, self.dtype)
+        return _affine(x, self.W_U, None).to(self.device)
 
     def logits_of_shares(self, shares: Float[Tensor, "... V"], x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits from the sum of all parts' `logit_shares` and the residual stream `x` that the parts add up to."""
@@ -308,13 +339,13 @@ class Network:
         variance = wide.square().mean(-1, keepdim=True) if norm.rms else wide.var(-1, correction=0, keepdim=True)
         logits = shares * (variance + norm.eps).rsqrt().to(shares.dtype)
         if norm.bias is not None:
-            logits = logits + _affine(norm.bias, self.W_U, None)
-        return _capped(logits if self.b_U is None else logits + self.b_U, self.softcap)
+            logits = logits + _affine(norm.bias.to(self.W_U.device), self.W_U, None).to(self.device)
+        return _capped(logits if self.b_U is None else logits + self.b_U.to(self.device), self.softcap)
 
     def constant(self, layer: int) -> Float[Tensor, " D"] | float:
         """What a layer's attention adds that belongs to no edge: its shared bias b_O (0.0 if there is none)."""
         bias = self.layers[layer].b_O
-        return 0.0 if bias is None else bias
+        return 0.0 if bias is None else bias.to(self.device)
 
     def _kv_heads(self, heads: Int[Tensor, " h"] | None) -> Int[Tensor, " h"] | None:
         if heads is None:
@@ -368,6 +399,7 @@ def _project(
 ) -> Float[Tensor, "h ... O"]:
     """One linear map per head, as a single batched product; `x` with head axis 1 is shared by all heads."""
     if heads is not None:
+        heads = heads.to(weight.device)
         weight = weight[heads]
         bias = None if bias is None else bias[heads]
     n_heads, shape = weight.shape[0], x.shape[1:-1]

@@ -96,6 +96,7 @@ def _run(bridge: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
+    theirs = theirs.to(ours.device)
     wrong = ours.float() - theirs.float()
     if _half(theirs.dtype):
         return float(wrong.norm() / theirs.float().norm())

@@ -162,7 +162,7 @@ def load_relation(name: str | Path) -> Relation:
                 "A relation of your own is given by the path of its .json file."
             )
         path = known[str(name)]
-    return _parse(_read(path), path)
+    return _parse(read_json(path), path)
 
 
 def load_relations(folder: str | Path | None = None) -> list[Relation]:
@@ -170,7 +170,8 @@ def load_relations(folder: str | Path | None = None) -> list[Relation]:
     return [load_relation(path) for path in relation_files(folder).values()]
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; DataError, which names the place, if it cannot be read."""
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:

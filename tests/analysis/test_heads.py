@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformer_lens.head_detector import detect_head
 
-from kcwb.analysis.dla import attribute
+from kcwb.analysis.dla import attribute, final_scale, token_directions
 from kcwb.analysis.heads import (
     COLUMNS,
     ROLES,
@@ -26,6 +26,7 @@ from kcwb.analysis.heads import (
 from kcwb.analysis.positions import position_groups
 from kcwb.circuits.circuit import Circuit
 from kcwb.errors import CircuitError, DataError, SettingError
+from kcwb.models.forward import forward
 from kcwb.models.loading import load_model
 from kcwb.tasks.prompts import Task, encode, make_task
 from kcwb.tasks.relations import Fact, load_relation
@@ -130,6 +131,25 @@ def test_contributions_equal_a_loop_over_prompts_and_tokens(tiny, words):
         whole = table.loc[node, ["D_S", "D_R", "D_rest"]].sum()
         assert whole == pytest.approx(float(found.total[layer, head, :, 0].mean()), abs=1e-4)
         assert table.loc[node, "share"] == pytest.approx(abs(d_s) / (abs(d_s) + abs(d_r)), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gptj", "gpt-neo", "phi", "phi3", "qwen3", "gemma"])
+def test_a_heads_parts_are_what_it_writes_along_the_answers_direction(tiny, words, name):
+    """On the families with shared norms, windows and query norms: D_S, D_R and D_rest against the forward pass."""
+    model = tiny(name)
+    task = make_task(model, words, n=2)
+    prompts, network = task.reference, model.network
+    table = head_roles(model, None, replace(task, val=prompts), progress=False).set_index("node")
+    with torch.no_grad():
+        run = forward(network, prompts.tokens, senders=True)
+    assert run.senders is not None
+    rows = torch.arange(len(prompts))
+    direction = token_directions(network, prompts.answers[:, 0])
+    direction = direction / final_scale(network, run.residual[rows, prompts.ends])[:, None]
+    for node in table.index:
+        written = run.senders[model.graph.sender_index(node), rows, prompts.ends]
+        whole = table.loc[node, ["D_S", "D_R", "D_rest"]].sum()
+        assert whole == pytest.approx(float((written * direction).sum(-1).mean()), abs=1e-4)
 
 
 def test_z_equals_a_slow_shuffle(tiny, words):

@@ -7,9 +7,9 @@ import pytest
 
 from kcwb.analysis.heads import strongest_movers
 from kcwb.discovery.discover import score_edges
+from kcwb.discovery.selection import matched_circuit
 from kcwb.editing.compare import (
     compare_edit,
-    matched_circuit,
 )
 from kcwb.editing.edit import EditError
 from kcwb.errors import DataError, SettingError

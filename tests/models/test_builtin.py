@@ -14,6 +14,7 @@ import pytest
 from kcwb.errors import ModelError
 from kcwb.models import builtin
 from kcwb.models.builtin import builtin_digest, builtin_folder
+from kcwb.models.cache import model_cache
 from kcwb.models.digest import weights_digest
 from tests.tiny import tiny_hf, tokenizer
 
@@ -193,9 +194,9 @@ def test_cache_that_cannot_be_written_is_an_error_that_says_what_to_set(tiny, tm
 
 def test_cache_is_the_users_own_unless_overridden(monkeypatch):
     monkeypatch.delenv("KCWB_CACHE", raising=False)
-    assert builtin._cache().is_absolute() and "kcwb" in builtin._cache().parts
+    assert model_cache().is_absolute() and "kcwb" in model_cache().parts
     monkeypatch.setenv("KCWB_CACHE", "relative")
-    assert builtin._cache() == Path.cwd() / "relative" / "models"
+    assert model_cache() == Path.cwd() / "relative" / "models"
 
 
 # Several processes; the conversion is a stand-in that needs no torch

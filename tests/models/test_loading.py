@@ -96,3 +96,49 @@ def test_the_builtin_model_knows_paris(smollm2: Model) -> None:
     probabilities = smollm2.logits(ids)[0, -1].softmax(-1)
     assert smollm2.tokenizer.decode(probabilities.argmax()) == " Paris"
     assert probabilities.max().item() == pytest.approx(0.77, abs=0.01)
+
+
+# --- several devices ---
+
+_PARTS = ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny Llama of two layers."""
+    tiny_hf("llama").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def placed(**changes: str) -> dict[str, str]:
+    """Every part on the CPU, but those said otherwise."""
+    return {**{f"model.{part}": "cpu" for part in _PARTS}, "lm_head": "cpu"} | {
+        f"model.{name.replace('_', '.')}": place for name, place in changes.items()
+    }
+
+
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, "cpu", placed()], ids=["whole", "name", "parts"])
+def test_a_device_map_gives_the_same_model(folder: Path, device_map) -> None:
+    plain, mapped = load_model(folder, device="cpu"), load_model(folder, device_map=device_map)
+    tokens = torch.randint(94, (2, 5))
+    assert mapped.digest == plain.digest and mapped.device == torch.device("cpu") == mapped.network.device
+    assert torch.equal(mapped.logits(tokens), plain.logits(tokens)) and mapped.network.devices == [mapped.device]
+
+
+def test_layers_on_disk_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"9 weights of .* away from the device.*layers\.1\.self_attn.*more GPUs"):
+        load_model(folder, device_map=placed(layers_1="disk"))
+
+
+def test_device_maps_that_cannot_be_meant_are_refused(folder: Path) -> None:
+    with pytest.raises(SettingError, match="device='cpu' or device_map, not both"):
+        load_model(folder, device="cpu", device_map="auto")
+    with pytest.raises(SettingError, match="where it is"):
+        load_model(tiny_hf("llama"), tokenizer(), device_map="auto")
+    with pytest.raises(SettingError, match="'warp'"):
+        load_model(folder, device_map={"": "warp"})
+    with pytest.raises(SettingError, match=f"'cuda:{torch.cuda.device_count()}'"):
+        load_model(folder, device_map={"": torch.cuda.device_count()})
+    with pytest.raises(ModelError, match=r"cannot be loaded.*nowhere"):
+        load_model(folder, device_map="nowhere")

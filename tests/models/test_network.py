@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import fields, replace
+from typing import Any
+
 import pytest
 import torch
 import transformers as T
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kcwb.errors import KcwbError, ModelError
 from kcwb.models.forward import forward
 from kcwb.models.loading import load_model
+from kcwb.models.network import Network, Norm
 from tests.tiny import ARCHITECTURES, POST_NORM, WORDS, tiny_hf, tokenizer
 
 
@@ -116,6 +122,51 @@ def test_what_is_not_defined_under_post_norms_is_refused(tiny) -> None:
         tiny("gemma").network.require(what)
         with pytest.raises(ModelError, match=r"not covered on Gemma 2: a norm follows"):
             tiny("gemma2").network.require(what)
+
+
+def on_two_devices(network: Network) -> Network:
+    """The same with its second layer and its end elsewhere; weights without values, for `FakeTensorMode`."""
+    split = copy.copy(network)
+    split._tables = {}
+    for name in ("W_E", "_positions"):
+        setattr(split, name, elsewhere(getattr(network, name), "cpu"))
+    for name in ("norm_final", "W_U", "b_U"):
+        setattr(split, name, elsewhere(getattr(network, name), "meta"))
+    split.layers = [
+        replace(layer, **{one.name: elsewhere(getattr(layer, one.name), place) for one in fields(layer)})
+        for layer, place in zip(network.layers, ("cpu", "meta"), strict=True)
+    ]
+    return split
+
+
+def elsewhere(value: Any, device: str) -> Any:
+    """A tensor, or a norm's tensors, on another device; all else as it is."""
+    if isinstance(value, Norm):
+        return replace(value, weight=elsewhere(value.weight, device), bias=elsewhere(value.bias, device))
+    return torch.empty_like(value, device=device) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_on_several_devices_never_mix_them(tiny, architecture: str) -> None:
+    """Tensors without values know their device, and refuse an operation with those of another one."""
+    whole = tiny(architecture).network
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network = on_two_devices(whole)
+        assert [str(device) for device in network.devices] == ["cpu", "meta"]
+        tokens = torch.zeros(2, 5, dtype=torch.long)
+        run = forward(network, tokens, senders=True, receivers=True)
+        kept = torch.ones(network.graph.exists.shape, dtype=torch.bool)
+        cut = forward(network, tokens, kept=kept, ablated=run.senders)
+        shares = network.logits_of_shares(network.logit_shares(run.residual), run.residual)
+        heads, x = torch.tensor([3, 1]), torch.zeros(2, 2, 5, network.d_model)
+        parts = [project(1, x, heads) for project in (network.queries, network.keys, network.values)]
+        some = [*parts, network.head_results(1, *parts, heads), network.mlp_hidden(1, x)]
+        for found in (run.residual, run.senders, cut.residual, network.logits(cut.residual), shares, *some):
+            assert found is not None and found.device == network.device
+        with pytest.raises(RuntimeError, match="device"):
+            network.layers[1].norm_attention(run.residual)  # what each function sees to
+    with pytest.raises(ModelError, match=r"not covered for a model on several devices \(cpu, meta\)"):
+        network.require("roles")
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "qwen3", "gptj"])

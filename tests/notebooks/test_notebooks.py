@@ -222,11 +222,83 @@ def test_editing_changes_a_fact_and_weighs_the_papers_account(tmp_path):
 
 
 @pytest.mark.model
+def test_in_context_learning_makes_the_papers_table(tmp_path):
+    executed = run(
+        "07_in_context_learning", tmp_path, relations=["country_capital", "word_sentiment"], k=1, shots=[0, 1],
+        edges=120, n=2, n_test=3, sets=1, steps=1, resamples=5, draws=2,
+    )  # fmt: skip
+    contexts = "".join(output.text for output in outputs(executed, "for kind in KINDS:\n    text"))
+    assert len(set(re.findall(r"(\d+) tokens", contexts))) == 1 and "The capital of" in contexts
+    panel = shown(executed, "ContextPanel(")
+    assert "country_capital" in panel and "intact" in panel and panel.count("<iframe") == 1
+    for cell in ("accuracy_plot(", "ablation_plot(found", "plot_attention("):
+        assert shown(executed, cell, "image/png")
+    assert "89.02" in shown(executed, "published = {") and "too few" in shown(executed, "def judge")
+    no_warnings(executed)
+
+
+@pytest.mark.model
+def test_multi_hop_counts_what_is_left_and_compares_circuits(tmp_path):
+    executed = run(
+        "08_multi_hop", tmp_path, first="food_country", second="country_capital", pairs=[], n=2, edges=300, controls=[],
+        draws=2, resamples=2, steps=3, reversed_relations=["superhero_person"],
+    )  # fmt: skip
+    assert "not by relation alone" in shown(executed, "funnel(answers.ranks")
+    for cell in ("read at: END", "plot_bars(one_fact", "plot_bars(shown"):
+        assert shown(executed, cell, "image/png")
+    assert "integrated" in shown(executed, "overlap.set_index")
+    assert "hop 1 only" in shown(executed, "deletion.set_index")
+    assert "Funnel" in shown(executed, "HopPanel(")
+    assert "too few to say" in shown(executed, "def judge") and "0.83" in shown(executed, "published = {")
+    no_warnings(executed)
+
+
+@pytest.mark.model
+def test_hallucination_tells_a_case_and_tries_it_on_many(tmp_path):
+    executed = run(
+        "06_hallucination", tmp_path, relations=["country_capital", "country_language", "city_country"], n=8, movers=4,
+        draws=20, pairs=2,
+    )  # fmt: skip
+    words = next(outputs(executed, "print(case.words)")).text
+    assert "The capital of Australia" in words and "mover heads" in words
+    assert shown(executed, "plot_diagnosis(case)", "image/png") and shown(executed, "plot_scores(study", "image/png")
+    panel = shown(executed, "HallucinationPanel(model")
+    assert "Who decides" in panel and "Malaysia" in panel
+    scores = shown(executed, 'study.scores.drop(columns="pooled")')
+    assert "confidence + random heads" in scores and "diagnostic: margin" in scores
+    assert "all heads" in shown(executed, "patched.summary.round")
+    assert "they rescue more answers than random heads do" in shown(executed, "style.hide")
+    no_warnings(executed)
+
+
+def test_across_models_trains_finds_roles_and_judges_each_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("KCWB_CACHE", str(tmp_path / "cache"))  # nothing is found there: the models are trained
+    executed = run(
+        "09_across_models", tmp_path, architectures=["llama", "bert"], models=[], relations=[], steps=120,
+        world_relations=["person_city", "city_country", "person_country"], world_edges=100, n=4, tau=0.05, draws=1,
+        edits=1,
+    )  # fmt: skip
+    assert shown(executed, "plot_bars(known", "image/png") and shown(executed, "sns.stripplot(", "image/png")
+    for kind in ("atomic", "composed", "held out"):
+        assert kind in shown(executed, 'columns="kind"')
+    assert "suppressor" in shown(executed, "counts.reindex(pd.MultiIndex") and "ACDC" in shown(executed, "overlaps")
+    for outcome in ("country follows", "converged"):
+        assert outcome in shown(executed, "effects.reindex")
+    assert "bert" in shown(executed, "node_costs(name, relation)") and shown(executed, "sns.heatmap(", "image/png")
+    verdicts = shown(executed, "verdicts.style")
+    for words in ("held-out facts are known", "movers sit in the second half", "the country follows", "bert"):
+        assert words in verdicts
+    no_warnings(executed)
+
+
+@pytest.mark.model
 def test_sweeps_fills_a_store_and_counts_operations(tmp_path):
     executed = run(
         "10_sweeps", tmp_path, relations=["antonym"], methods=["eap"], edges=150, n=2, ablations=["mean"],
-        scale_layers=[2], scale_widths=[64],
+        scale_layers=[2], scale_widths=[64], timed=[[2, 4, 64]],
     )  # fmt: skip
     assert "antonym" in "".join(shown(executed, "sweep("))
     assert "70" in shown(executed, '"EAP-IG"')
+    assert "2 x 4, 64" in shown(executed, "time_shape(layers") and "memory (GB)" in shown(executed, "time_shape(layers")
+    assert "smollm2-135m" in shown(executed, "provenance(")
     no_warnings(executed)

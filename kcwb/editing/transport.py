@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kcwb.analysis.ends import matched_sets
 from kcwb.editing.edit import Edit
 from kcwb.editing.passes import Block, run_block
 from kcwb.models.loading import Model
@@ -73,13 +74,6 @@ def transport(
 def _unedited_output(network: Network, made: Edit, layer: int, hidden: Float[Tensor, "1 T M"]) -> Tensor:
     """What the MLP wrote before the edit, which is in the weights now."""
     return network.mlp_output(layer, hidden) - hidden @ made.deltas[layer]
-
-
-def matched_sets(chosen: Bool[Tensor, "L H"], draws: int, seed: int) -> Bool[Tensor, "draws L H"]:
-    """Random sets of heads with as many in each layer as the chosen ones."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(draws, *chosen.shape, generator=generator).argsort(-1).argsort(-1)
-    return order < chosen.sum(-1)[None, :, None]
 
 
 def head_outputs_at_end(network: Network, tokens: Int[Tensor, "1 T"], trace: Sequence[Block]) -> Float[Tensor, "L H D"]:

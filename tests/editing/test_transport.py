@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from kcwb.editing.transport import head_outputs_at_end, heads_put_back, matched_sets, outputs_put_back, trace_blocks
+from kcwb.analysis.ends import matched_sets
+from kcwb.editing.transport import head_outputs_at_end, heads_put_back, outputs_put_back, trace_blocks
 from tests.editing.conftest import large_edit
 from tests.tasks import prompt_ids
 

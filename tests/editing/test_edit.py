@@ -198,8 +198,8 @@ def test_bad_input_is_refused_before_any_work(model, wrong, words, monkeypatch):
 
 
 def test_a_model_with_a_norm_behind_its_mlps_is_refused(model, monkeypatch):
-    monkeypatch.setattr(model.network, "post_norms", True)
-    with pytest.raises(ModelError, match="norm behind"):
+    monkeypatch.setattr(model.network, "family", "gemma2")
+    with pytest.raises(ModelError, match="Editing an MLP's down-projection is not covered on Gemma 2: a norm follows"):
         edit(model, FACT, "w50", layer=0, **QUICK)
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.analysis.ends import matched_sets
+from kcwb.analysis.ends import logits_with, matched_sets
 from kcwb.editing.edit import Edit
 from kcwb.editing.passes import Block, run_block
 from kcwb.models.loading import Model
@@ -39,22 +39,23 @@ def transport(
     network, graph = model.network, model.graph
     ids = prompt.tokens[:, : int(prompt.ends[0]) + 1]
 
-    def difference(final: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-        old, new = network.logits(final)[:, tokens].float().unbind(-1)
+    def difference(logits: Float[Tensor, "B V"]) -> Float[Tensor, " B"]:
+        old, new = logits[:, tokens].float().unbind(-1)
         return new - old
 
-    before, after = float(difference(clean[-1].after[:, -1])), float(difference(edited[-1].after[:, -1]))
+    before, after = (float(difference(network.logits(trace[-1].after[:, -1]))) for trace in (clean, edited))
     moved = after - before
 
-    def effect(final: Float[Tensor, "B D"]) -> Float[np.ndarray, " B"]:
-        return (after - difference(final)).cpu().numpy() / moved if moved else np.full(len(final), math.nan)
+    def effect(logits: Float[Tensor, "B V"]) -> Float[np.ndarray, " B"]:
+        return (after - difference(logits)).cpu().numpy() / moved if moved else np.full(len(logits), math.nan)
 
     chosen = torch.zeros(graph.n_layers, graph.n_heads, dtype=torch.bool)
     for name in movers:
         place = graph.node(name)
         chosen[place.layer, place.head] = True
     sets = torch.cat([chosen[None], matched_sets(chosen, draws, seed)]).to(model.device)
-    through = effect(heads_put_back(network, ids, head_outputs_at_end(network, ids, clean), edited, sets))
+    outputs = head_outputs_at_end(network, ids, clean)[:, :, None]
+    through = effect(torch.cat(list(logits_with(model, prompt, outputs, sets)))[:, 0])
     low, high = np.quantile(through[1:], [0.025, 0.975])
     rows: list[dict[str, Any]] = [
         {"what": "mover heads", "TE": float(through[0])},
@@ -66,7 +67,7 @@ def transport(
     unedited = {layer: _unedited_output(network, made, layer, clean[layer].hidden) for layer in made.layers}
     for what, where in (("subject", subject & ~end), ("END", end), ("elsewhere", ~subject & ~end)):
         final = outputs_put_back(network, ids, unedited, where)
-        rows.append({"what": f"edited MLP, {what}", "TE": float(effect(final[:, -1])[0])})
+        rows.append({"what": f"edited MLP, {what}", "TE": float(effect(network.logits(final[:, -1]))[0])})
     p = (1 + int((through[1:] >= through[0]).sum())) / (1 + draws)
     return pd.DataFrame(rows, columns=["what", "TE", "low", "high"]), p
 
@@ -85,40 +86,6 @@ def head_outputs_at_end(network: Network, tokens: Int[Tensor, "1 T"], trace: Seq
         found.append(network.head_outputs(layer, q, block.keys, block.values, positions=end)[:, 0, 0])
         x = block.after
     return torch.stack(found)
-
-
-@torch.no_grad()
-def heads_put_back(
-    network: Network, tokens: Int[Tensor, "1 T"], outputs: Float[Tensor, "L H D"], trace: Sequence[Block],
-    sets: Bool[Tensor, "B L H"],
-) -> Float[Tensor, "B D"]:  # fmt: skip
-    """The final stream at END when each set's heads write `outputs` there; one position is run, for all sets at once.
-
-    Parameters
-    ----------
-    network, tokens
-        The network as it is now, and one prompt up to END.
-    outputs
-        What heads write at END where they are put back.
-    trace
-        The network's own run on the prompt: what earlier positions do is not changed by END.
-    sets
-        Which heads are put back.
-    """
-    n_sets, end = len(sets), torch.tensor([tokens.shape[1] - 1], device=tokens.device)
-    x = network.embed(tokens)[:, -1:].expand(n_sets, 1, -1)
-    for layer, block in enumerate(trace):
-        k = torch.cat(
-            [block.keys[:, :, :-1].expand(-1, n_sets, -1, -1), network.keys(layer, x[None], positions=end)], 2
-        )
-        v = torch.cat([block.values[:, :, :-1].expand(-1, n_sets, -1, -1), network.values(layer, x[None])], 2)
-        q = network.queries(layer, x[None], positions=end)
-        heads = network.head_outputs(layer, q, k, v, positions=end)
-        back = sets[:, layer].T[:, :, None, None]
-        heads = torch.where(back, outputs[layer][:, None, None], heads)
-        middle = x + heads.sum(0) + network.constant(layer)
-        x = middle + network.mlp(layer, x if network.graph.parallel else middle)
-    return x[:, 0]
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from kcwb.analysis.ends import matched_sets
-from kcwb.editing.transport import head_outputs_at_end, heads_put_back, outputs_put_back, trace_blocks
+from kcwb.analysis.ends import logits_with, matched_sets
+from kcwb.editing.transport import head_outputs_at_end, outputs_put_back, trace_blocks
 from tests.editing.conftest import large_edit
 from tests.tasks import prompt_ids
 
@@ -49,13 +49,13 @@ def hooked(model, tokens: torch.Tensor, heads: dict[tuple[int, int], torch.Tenso
 
 
 def test_heads_put_back_is_the_hooked_model(model, task):
-    tokens = task.val.select([0]).tokens[:, : int(task.val.ends[0]) + 1]
+    prompt = task.val.select([0])
+    tokens = prompt.tokens[:, : int(prompt.ends[0]) + 1]
     clean = head_outputs_at_end(model.network, tokens, trace_blocks(model.network, tokens))
     with large_edit(model, task.val.facts[0], "w61"):
-        trace = trace_blocks(model.network, tokens)
         sets = torch.zeros(4, 2, 4, dtype=torch.bool)
         sets[1, 0, 1], sets[2, 0, :], sets[3, 1, 2], sets[3, 0, 3] = True, True, True, True
-        logits = model.network.logits(heads_put_back(model.network, tokens, clean, trace, sets))
+        logits = torch.cat(list(logits_with(model, prompt, clean[:, :, None], sets)))[:, 0]
         for one, row in zip(sets, logits, strict=True):
             heads = {(layer, head): clean[layer, head] for layer, head in one.nonzero().tolist()}
             assert torch.allclose(row, hooked(model, tokens, heads), atol=2e-4)

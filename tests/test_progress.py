@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
-from kcwb.progress import track
+from kcwb.progress import cancel_point, cancellable, track
 
 
 def loop(progress, total=3, n=1):
@@ -72,3 +74,29 @@ def test_an_exception_inside_the_loop_closes_the_bar(capfd):
         step()
         raise RuntimeError("out of memory")
     assert not [bar for bar in tqdm._instances if bar.desc.startswith("working")]
+
+
+def test_a_check_is_called_while_it_is_in_force():
+    calls = []
+    cancel_point()
+    with cancellable(lambda: calls.append("outer")):
+        cancel_point()
+        with cancellable(lambda: calls.append("inner")):
+            cancel_point()
+        cancel_point()
+    cancel_point()
+    assert calls == ["outer", "inner", "outer"]
+
+
+def test_a_check_is_of_its_own_thread():
+    def stop() -> None:
+        raise RuntimeError("not for others")
+
+    with cancellable(stop):
+        other = threading.Thread(target=lambda: done.append(cancel_point()))
+        done: list[None] = []
+        other.start()
+        other.join()
+        with pytest.raises(RuntimeError, match="not for others"):
+            cancel_point()
+    assert done == [None]

@@ -28,11 +28,11 @@ from kcwb.errors import SettingError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
-from kcwb.progress import Progress, track
+from kcwb.progress import Progress, cancel_point, track
 from kcwb.tasks.metrics import Loss, at_answers
 
 #: Stacks of all receivers' inputs that a differentiated pass holds, in stacks of all senders' outputs; and twice that,
-#: so that a chunk of prompts ends within a second or so on two cores, and a cancel is heard.
+#: so that a chunk of prompts ends within a second or so on two cores, and progress is seen.
 _COPIES_PER_STEP = 24
 
 
@@ -107,6 +107,8 @@ def _receiver_gradients(
         residual = run.residual.unflatten(0, (steps, n_prompts))
         value = loss(network.logits(at_answers(residual, loss.prompts))).mean()
         inputs = [x for pair in run.receivers for x in pair]
+        for x in inputs:
+            x.register_hook(lambda _: cancel_point())
         gradients = torch.autograd.grad(value, [*inputs, run.residual])
 
     def over_steps(gradient: Tensor) -> Tensor:

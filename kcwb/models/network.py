@@ -38,6 +38,7 @@ from torch import Tensor
 from kcwb.errors import KcwbError, ModelError
 from kcwb.models.families import ENCODERS, FAMILIES
 from kcwb.models.graph import Graph
+from kcwb.progress import cancel_point
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,8 @@ class Network:
         return self._mlp_hidden(layer, x).to(self.device)
 
     def _mlp_hidden(self, layer: int, x: Float[Tensor, "... D"]) -> Float[Tensor, "... M"]:
-        """The same, left where the layer is."""
+        """The same, left where the layer is. Every pass comes by here once a layer, and can be cancelled."""
+        cancel_point()
         weights = self.layers[layer]
         x = weights.norm_mlp(x.to(weights.device))
         hidden = _affine(x, weights.W_in, weights.b_in)

@@ -1,7 +1,8 @@
 """One worker thread behind a panel: the latest request wins, and nothing that goes wrong is lost.
 
-A job is a function `job(progress) -> result`. It calls `progress(done, total, note)` between batches, which is where a
-cancelled or superseded job stops. Threads wait on a condition, never in a loop; the worker lives while there is work.
+A job is a function `job(progress) -> result`. It calls `progress(done, total, note)` between batches; there, and in
+every layer of a pass through a network, a cancelled or superseded job stops. Threads wait on a condition, never in a
+loop; the worker lives while there is work.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kcwb.progress import ProgressCallback
+from kcwb.progress import ProgressCallback, cancellable
 
 State = Literal["idle", "running", "failed", "done"]
 Job = Callable[[ProgressCallback], Any]
@@ -29,9 +30,12 @@ class _Request:
     on_progress: ProgressCallback | None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
-    def progress(self, done: int, total: int, note: str = "") -> None:
+    def check(self) -> None:
         if self.cancelled.is_set():
             raise _Cancelled
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        self.check()
         if self.on_progress is not None:
             self.on_progress(done, total, note)
 
@@ -109,7 +113,7 @@ class Runner:
                 self._thread.start()
 
     def cancel(self) -> None:
-        """Drop the waiting request and stop the current one at its next report."""
+        """Drop the waiting request and stop the current one, at its next report or layer."""
         with self._changed:
             if self._next:
                 self._next, self._state = None, "idle"
@@ -165,7 +169,8 @@ class Runner:
 def _run(request: _Request) -> tuple[State, BaseException | None]:
     """Run one request: the state that it leaves, and what it failed with."""
     try:
-        result = request.job(request.progress)
+        with cancellable(request.check):
+            result = request.job(request.progress)
         if request.cancelled.is_set():
             return "idle", None
         if request.on_done is not None:

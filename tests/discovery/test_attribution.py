@@ -12,6 +12,7 @@ from kcwb.discovery.attribution import attribution_scores
 from kcwb.errors import SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
+from kcwb.progress import cancellable
 from kcwb.tasks.metrics import at_answers, make_loss
 from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Relation
@@ -179,3 +180,13 @@ def test_progress_counts_all_prompts_and_can_cancel(tiny, words: Relation) -> No
 
     with pytest.raises(KeyboardInterrupt):
         attribution_scores(model, loss, cuts, progress=cancel)
+
+
+def test_the_gradients_can_be_cancelled_layer_by_layer(words: Relation) -> None:
+    model = tiny_model("llama")
+    task = make(model, words)
+    loss, cuts, checks = make_loss(model, task.val), make_ablation(model, task, "zero"), []
+    with cancellable(lambda: checks.append(torch.is_grad_enabled())):
+        attribution_scores(model, loss, cuts)
+    # Once a layer in the plain pass and in the differentiated one, twice a layer on the way back.
+    assert len(checks) == 4 * model.graph.n_layers

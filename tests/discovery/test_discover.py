@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from kcwb.discovery.discover import METHODS, discover, score_edges
 from kcwb.discovery.selection import resize
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
+from kcwb.progress import cancellable
 from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Fact, Relation
 
@@ -41,6 +44,36 @@ def test_every_method_gives_the_same_circuit_twice_and_says_where_it_comes_from(
     assert provenance["facts"] == [[fact.subject, fact.object] for fact in task.val.facts]
     assert set(provenance["versions"]) >= {"torch", "kcwb", "transformer_lens"}
     assert provenance["seconds"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_is_cancelled_within_a_pass_changes_nothing(model, task, method: str) -> None:
+    size = {} if method == "acdc" else {"edges": 40}
+    whole = discover(model, task, method, progress=False, **size)
+
+    class Cancelled(BaseException):
+        pass
+
+    def countdown(left: float) -> Callable[[], None]:
+        def check() -> None:
+            nonlocal left
+            left -= 1
+            passed.append(left)
+            if left == 0:
+                raise Cancelled
+
+        return check
+
+    passed: list[float] = []
+    with cancellable(countdown(math.inf)):
+        discover(model, task, method, progress=False, **size)
+    total = len(passed)
+    assert total >= 2 * model.graph.n_layers
+    for at in (1, total // 2):
+        with pytest.raises(Cancelled), cancellable(countdown(at)):
+            discover(model, task, method, progress=False, **size)
+    again = discover(model, task, method, progress=False, **size)
+    assert torch.equal(again.kept, whole.kept)
 
 
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "exact"])

@@ -1,4 +1,4 @@
-"""The runner: the latest request wins, a cancel stops at the next report, and no error is lost."""
+"""The runner: the latest request wins, a cancel stops at the next report or layer, and no error is lost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kcwb.progress import cancel_point
 from kcwb.workbench.runner import Runner
 
 SOON = 5.0  # seconds, for what takes milliseconds
@@ -118,6 +119,23 @@ def test_cancel_stops_at_the_next_report(runner, errors):
     assert time.monotonic() - started < 1
     assert runner.state == "idle" and step.reports <= 1
     assert not results and not errors and runner.error is None
+
+
+def test_cancel_stops_between_reports_where_a_pass_can_be_cancelled(runner):
+    started, results = threading.Event(), []
+
+    def silent(progress):
+        end = time.monotonic() + SOON
+        while time.monotonic() < end:
+            started.set()
+            cancel_point()
+        return "not cancelled"
+
+    runner.submit("silent", silent, results.append)
+    assert started.wait(SOON)
+    runner.cancel()
+    assert runner.wait(SOON / 2)
+    assert runner.state == "idle" and not results
 
 
 def test_a_cancelled_job_is_not_stopped_by_handlers_of_exceptions(runner):

@@ -28,7 +28,7 @@ lab: setup ## open JupyterLab on the first notebook
 	$(BIN)/python -m jupyterlab notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 reports: setup ## run every notebook and write it as one HTML file to reports/
 	$(BIN)/python -m kcwb.workbench.reports $(NOTEBOOKS) --out reports/

@@ -23,7 +23,9 @@ _TINY: dict[str, Model] = {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests belong into one process."""
+    """Say which tests belong into one process, and side by side start with the groups that take longest."""
+    if workers:
+        items.sort(key=lambda item: not (item.get_closest_marker("model") or item.path.stem == "test_notebooks"))
     for item in items:
         group = item.nodeid.split("::")[0]
         if item.path.stem == "test_notebooks":

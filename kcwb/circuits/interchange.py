@@ -19,6 +19,7 @@ by the `show` of ACDC's code, with lines such as `"<a14.7>" -> "<m15>"`, `embed 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -35,7 +36,7 @@ from kcwb.files import write_text
 from kcwb.models.graph import Graph
 
 #: Entries of the largest mask that a file may ask for; Llama's 70 billion weights have 80 million.
-_LARGEST = 2**30
+_LARGEST = 2**27
 
 
 def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
@@ -270,20 +271,27 @@ def load_gv(path: str | Path, graph: Graph) -> Circuit:
     header = _HEADER.match(text)
     if header is None or not text.rstrip().endswith("}"):
         raise CircuitError(f"{path} is not a whole graphviz file: it should be 'digraph ... {{ ... }}'.")
+    open_list = next((found for found in _ATTRIBUTES.finditer(text) if not found[0].endswith("]")), None)
+    if open_list is not None:
+        line = text.count("\n", 0, open_list.start()) + 1
+        raise CircuitError(f"{path}, line {line}: the list of attributes that opens here never ends.")
     body = _ATTRIBUTES.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
     kept = torch.zeros_like(graph.exists)
-    merged, start = 0, header.end()
-    for statement in body[start : body.rindex("}")].split(";"):
-        line = text.count("\n", 0, start + len(statement) - len(statement.lstrip())) + 1
-        start += len(statement) + 1
+    drawn: set[tuple[_Place, _Place]] = set()
+    merged, above = 0, 1 + text.count("\n", 0, header.end())
+    for statement in body[header.end() : body.rindex("}")].split(";"):
+        words = statement.lstrip()
+        line = above + statement.count("\n", 0, len(statement) - len(words))
+        above += statement.count("\n")
         names = [_bare(name) for name in statement.split("->")]
         if names in (["graph"], ["node"], ["edge"], [""]):
             continue
         try:
             places = [_place(name) for name in names]
             for sender, receiver in pairwise(places):
-                if sender.node == receiver.node:
-                    continue  # a head's own input to its output: not an edge between nodes
+                if sender.node == receiver.node or (sender, receiver) in drawn:
+                    continue  # a head's own input to its output, which is no edge between nodes; or once more
+                drawn.add((sender, receiver))
                 for name in receiver.receivers:
                     kept[graph.edge_index(f"{sender.node}->{name}")] = True
                 merged += len(receiver.receivers) == 3
@@ -294,7 +302,8 @@ def load_gv(path: str | Path, graph: Graph) -> Circuit:
 
 
 _HEADER = re.compile(r"\s*(strict\s+)?digraph\b[^{]*\{")
-_ATTRIBUTES = re.compile(r'\[(?:[^\]"]|"(?:[^"\\]|\\.)*")*\]', re.DOTALL)
+#: What lies in brackets, to the closing one or, where there is none, to the end: each character is looked at once.
+_ATTRIBUTES = re.compile(r'\[(?:[^\]"]|"(?:[^"\\]|\\.)*+(?:"|\\?\Z))*+(?:\]|\Z)', re.DOTALL)
 _NODE = re.compile(r"a(\d+)\.(\d+)(?:_([qkv]))?|m(\d+)|embed|resid_post")
 
 
@@ -310,6 +319,7 @@ def _bare(name: str) -> str:
     return name.strip().removeprefix('"').removesuffix('"').removeprefix("<").removesuffix(">")
 
 
+@functools.lru_cache(maxsize=4096)
 def _place(name: str) -> _Place:
     match = _NODE.fullmatch(name)
     if match is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.tasks.prompts import encode
-from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations
+from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations, read_json, readable
+from kcwb.tasks.subjects import blank
 
 #: Relations with shared objects, from which edits are made where none are named.
 RELATIONS = (
@@ -203,40 +203,41 @@ def _compositions(name: str, fact: Fact, target: str, everything: Iterable[Relat
 def load_counterfact(path: str | Path) -> list[EditCase]:
     """Read edits from a file in the format of CounterFact: a JSON list of records.
 
-    Of a record, `requested_rewrite` (`prompt`, `subject`, `target_new.str`, `target_true.str`), `paraphrase_prompts`
-    and `neighborhood_prompts` are read.
+    Of a record, `requested_rewrite` (`prompt`, `subject`, `target_new.str`, `target_true.str`) is read, and
+    `paraphrase_prompts` and `neighborhood_prompts`, which may be missing: the scores that they serve then leave this
+    edit out. Records that are something else are left out, with a warning that names them.
 
     Raises
     ------
     DataError
-        If the file cannot be read or a record lacks something; names the file and the record.
+        If the file cannot be read, or none of its records; names the file and the record.
     """
     path = Path(path)
-    try:
-        records = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}.") from error
+    records = read_json(path)
     if not isinstance(records, list) or not records:
         raise DataError(f"{path}: expected a list of records, as in CounterFact.")
-    return [_counterfact_case(record, f"{path}, record {i}") for i, record in enumerate(records)]
+    numbered = [(record, f"{path}, record {i}") for i, record in enumerate(records)]
+    return readable(numbered, lambda pair: _counterfact_case(*pair), "records")
 
 
 def _counterfact_case(record: Any, where: str) -> EditCase:
     try:
         asked = record["requested_rewrite"]
         texts = [asked["prompt"], asked["subject"], asked["target_true"]["str"], asked["target_new"]["str"]]
-        near, other = record["neighborhood_prompts"], record["paraphrase_prompts"]
-    except (KeyError, TypeError) as error:
+        near, other = (record.get(key) or [] for key in ("neighborhood_prompts", "paraphrase_prompts"))
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: {error} is missing or is not what CounterFact has there.") from error
+    if not (isinstance(near, list) and isinstance(other, list)):
+        raise DataError(f"{where}: neighborhood_prompts and paraphrase_prompts must be lists of texts.")
     if not all(isinstance(text, str) and text.strip() for text in [*texts, *near, *other]):
         raise DataError(f"{where}: prompts, subject and targets must be texts that are not empty.")
-    template, subject, true, new = texts
+    template, subject, true, new = (text.strip() for text in texts)
+    if true == new:
+        raise DataError(f"{where}: the new object {new!r:.60} is the true one; there is nothing to edit.")
     return EditCase(
-        fact=Fact(subject.strip(), true.strip()),
-        target=new.strip(),
-        template=check_template(template.strip(), f"{where}, prompt"),
+        fact=Fact(subject, true),
+        target=new,
+        template=check_template(blank(template, subject) or template, f"{where}, prompt"),
         paraphrases=tuple(text.strip() for text in other),
         neighbours=tuple(text.strip() for text in near),
     )

@@ -34,6 +34,7 @@ from kcwb.models.network import Network
 from kcwb.progress import Progress
 from kcwb.tasks.prompts import rank_of
 from kcwb.tasks.relations import Fact, check_template
+from kcwb.tasks.subjects import blank, places
 
 #: Method -> its settings.
 METHODS: dict[str, type] = {
@@ -222,7 +223,8 @@ def edit(
     method
         `rome`, `memit`, `ft_m` or `ft_l`; see the modules of `kcwb.editing`.
     template
-        How the fact is asked, with `{}` or the subject itself in it; one for all facts, or one for each.
+        How the fact is asked, with `{}` in it, or the subject itself once, as whole words; one for all facts, or one
+        for each.
     layer
         The layer whose MLP is changed (MEMIT: the last of the range). None takes `default_layer(model, method)`.
     bound
@@ -245,8 +247,8 @@ def edit(
     ModelError
         If its family is not covered (`kcwb models`), or the model lies on several devices.
     SettingError
-        If the subject is not in the template, the target is the current answer, the layer is out of range, or a
-        setting cannot be meant.
+        If the subject is not in the template (once, as whole words), the target is the current answer, the layer is
+        out of range, or a setting cannot be meant.
     EditError
         If the loss is not a number or does not get under its bound.
     DataError
@@ -334,11 +336,13 @@ def _check(
 
 def _with_gap(fact: Fact, template: str) -> str:
     if "{}" not in template:
-        if fact.subject not in template:
+        found = len(places(template, fact.subject))
+        if found != 1:
             raise SettingError(
-                f"The subject {fact.subject!r:.60} is not in the template {template!r:.120}, nor is {{}}."
+                f"The subject {fact.subject!r:.60} stands {found} times as whole words in the template "
+                f"{template!r:.120}; it must stand there once, or {{}} in its place."
             )
-        template = template.replace(fact.subject, "{}", 1)
+        template = str(blank(template, fact.subject))
     return check_template(template, "template")
 
 

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from kcwb.errors import DataError
 from kcwb.tasks.compose import Chain, Composition, Wording, drop_copies
-from kcwb.tasks.relations import Fact, Relation, read_json
+from kcwb.tasks.relations import Fact, Relation, read_json, readable
+from kcwb.tasks.subjects import blank
 
 _MOST_TEMPLATES = 4
 
@@ -37,8 +38,9 @@ class _Case(NamedTuple):
 def load_mquake(path: str | Path, *, least: int = 2) -> list[Composition]:
     """Read the two-hop chains of a file in the format of MQuAKE.
 
-    Records of more hops are left out, as are those in which a cloze does not name its subject once, or that give a
-    subject a second bridge or a bridge a second object; and those whose answer could be copied, as in `compose`.
+    Records that are something else are left out, with a warning that names them. Left out as well are records of more
+    hops, those in which a cloze does not name its subject once as whole words, those that give a subject a second
+    bridge or a bridge a second object, and those whose answer could be copied, as in `compose`.
 
     Parameters
     ----------
@@ -55,15 +57,15 @@ def load_mquake(path: str | Path, *, least: int = 2) -> list[Composition]:
     Raises
     ------
     DataError
-        If the file cannot be read, a record is not what MQuAKE has there (names file, record and key), or nothing is
-        left (with counts).
+        If the file cannot be read, none of its records is what MQuAKE has there (names file, record and key), or
+        nothing is left (with counts).
     """
     path = Path(path)
     records = read_json(path)
     if not isinstance(records, list) or not records:
         raise DataError(f"{path}: expected a list of records, as in MQuAKE.")
-    read = [_read(record, f"{path}, record {i}") for i, record in enumerate(records)]
-    cases = [case for case in read if case is not None]
+    numbered = [(record, f"{path}, record {i}") for i, record in enumerate(records)]
+    cases = [case for case in readable(numbered, lambda pair: _read(*pair), "records") if case is not None]
     pairs: dict[tuple[str, str], list[_Case]] = defaultdict(list)
     for case in cases:
         pairs[case.ids].append(case)
@@ -101,8 +103,8 @@ def _read(record: Any, where: str) -> _Case | None:
         ids=(triples[0][1], triples[1][1]),
         names=(first[1], second[1]),
         chain=Chain(first[0], first[2], second[2]),
-        hops=(_template(clozes[0], first[0]), _template(clozes[1], second[0])),
-        questions=[found for text in questions if (found := _template(f"Q: {text.strip()} A:", first[0]))],
+        hops=(blank(clozes[0].strip(), first[0]), blank(clozes[1].strip(), second[0])),
+        questions=[found for text in questions if (found := blank(f"Q: {text.strip()} A:", first[0]))],
     )
 
 
@@ -112,11 +114,6 @@ def _get(value: Any, *keys: str, where: str) -> Any:
             raise DataError(f"{where}: {'.'.join(keys[: i + 1])!r} is missing; MQuAKE has it there.")
         value = value[key]
     return value
-
-
-def _template(text: str, subject: str) -> str | None:
-    """A text with its subject taken out; None if it is not in it exactly once."""
-    return text.replace(subject, "{}").strip() if text.count(subject) == 1 and "{}" not in text else None
 
 
 def _composition(cases: Sequence[_Case]) -> Composition | None:

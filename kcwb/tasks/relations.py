@@ -6,19 +6,21 @@ A relation is one JSON file in the format of the LRE dataset (Hernandez et al., 
      "properties": {"relation_type": ..., "domain_name": ..., "range_name": ..., "symmetric": ...},
      "samples": [{"subject": ..., "object": ...}, ...]}
 
-where `{}` in a template marks the subject. `prompt_templates_zs` are the zero-shot templates.
+where `{}` in a template marks the subject. `prompt_templates_zs` are the zero-shot templates. A relation gives a
+subject one object: of several in a file the first counts, and a warning says how many others were left out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kcwb.errors import DataError, SettingError, nearest
 from kcwb.files import write_text
@@ -166,14 +168,43 @@ def load_relation(name: str | Path) -> Relation:
 
 
 def load_relations(folder: str | Path | None = None) -> list[Relation]:
-    """Read and validate every relation of a folder (default: those that come with the package)."""
-    return [load_relation(path) for path in relation_files(folder).values()]
+    """Read and validate every relation of a folder (default: those that come with the package).
+
+    Files that cannot be read are left out, with a warning that names them and says why.
+
+    Raises
+    ------
+    DataError
+        If there is no such folder, or files in it but none that can be read.
+    """
+    return readable(relation_files(folder).values(), load_relation, "relations")
+
+
+Place = TypeVar("Place")
+Read = TypeVar("Read")
+
+
+def readable(places: Iterable[Place], read: Callable[[Place], Read], what: str) -> list[Read]:
+    """What can be read of some places; warns of the others, or raises DataError if there is nothing else."""
+    found, reasons = [], []
+    for place in places:
+        try:
+            found.append(read(place))
+        except DataError as error:
+            reasons.append(f"{error}")
+    if reasons:
+        shown = [*reasons[:5], *(["..."] if len(reasons) > 5 else [])]
+        words = f"{len(reasons)} of {len(found) + len(reasons)} {what} cannot be read: {' '.join(shown)}"
+        if not found:
+            raise DataError(words if len(reasons) > 1 else reasons[0])
+        warnings.warn(f"Left out: {words}", stacklevel=3)
+    return found
 
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds; DataError, which names the place, if it cannot be read."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8"))
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise DataError(f"There is no file {path}.") from None
     except OSError as error:
@@ -189,6 +220,7 @@ def read_json(path: Path) -> Any:
 
 
 def _parse(data: Any, path: Path) -> Relation:
+    """A relation out of what its file holds."""
     properties = _get(data, "properties", Mapping, path)
     return Relation(
         name=_text(_get(data, "name", str, path), f"{path}, name"),
@@ -217,7 +249,9 @@ def _get(data: Any, key: str, kind: type, path: Path, where: str = "") -> Any:
     return data[key]
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: Any, where: str, strip: bool = False) -> str:
+    if strip and isinstance(value, str):
+        value = value.strip()
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: expected a text that is not empty, found {value!r:.60}.")
     if value != value.strip():
@@ -245,19 +279,25 @@ def _templates(data: Any, key: str, path: Path) -> tuple[str, ...]:
 
 
 def _facts(samples: list[Any], path: Path) -> tuple[Fact, ...]:
+    """One fact per subject, the first; warns of others. White space around words is the file's, not theirs."""
     if not samples:
         raise DataError(f"{path}, samples: the list is empty; give at least one fact.")
-    first: dict[str, tuple[int, Fact]] = {}
+    first: dict[str, Fact] = {}
+    others: list[Fact] = []
     for i, sample in enumerate(samples):
         where = f"samples[{i}]."
-        fact = Fact(*(_text(_get(sample, key, str, path, where), f"{path}, {where}{key}") for key in vars(_EXAMPLE)))
-        seen, earlier = first.setdefault(fact.subject, (i, fact))
-        if earlier.object != fact.object:
-            raise DataError(
-                f"{path}, samples[{i}]: the subject {fact.subject!r:.60} has the object {fact.object!r:.60} here and "
-                f"{earlier.object!r:.60} in samples[{seen}]; a fact has one object."
-            )
-    return tuple(fact for _, fact in first.values())
+        words = (_text(_get(sample, key, str, path, where), f"{path}, {where}{key}", True) for key in vars(_EXAMPLE))
+        fact = Fact(*words)
+        if first.setdefault(fact.subject, fact) != fact:
+            others.append(fact)
+    if others:
+        one = others[0]
+        warnings.warn(
+            f"{path}: {len(others)} of {len(samples)} facts give a subject another object than one before, and are "
+            f"left out, the first {one.subject!r:.60}: {one.object!r:.60} (kept: {first[one.subject].object!r:.60}).",
+            stacklevel=4,
+        )
+    return tuple(first.values())
 
 
 _EXAMPLE = Fact("subject", "object")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -276,3 +278,33 @@ def test_a_drawing_that_is_missing_or_binary_is_refused(tmp_path) -> None:
     (tmp_path / "graph.gv").write_bytes(b"\x80\x04")
     with pytest.raises(CircuitError, match="not UTF-8"):
         load_gv(tmp_path / "graph.gv", Graph(1, 1))
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "[" * 40_000,
+        '["' * 100_000,
+        '["\\' * 100_000,
+        "[]" * 200_000,
+        "\n" * 500_000,
+        "m0 -> m1;\n" * 90_000,
+        ";" * 500_000,
+    ],
+    ids=["brackets", "quotes", "escapes", "empty lists", "lines", "edges", "statements"],
+)
+def test_a_hostile_drawing_takes_time_in_proportion_to_its_length(tmp_path, inside: str) -> None:
+    """Each would take minutes to hours where a place is looked at once for every other."""
+    path = tmp_path / "graph.gv"
+    path.write_text(f"digraph {{\n{inside}}}")
+    started = time.process_time()
+    with contextlib.suppress(CircuitError):
+        assert load_gv(path, Graph(2, 2)).n_edges <= 1
+    assert time.process_time() - started < 5
+
+
+def test_a_list_of_attributes_without_end_is_named_with_its_line(tmp_path) -> None:
+    path = tmp_path / "graph.gv"
+    path.write_text('digraph {\n m0 [label="a;b\\"]"];\n m1 [label="c];\n}')
+    with pytest.raises(CircuitError, match="line 3: the list of attributes that opens here never ends"):
+        load_gv(path, Graph(2, 2))

@@ -84,11 +84,13 @@ def test_a_file_in_counterfact_s_format_becomes_cases(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: r.pop("paraphrase_prompts"), "record 1.*paraphrase_prompts"),
         (lambda r: r["requested_rewrite"].pop("subject"), "record 1.*subject"),
         (lambda r: r["requested_rewrite"].update(target_new="Lisbon"), "record 1"),
         (lambda r: r["requested_rewrite"].update(prompt="no mark"), "record 1.*exactly once"),
         (lambda r: r.update(neighborhood_prompts=[""]), "record 1.*empty"),
+        (lambda r: r.update(paraphrase_prompts="a text"), "record 1.*lists"),
+        (lambda r: r["requested_rewrite"].update(target_new={"str": "Prague "}), "record 1.*nothing to edit"),
+        (lambda r: r.update(requested_rewrite=[1]), "record 1"),
     ],
 )
 def test_a_malformed_record_is_named(tmp_path, change, words):
@@ -96,8 +98,20 @@ def test_a_malformed_record_is_named(tmp_path, change, words):
     change(wrong)
     path = tmp_path / "own.json"
     path.write_text(json.dumps([RECORD, wrong]), encoding="utf-8")
-    with pytest.raises(DataError, match=words):
+    with pytest.warns(UserWarning, match=words):
+        assert len(load_counterfact(path)) == 1
+    path.write_text(json.dumps([wrong]), encoding="utf-8")
+    with pytest.raises(DataError, match=words.replace("record 1", "record 0")):
         load_counterfact(path)
+
+
+@pytest.mark.parametrize("key", ["paraphrase_prompts", "neighborhood_prompts"])
+def test_a_record_without_paraphrases_or_neighbours_is_an_edit_all_the_same(tmp_path, key):
+    without, null = ({k: v for k, v in RECORD.items() if k != key}, {**RECORD, key: None})
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([without, null]), encoding="utf-8")
+    for case in load_counterfact(path):
+        assert () in (case.paraphrases, case.neighbours) and case.fact == Fact("Old Grey Hall", "Prague")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "[1]"])
@@ -106,5 +120,5 @@ def test_a_file_that_is_something_else_is_refused(tmp_path, content):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=r"own\.json"):
         load_counterfact(path)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="There is no file"):
         load_counterfact(tmp_path / "none.json")

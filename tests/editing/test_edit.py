@@ -165,7 +165,7 @@ def test_the_layer_is_by_default_a_share_of_the_depth(model):
         ({"target": "w40"}, "already"),
         ({"target": ""}, "target"),
         ({"target": " w50"}, "target"),
-        ({"template": "w80 w81 w82"}, "not in the template"),
+        ({"template": "w80 w81 w82"}, "0 times as whole words in the template"),
         ({"template": "{} w80 {}"}, "exactly once"),
         ({"layer": 2}, "layers 0 to 1"),
         ({"layer": -1}, "layers 0 to 1"),

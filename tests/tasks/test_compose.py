@@ -230,9 +230,9 @@ def test_the_commonest_words_of_a_relation_come_first(tmp_path):
 
 
 def damaged(*path: Any, value: Any) -> Any:
-    """Two good records, of which the second has something else in one place, or nothing."""
-    content = [record("Louvre", "France", "Paris"), record("Kreml", "Russia", "Moscow")]
-    place: Any = content[1]
+    """A good record that has something else in one place, or nothing."""
+    content = [record("Kreml", "Russia", "Moscow")]
+    place: Any = content[0]
     for key in path[:-1]:
         place = place[key]
     if value is KeyError:
@@ -248,7 +248,7 @@ def damaged(*path: Any, value: Any) -> Any:
         ({}, "expected a list of records"),
         ([], "expected a list of records"),
         (["x"], "record 0: 'orig' is missing"),
-        (damaged("orig", value=KeyError), "record 1: 'orig' is missing"),
+        (damaged("orig", value=KeyError), "record 0: 'orig' is missing"),
         (damaged("orig", "triples_labeled", value=KeyError), "'orig.triples_labeled' is missing"),
         (damaged("orig", "triples", value="x"), "must be lists"),
         (damaged("orig", "triples", value=[["a"], ["b"]]), "orig.triples: expected as many triples"),
@@ -269,6 +269,14 @@ def test_a_file_that_is_not_mquakes_is_refused_where_it_is_wrong(tmp_path, conte
     with pytest.raises(DataError, match=said) as caught:
         load_mquake(path)
     assert str(path) in str(caught.value) and content == before
+
+
+def test_records_that_are_something_else_are_left_out_and_named(tmp_path):
+    good = [record("Louvre", "France", "Paris"), record("Kreml", "Russia", "Moscow")]
+    path = write(tmp_path, [good[0], {"orig": 1}, good[1], None])
+    with pytest.warns(UserWarning, match=r"2 of 4 records cannot be read: .*record 1: .*record 3: "):
+        (found,) = load_mquake(path)
+    assert found.chains == load_mquake(write(tmp_path, good))[0].chains
 
 
 @pytest.mark.parametrize("text", [b"", b"[{", b"\xff\xfe", b"[" * 100_000, b'[{"orig": "' + b"x" * 9])

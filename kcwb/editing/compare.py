@@ -41,7 +41,7 @@ from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.selection import matched_circuit
 from kcwb.editing.edit import Edit, EditError
 from kcwb.editing.passes import Block
-from kcwb.editing.transport import trace_blocks, transport
+from kcwb.editing.transport import mlp_outputs, trace_blocks, transport
 from kcwb.errors import DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
@@ -136,7 +136,7 @@ def compare_edit(
     Parameters
     ----------
     model
-        The model that the edit was made for, as it was then.
+        The Model object that the edit was made for, as it was then.
     made
         The edit, not in the weights now; of several requests, the first is looked at.
     task
@@ -158,9 +158,11 @@ def compare_edit(
     Raises
     ------
     DataError
-        If old and new object start with the same token, no head is a mover, or there is no paraphrase.
+        If old and new object start with the same token, no head is a mover, there is no paraphrase, or the edit has no
+        effect at END.
     SettingError
-        If the task is not in the edit's template, or a setting cannot be meant.
+        If the edit was made for another Model object (with equal weights, too), the task is not in the edit's template,
+        or a setting cannot be meant.
     EditError
         If the edit is in the weights, or was made for other ones.
     """
@@ -186,6 +188,7 @@ def compare_edit(
         prompt = asked[fact].select([0])
         ends = int(prompt.ends[0])
         clean = trace_blocks(model.network, prompt.tokens[:, : ends + 1])
+        written = mlp_outputs(model.network, clean, made.layers)
         lens = [_lens(model, prompt, clean, tokens, "before")]
         roles = _contributions(model, prompt, tokens)
         with made:
@@ -195,7 +198,7 @@ def compare_edit(
             lens.append(_lens(model, prompt, edited, tokens, "after"))
             roles_after = _contributions(model, prompt, tokens)
             step(note="lens and roles")
-            transported, p = transport(model, made, prompt, clean, edited, tokens, names, draws, seed)
+            transported, p = transport(model, made, prompt, clean, edited, written, tokens, names, draws, seed)
             step(note="transport")
     return EditComparison(
         edit=made,
@@ -214,6 +217,7 @@ def _check(model: Model, made: Edit, task: Task, edges: int, draws: int) -> None
         raise EditError(f"{made} is in the weights; undo it first, so that there is a before.")
     if made.parameters.get("model") != model.digest:
         raise EditError(f"{made} was made for other weights than those of {model.name}; make it again.")
+    made.require_own(model)
     check_same_weights(model, task)
     if task.template != made.templates[0]:
         raise SettingError(

@@ -15,7 +15,7 @@ import math
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -25,8 +25,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.editing.fine_tuning import TuningSettings, fine_tune
+from kcwb.editing.known import known_settings
 from kcwb.editing.memit import MemitSettings, memit
-from kcwb.editing.passes import make_rows
+from kcwb.editing.passes import make_rows, measured_nll
 from kcwb.editing.rome import Fit, RomeSettings, rome
 from kcwb.errors import KcwbError, SettingError, choose, nearest
 from kcwb.models.loading import Model
@@ -43,12 +44,6 @@ METHODS: dict[str, type] = {
     "ft_l": TuningSettings,
     "memit": MemitSettings,
 }
-#: The layers that a sweep of ROME found best; other models take a share of the depth. For SmolLM2-135M, over eight
-#: facts (`layer_sweep` on `edit_cases(model, n=8, seed=1)`), ES is 1 at layers 1 to 9 and PS .88 (.81 at 9). The later
-#: the layer, the more an edit spills: NS, P(true) - P(new) of the neighbours, and the share of the subject's other
-#: answers that change, are at layer 1 1, .41, .58; 3 1, .39, .58; 5 .90, .35, .83; 7 .81, .13, .92; 9 .83, .16, .92.
-BEST_LAYERS = {"smollm2-135m": {"rome": 3, "ft_m": 3, "ft_l": 3, "memit": 5}}
-DEFAULT_DEPTH = 0.3
 
 
 class EditError(KcwbError):
@@ -68,7 +63,9 @@ class Edit:
     method, layers
         The editor, and the layers whose MLP's down-projection it changes.
     parameters
-        Everything that determined it, ready for JSON.
+        Everything that determined it, ready for JSON. `defaults` says which values were taken without being given,
+        since they are known to work on this model, and their `source` (`kcwb.editing.known`); where nothing is known,
+        the layer is a share of the depth. What is in neither is the method's own default, the same for all models.
     deltas
         Layer -> `[M, D]`: the change of the down-projection (input dimension first).
     losses
@@ -77,7 +74,14 @@ class Edit:
         k* `[n, M]` and v* `[n, D]` of each request (MEMIT: the last layer's keys, and the wanted streams); None for
         fine-tuning.
     nll
-        The target's loss at the end, nats per token (the worst of several requests).
+        The target's loss on its own prompt, without prefixes, by the edited weights: nats per token, all of the
+        target's tokens being read at their own positions; the worst of several requests. This is what `bound` judges.
+    nll_prefixed
+        The same over the prompts with prefixes, their mean; None where the method has no prefixes.
+    objective
+        The loss with which optimisation ended (the worst of several requests): by the method's own formula, over its
+        own prompts, and for ROME and MEMIT with δ added to the stream instead of by edited weights. The last of
+        `losses`.
     seconds
         How long it took.
     details
@@ -96,8 +100,10 @@ class Edit:
     losses: pd.DataFrame
     keys: Float[Tensor, "n M"] | None
     values: Float[Tensor, "n D"] | None
-    nll: float
+    objective: float
     seconds: float
+    nll: float = math.nan
+    nll_prefixed: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -113,6 +119,17 @@ class Edit:
             digest.update(f"{layer} {tuple(delta.shape)} {delta.dtype}\n".encode())
             digest.update(delta.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def require_own(self, model: Model) -> None:
+        """Raise SettingError unless it was made for this Model object, since it is this one's weights that it changes.
+
+        Equal weights in another object stay as they are: what is then measured there would be the unedited model.
+        """
+        if model is not self.model:
+            raise SettingError(
+                f"{self} was made for another Model object than this {model.name}, loaded beside it: its weights are "
+                "those that change. Give the edit's own model (`made.model`), or make the edit again for this one."
+            )
 
     def apply(self) -> Model:
         """Put it into the weights, on top of edits that are in already; `undo` takes it out.
@@ -171,8 +188,9 @@ class Edit:
         """One line: what, how and where."""
         first = f"{self.facts[0].subject!r:.40}: {self.facts[0].object!r:.40} -> {self.targets[0]!r:.40}"
         more = f" and {len(self.facts) - 1} more" if len(self.facts) > 1 else ""
-        layers = ", ".join(map(str, self.layers))
-        return f"Edit({first}{more}; {self.method}, layer {layers}, target's loss {self.nll:.2f})"
+        layers, taken = ", ".join(map(str, self.layers)), self.parameters["defaults"]
+        source = f" ({taken['source']})" if "layer" in taken else ""
+        return f"Edit({first}{more}; {self.method}, layer {layers}{source}, target's loss {self.nll:.2f})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,16 +244,21 @@ def edit(
         How the fact is asked, with `{}` in it, or the subject itself once, as whole words; one for all facts, or one
         for each.
     layer
-        The layer whose MLP is changed (MEMIT: the last of the range). None takes `default_layer(model, method)`.
+        The layer whose MLP is changed (MEMIT: the last of the range). None takes the one that is known to be good on
+        this model (`kcwb.editing.known`), else about a third of the depth.
     bound
-        The target's loss, in nats per token, that the edit must get under on its own prompts (with prefixes); else it
-        is refused. `math.inf` takes whatever comes, for statistics over sets of edits.
+        The target's loss that the edited weights must get under (`Edit.nll`: on the prompt itself, in nats per token);
+        else the edit is refused. `math.inf` takes whatever comes, for statistics over sets of edits, even where the
+        target is the answer already.
     seed
         Of prefixes, text and sampling.
     progress
         Reported per step.
     settings
-        The method's own, see `RomeSettings`, `MemitSettings`, `TuningSettings`: for example `clamp`, `steps`.
+        The method's own, see `RomeSettings`, `MemitSettings`, `TuningSettings`: for example `clamp`, `steps`. Those
+        that are not given are the ones known to be good on this model, where there are such (`kcwb.editing.known`; for
+        the larger GPT-2 and for GPT-J the published ones), else the method's own defaults. The edit's `parameters` hold
+        them all, and say which were taken from where.
 
     Returns
     -------
@@ -257,8 +280,7 @@ def edit(
     facts = (fact,) if isinstance(fact, Fact) else tuple(fact)
     targets = (target,) if isinstance(target, str) else tuple(target)
     given = (template,) * len(facts) if isinstance(template, str) else tuple(template)
-    chosen = _settings(method, settings)
-    layer = default_layer(model, method) if layer is None else layer
+    chosen, layer, defaults = _settings(model, method, layer, settings)
     templates = _check(model, facts, targets, given, method, layer, bound)
     started = time.perf_counter()
     if isinstance(chosen, MemitSettings):
@@ -268,39 +290,47 @@ def edit(
     else:
         at_end = method == "ft_l"
         fit = fine_tune(model, facts[0], targets[0], templates[0], layer, chosen, at_end=at_end, progress=progress)
-    _check_fit(model, fit, method, targets, bound)
+    _check_fit(fit, method)
     parameters = {"method": method, "layer": layer, "seed": seed, "model": model.digest, **asdict(chosen)}
-    return Edit(
+    made = Edit(
         model=model,
         facts=facts,
         targets=targets,
         templates=templates,
         method=method,
         layers=tuple(sorted(fit.deltas)),
-        parameters=parameters,
+        parameters={**parameters, "defaults": defaults},
         deltas=fit.deltas,
         losses=pd.DataFrame(fit.losses),
         keys=fit.keys,
         values=fit.values,
-        nll=fit.nll,
+        objective=fit.objective,
         seconds=time.perf_counter() - started,
         details=fit.details,
     )
+    return _judged(made, fit.contexts, bound)
 
 
 def default_layer(model: Model, method: str = "rome") -> int:
     """The layer that is edited where none is given: the best one known, else about a third of the depth."""
-    known = BEST_LAYERS.get(model.name.partition(" + ")[0], {})
-    return known.get(method, round(DEFAULT_DEPTH * model.graph.n_layers))
+    return known_settings(model, method)[0]["layer"]
 
 
-def _settings(method: str, given: dict[str, Any]) -> Any:
+def _settings(
+    model: Model, method: str, layer: int | None, given: dict[str, Any]
+) -> tuple[Any, int, dict[str, Any]]:  # fmt: skip
+    """The method's settings, the layer, and which of them were taken from what is known, with the source."""
     kind = METHODS[choose("The method", method, METHODS)]
     known = list(kind.__dataclass_fields__)
     for name in given:
         if name not in known:
             raise SettingError(f"{method} has no setting {name!r}. {nearest(name, known)}")
-    return kind(**given)
+    good, source = known_settings(model, method)
+    given = given if layer is None else {"layer": layer, **given}
+    taken = {name: value for name, value in good.items() if name not in given}
+    whole = {**taken, **given}
+    layer = whole.pop("layer")
+    return kind(**whole), layer, {"source": source, **taken} if taken else {}
 
 
 def _check(
@@ -326,7 +356,8 @@ def _check(
     for fact, target, template in zip(facts, targets, whole, strict=True):
         if not target.strip() or target != target.strip():
             raise SettingError(f"The target {target!r:.60} is empty, or starts or ends with white space.")
-        if target == fact.object or _is_answer(model, Fact(fact.subject, target), template):
+        already = bound < math.inf and _is_answer(model, Fact(fact.subject, target), template)
+        if target == fact.object or already:
             raise SettingError(
                 f"The target {target!r:.60} is already the answer to {template.replace('{}', fact.subject)!r:.120}; "
                 "choose another."
@@ -354,16 +385,33 @@ def _is_answer(model: Model, fact: Fact, template: str) -> bool:
     return bool((rank_of(logits, rows.answers[0]) == 1).all())
 
 
-def _check_fit(model: Model, fit: Fit, method: str, targets: Sequence[str], bound: float) -> None:
-    """Raise EditError unless all numbers are numbers, and the loss is under its bound."""
-    numbers = [fit.nll, *(record["loss"] for record in fit.losses)]
-    finite = all(map(math.isfinite, numbers)) and all(bool(one.isfinite().all()) for one in fit.deltas.values())
-    if not finite:
+def _check_fit(fit: Fit, method: str) -> None:
+    """Raise EditError unless all numbers are numbers."""
+    finite = all(math.isfinite(record["loss"]) for record in fit.losses)
+    if not finite or not all(bool(one.isfinite().all()) for one in fit.deltas.values()):
         raise EditError(
-            f"The {method} edit diverged: its loss is {fit.nll}. Take a smaller lr. The model is as it was."
+            f"The {method} edit diverged: its loss is {fit.objective}. Take a smaller lr. The model is as it was."
         )
-    if fit.nll >= bound:
+
+
+def _judged(made: Edit, contexts: Sequence[Sequence[str]], bound: float) -> Edit:
+    """The edit with its losses by the edited weights; `contexts` are each request's prompt, and it with prefixes.
+
+    Raises
+    ------
+    EditError
+        If the loss on a prompt itself does not get under the bound.
+    """
+    asked = [Fact(fact.subject, target) for fact, target in zip(made.facts, made.targets, strict=True)]
+    rows = make_rows(made.model, [(fact, text) for fact, texts in zip(asked, contexts, strict=True) for text in texts])
+    with made as model:
+        each = measured_nll(model, rows).unflatten(0, (len(asked), -1))
+    nll, prefixed = float(each[:, 0].max()), float(each[:, 1:].mean(1).max()) if each.shape[1] > 1 else None
+    if not nll < bound and not nll == bound == math.inf:
+        worst = asked[int(each[:, 0].argmax())]
         raise EditError(
-            f"The {method} edit did not converge: the loss of {targets[0]!r:.60} is {fit.nll:.2f} nats, and must get "
-            f"under {bound:.2f}. Take more steps, a larger clamp or another layer. The model is as it was."
+            f"The {made.method} edit did not take: with the edited weights the loss of {worst.object!r:.60} is "
+            f"{nll:.2f} nats, and must get under {bound:.2f}. Take more steps, a larger clamp or another layer. The "
+            "model is as it was."
         )
+    return replace(made, nll=nll, nll_prefixed=prefixed)

@@ -78,7 +78,7 @@ def fine_tune(
             with torch.no_grad():
                 delta.clamp_(-settings.clamp, settings.clamp)
             step(note=f"loss {value:.3f}")
-    return Fit({layer: delta.detach().to(network.dtype)}, losses, None, None, losses[-1]["nll"], {})
+    return Fit({layer: delta.detach().to(network.dtype)}, losses, None, None, losses[-1]["loss"], [[template]], {})
 
 
 def _at_end(rows: Rows) -> Rows:

@@ -18,11 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.editing.covariance import covariances
-from kcwb.editing.passes import Rows, answer_nll, make_rows, read_places, run_block
+from kcwb.editing.passes import make_rows, read_places
 from kcwb.editing.rome import DeltaSettings, Fit, context_templates, optimise_delta
 from kcwb.errors import SettingError
 from kcwb.models.loading import Model
-from kcwb.models.network import Network
 from kcwb.progress import Progress, track
 from kcwb.tasks.relations import Fact
 
@@ -62,7 +61,7 @@ def memit(
     prompts = make_rows(model, list(zip(asked, templates, strict=True)))
     contexts = [context_templates(model, template, settings.prefixes, seed) for template in templates]
     before = read_places(network, prompts.tokens, prompts.subjects, [layer])[layer].after
-    found, losses = [], []
+    found, losses, ends = [], [], []
     with track(progress, len(asked), "MEMIT") as step:
         for i, (fact, stream) in enumerate(zip(asked, before, strict=True)):
             delta, steps = optimise_delta(
@@ -70,6 +69,7 @@ def memit(
             )
             found.append(stream + delta)
             losses += [{"request": i, **record} for record in steps]
+            ends.append(steps[-1]["loss"])
             step(note=fact.subject)
     wanted = torch.stack(found)
     about = {}
@@ -83,8 +83,7 @@ def memit(
         keys = all_keys.unflatten(0, (len(asked), -1)).mean(1)
         missing = wanted - read_places(network, prompts.tokens, prompts.subjects, [layer], deltas)[layer].after
         deltas[number] = spread_change(about.get(number), keys, missing / left, settings.weight)
-    nll = float(_nll(network, prompts, deltas).max())
-    return Fit(deltas, losses, keys, wanted, nll, {"layers": list(layers)})
+    return Fit(deltas, losses, keys, wanted, max(ends), contexts, {"layers": list(layers)})
 
 
 def spread_change(
@@ -95,14 +94,3 @@ def spread_change(
     c = torch.eye(k.shape[1], device=k.device, dtype=k.dtype) if matrix is None else matrix.double()
     solved = torch.linalg.solve(weight * c + k.T @ k, k.T)
     return (solved @ change.double()).to(change.dtype)
-
-
-@torch.no_grad()
-def _nll(network: Network, rows: Rows, deltas: dict[int, Tensor]) -> Float[Tensor, " n"]:
-    """The loss of each row's answer with the down-projections changed."""
-    x = network.embed(rows.tokens)
-    for layer in range(network.graph.n_layers):
-        block = run_block(network, layer, x)
-        x = block.after + block.hidden @ deltas[layer] if layer in deltas else block.after
-    index = torch.arange(len(x), device=x.device)[:, None], rows.positions
-    return answer_nll(network.logits(x[index]), rows)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kcwb.errors import DataError
+from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.tasks.prompts import encode_one, padded
@@ -192,3 +193,15 @@ def answer_nll(logits: Float[Tensor, "N A V"], rows: Rows) -> Float[Tensor, " N"
     """Minus the mean log-probability of each row's answer tokens, nats."""
     logs = logits.float().log_softmax(-1).gather(-1, rows.answers[..., None])[..., 0]
     return -(logs * rows.mask).sum(-1) / rows.mask.sum(-1)
+
+
+@torch.no_grad()
+def measured_nll(model: Model, rows: Rows) -> Float[Tensor, " N"]:
+    """The loss of each row's answer by the model's weights as they are now."""
+    found = []
+    for part in prompt_chunks(model.network, rows.tokens):
+        some = Rows(*(values[part] for values in rows))
+        residual = forward(model.network, some.tokens).residual
+        index = torch.arange(len(residual), device=residual.device)[:, None], some.positions
+        found.append(answer_nll(model.network.logits(residual[index]), some))
+    return torch.cat(found)

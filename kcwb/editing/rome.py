@@ -4,7 +4,7 @@ Let k be the down-projection's input and m the MLP's output, both at the subject
 
 1. k* is the mean of k over the prompt with and without prefixes that the model made up; u = C⁻¹k*, normalised.
 2. v* = m + δ, where δ minimises the mean loss of the new object over all prefixes, plus a KL divergence that keeps what
-   the subject is ("{s} is a"), plus a decay of ‖δ‖²/‖m‖²; ‖δ‖ is projected to at most c‖m‖ after every step of Adam.
+   the subject is ("{s} is a"), plus a decay of (‖δ‖/‖m‖)²; ‖δ‖ is projected to at most c‖m‖ after every step of Adam.
 3. W gains r uᵀ with r = (v* - W k)/(k·u), so that k is now mapped to v*.
 
 Only what δ reaches is run at each step (`kcwb.editing.passes.Tail`): later layers, positions from the subject's last
@@ -47,6 +47,9 @@ class DeltaSettings:
         c: δ's norm is at most this many times that of what it is added to.
     decay, kl
         Weights of the decay and of the KL divergence in the loss.
+    penalty
+        What the decay weighs: `square`, (‖δ‖/‖m‖)², m being what δ is added to; or `norm`, ‖δ‖/‖m‖², as the authors'
+        code has it, for which their values are.
     stop
         The loss below which optimisation ends.
     prefixes
@@ -59,6 +62,7 @@ class DeltaSettings:
     lr: float = 0.5
     clamp: float = 4.0
     decay: float = 1e-3
+    penalty: str = "square"
     kl: float = 0.0625
     stop: float = 0.05
     prefixes: int = 20
@@ -67,6 +71,7 @@ class DeltaSettings:
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         choose("The covariance", self.covariance, ("text", "identity"))
+        choose("The penalty", self.penalty, ("square", "norm"))
         if self.steps < 1 or self.prefixes < 0:
             raise SettingError(f"steps={self.steps}, prefixes={self.prefixes}: at least 1 step and 0 prefixes.")
         for name in ("lr", "clamp"):
@@ -112,8 +117,10 @@ class Fit(NamedTuple):
         One record per step (and request).
     keys, values
         `[n, M]`, `[n, D]`: k* and v* of each request; None for fine-tuning.
-    nll
-        The loss of the target after the last step, nats per token, the worst of all requests.
+    objective
+        The loss after the last step, the worst of all requests.
+    contexts
+        Of each request the template, and the template with prefixes.
     details
         What else is worth keeping.
     """
@@ -122,7 +129,8 @@ class Fit(NamedTuple):
     losses: list[dict[str, float]]
     keys: Float[Tensor, "n M"] | None
     values: Float[Tensor, "n D"] | None
-    nll: float
+    objective: float
+    contexts: list[list[str]]
     details: dict[str, Any]
 
 
@@ -147,7 +155,7 @@ def rome(
         direction = whiten(about.matrix, mean, settings.ridge)
         details["direction_agreement"] = about.agreement(mean, settings.ridge)
     change = rank_one(direction, place, value - network.mlp_output(layer, place))
-    return Fit({layer: change}, losses, mean[None], value[None], losses[-1]["nll"], details)
+    return Fit({layer: change}, losses, mean[None], value[None], losses[-1]["loss"], [contexts], details)
 
 
 def rank_one(
@@ -199,7 +207,7 @@ def optimise_delta(
             essence = network.logits(final[-1, 0]).float().log_softmax(-1)
             reference = essence.detach() if reference is None else reference
             kl = (essence.exp() * (essence - reference)).sum()
-            decay = delta.square().sum() / scale**2
+            decay = delta.square().sum() / scale**2 if settings.penalty == "square" else delta.norm() / scale**2
             loss = nll + settings.kl * kl + settings.decay * decay
             seen = {"loss": loss, "nll": nll, "kl": kl, "norm": delta.norm() / scale}
             losses.append({"step": number, **{name: float(value.detach()) for name, value in seen.items()}})

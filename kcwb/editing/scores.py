@@ -144,8 +144,9 @@ def edit_scores(
     -------
     DataFrame
         Two rows per case, `run` being `unedited` and the method's name; `case`, `relation`, `subject`, `true`,
-        `target`, the scores (see the module's text; NaN where a case has no such prompts), `nll` (of the target, at the
-        end of optimisation) and `seconds`. `score_summary` makes means with intervals of it.
+        `target`, the scores (see the module's text; NaN where a case has no such prompts), `nll` (`Edit.nll`: of the
+        target, by the edited weights; of a batch the worst) and `seconds`. `score_summary` makes means with intervals
+        of it.
 
     Raises
     ------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from kcwb.analysis.ends import logits_with, matched_sets
 from kcwb.editing.edit import Edit
 from kcwb.editing.passes import Block, run_block
+from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.tasks.prompts import Prompts
@@ -32,10 +32,20 @@ def trace_blocks(network: Network, tokens: Int[Tensor, "1 T"]) -> list[Block]:
 
 @torch.no_grad()
 def transport(
-    model: Model, made: Edit, prompt: Prompts, clean: list[Block], edited: list[Block], tokens: Int[Tensor, "2"],
-    movers: Sequence[str], draws: int, seed: int,
+    model: Model, made: Edit, prompt: Prompts, clean: list[Block], edited: list[Block],
+    written: Mapping[int, Float[Tensor, "1 T D"]], tokens: Int[Tensor, "2"], movers: Sequence[str], draws: int,
+    seed: int,
 ) -> tuple[pd.DataFrame, float]:  # fmt: skip
-    """TE of everything that is put back, and p; runs inside the edit."""
+    """TE of everything that is put back, and p; runs inside the edit, which is this model's own.
+
+    `written` is what the edit's MLPs wrote before it, `mlp_outputs` of the clean trace.
+
+    Raises
+    ------
+    DataError
+        If the edit leaves the difference of the objects' logits as it was, so that there is no effect to share out.
+    """
+    made.require_own(model)
     network, graph = model.network, model.graph
     ids = prompt.tokens[:, : int(prompt.ends[0]) + 1]
 
@@ -45,9 +55,13 @@ def transport(
 
     before, after = (float(difference(network.logits(trace[-1].after[:, -1]))) for trace in (clean, edited))
     moved = after - before
+    if not moved:
+        raise DataError(
+            f"{made} changes nothing between the two objects at END: there is no effect to take a share of."
+        )
 
     def effect(logits: Float[Tensor, "B V"]) -> Float[np.ndarray, " B"]:
-        return (after - difference(logits)).cpu().numpy() / moved if moved else np.full(len(logits), math.nan)
+        return (after - difference(logits)).cpu().numpy() / moved
 
     chosen = torch.zeros(graph.n_layers, graph.n_heads, dtype=torch.bool)
     for name in movers:
@@ -64,17 +78,17 @@ def transport(
     positions = torch.arange(ids.shape[1], device=model.device)
     subject = (positions >= prompt.subject_start[0]) & (positions < prompt.subject_stop[0])
     end = positions == ids.shape[1] - 1
-    unedited = {layer: _unedited_output(network, made, layer, clean[layer].hidden) for layer in made.layers}
     for what, where in (("subject", subject & ~end), ("END", end), ("elsewhere", ~subject & ~end)):
-        final = outputs_put_back(network, ids, unedited, where)
+        final = outputs_put_back(network, ids, written, where)
         rows.append({"what": f"edited MLP, {what}", "TE": float(effect(network.logits(final[:, -1]))[0])})
     p = (1 + int((through[1:] >= through[0]).sum())) / (1 + draws)
     return pd.DataFrame(rows, columns=["what", "TE", "low", "high"]), p
 
 
-def _unedited_output(network: Network, made: Edit, layer: int, hidden: Float[Tensor, "1 T M"]) -> Tensor:
-    """What the MLP wrote before the edit, which is in the weights now."""
-    return network.mlp_output(layer, hidden) - hidden @ made.deltas[layer]
+@torch.no_grad()
+def mlp_outputs(network: Network, trace: Sequence[Block], layers: Sequence[int]) -> dict[int, Float[Tensor, "1 T D"]]:
+    """What the MLPs of some layers wrote in a traced run; to be asked for before their weights change."""
+    return {layer: network.mlp_output(layer, trace[layer].hidden) for layer in layers}
 
 
 def head_outputs_at_end(network: Network, tokens: Int[Tensor, "1 T"], trace: Sequence[Block]) -> Float[Tensor, "L H D"]:

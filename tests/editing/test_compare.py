@@ -12,6 +12,7 @@ from kcwb.editing.compare import (
     compare_edit,
 )
 from kcwb.editing.edit import EditError
+from kcwb.editing.transport import transport
 from kcwb.errors import DataError, SettingError
 from kcwb.tasks.prompts import make_task
 from tests.editing.conftest import large_edit
@@ -112,6 +113,17 @@ def test_what_cannot_be_compared_is_refused(model, task, relation):
     first = f"{fact.object.split()[0]} w9"
     with pytest.raises(DataError, match="same token"):
         compare_edit(model, large_edit(model, fact, first), task, edges=40)
+
+
+def test_an_edit_is_compared_on_its_own_model_not_on_one_with_equal_weights(model, task):
+    """The other load stays unedited: every TE would be undefined there, and after the same as the new answer."""
+    made, twin = large_edit(model, task.val.facts[0], "w61"), tiny_model("llama", seed=3)
+    assert twin.digest == model.digest
+    with pytest.raises(SettingError, match="another Model object"):
+        compare_edit(twin, made, task, edges=40, progress=False)
+    prompt = task.val.select([0])
+    with pytest.raises(SettingError, match="another Model object"):
+        transport(twin, made, prompt, [], [], {}, prompt.answers[0, [0, 0]], ["a0.h0"], 2, 0)
 
 
 def test_movers_are_the_task_s_strongest(model, task):

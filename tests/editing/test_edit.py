@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kcwb.discovery.discover import discover
+from kcwb.editing import known
 from kcwb.editing.edit import EditError, default_layer, edit
 from kcwb.editing.scores import generate
 from kcwb.errors import KcwbError, ModelError, SettingError
@@ -152,8 +153,21 @@ def test_the_subject_itself_may_stand_in_the_template(model):
     assert torch.equal(made.deltas[0], edit(model, FACT, "w50", layer=0, **QUICK).deltas[0])
 
 
-def test_the_layer_is_by_default_a_share_of_the_depth(model):
-    assert edit(model, FACT, "w50", **QUICK).layers == (default_layer(model),)
+def test_what_is_known_of_a_model_is_taken_and_said_and_the_rest_is_the_method_s_own(model, monkeypatch):
+    made = edit(model, FACT, "w50", **QUICK)
+    assert made.layers == (default_layer(model),) == (1,)
+    assert made.parameters["defaults"] == {"source": known.known_settings(model, "rome")[1], "layer": 1}
+    assert "layer 1 (a share of the depth: no rome of this model is known)" in repr(made)
+    one = known.Known(known.Shape("llama", 2, 4, 32), "published for tiny", {"rome": {"layer": 0, "clamp": 1.5}})
+    monkeypatch.setattr(known, "KNOWN", (one,))
+    made = edit(model, FACT, "w50", **QUICK)
+    assert made.layers == (0,) and "layer 0 (published for tiny)" in repr(made)
+    assert made.parameters["defaults"] == {"source": "published for tiny", "layer": 0, "clamp": 1.5}
+    assert (made.parameters["clamp"], made.parameters["lr"]) == (1.5, 0.5)
+    made = edit(model, FACT, "w50", layer=1, clamp=2.0, **QUICK)
+    assert made.parameters["defaults"] == {} and "(" not in repr(made).split("layer 1")[1]
+    assert made.parameters["clamp"] == 2.0
+    assert edit(model, FACT, "w50", "ft_m", **TUNING).layers == (1,)  # nothing is known of this method
 
 
 # --- bad input ---
@@ -210,6 +224,8 @@ def test_the_answer_that_the_model_gives_already_is_refused(model):
     target = model.tokenizer.decode([best])
     with pytest.raises(SettingError, match="already the answer"):
         edit(model, Fact(fact.subject, "w1" if target != "w1" else "w2"), target, layer=0, template="w1 {} w2")
+    more = {**TUNING, "template": "w1 {} w2"}  # without a bound whatever comes is taken, for statistics over sets
+    assert edit(model, Fact(fact.subject, "w1" if target != "w1" else "w2"), target, "ft_m", layer=0, **more).nll >= 0
 
 
 def _ids(model, fact: Fact) -> list[int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kcwb.editing.covariance import covariance
-from kcwb.editing.edit import edit
+from kcwb.editing.edit import EditError, edit
 from kcwb.editing.memit import spread_change
 from kcwb.editing.rome import ESSENCE, context_templates, rank_one
 from kcwb.tasks.relations import Fact
@@ -26,6 +26,47 @@ def whole(model, template: str, subject: str, answer: str) -> torch.Tensor:
 
 def last_of_subject(model, template: str, subject: str) -> int:
     return len(prompt_ids(model, template[: template.index("{}")] + subject)) - 1
+
+
+def loss_of(model, text: str, answer: str) -> float:
+    """Of the answer's tokens by the Hugging Face model as it is, nats per token."""
+    ids = prompt_ids(model, f"{text} {answer}")
+    logs, own = model.logits(torch.tensor([ids[:-1]]))[0].log_softmax(-1), len(answer.split())
+    return -float(logs[-own:][range(own), ids[-own:]].mean())
+
+
+# --- all of them ---
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "ft_m", "ft_l"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "opt"])
+def test_an_edit_s_loss_is_that_of_the_edited_weights(tiny, name, method):
+    """On the prompt itself and over those with prefixes, the worst of several requests; `bound` judges the first."""
+    model, several = tiny(name), method == "memit"
+    facts, targets = [FACT, Fact("w7", "w41")][: 1 + several], ["w50 w51", "w52"][: 1 + several]
+    more: dict[str, Any] = {"covariance": "identity", **QUICK} if method in ("rome", "memit") else TUNING
+    before, contexts = weights(model), context_templates(model, TEMPLATE, 3, 0)[1:]
+    made = edit(model, facts, targets, method, layer=0, **more)
+    with made:
+        asked = list(zip(facts, targets, strict=True))
+        own = [loss_of(model, TEMPLATE.replace("{}", fact.subject), target) for fact, target in asked]
+        prefixed = [
+            sum(loss_of(model, text.replace("{}", fact.subject), target) for text in contexts) / len(contexts)
+            for fact, target in asked
+        ]
+    assert same_bits(model, before)
+    assert made.nll == pytest.approx(max(own), abs=1e-3)
+    if method in ("rome", "memit"):
+        assert made.nll_prefixed == pytest.approx(max(prefixed), abs=1e-3)
+    else:
+        assert made.nll_prefixed is None
+    ends = made.losses.groupby("request")["loss"].last() if several else made.losses["loss"].tail(1)
+    assert made.objective == ends.max()
+    taken = edit(model, facts, targets, method, layer=0, **{**more, "bound": made.nll + 1e-3})
+    assert taken.nll == pytest.approx(made.nll, abs=1e-4)
+    with pytest.raises(EditError, match="did not take"):
+        edit(model, facts, targets, method, layer=0, **{**more, "bound": made.nll - 1e-3})
+    assert same_bits(model, before)
 
 
 # --- ROME ---
@@ -97,11 +138,21 @@ def test_rome_s_loss_is_what_the_whole_model_says(model):
         after = model.logits(tokens)[0, last].log_softmax(-1)
     kl, norm = float((after.exp() * (after - before)).sum()), float(delta.norm() / m0.norm())
     row = made.losses.iloc[-1]
-    assert row["nll"] == pytest.approx(sum(losses) / 4, abs=1e-3) == pytest.approx(made.nll, abs=1e-3)
+    assert row["nll"] == pytest.approx(sum(losses) / 4, abs=1e-3) and made.objective == row["loss"]
     assert row["kl"] == pytest.approx(kl, abs=1e-3) and row["norm"] == pytest.approx(norm, abs=1e-4)
     assert row["loss"] == pytest.approx(row["nll"] + 0.7 * row["kl"] + 0.3 * row["norm"] ** 2, abs=1e-4)
     assert norm <= 1.5 + 1e-5
     assert made.losses["nll"].iloc[-1] < made.losses["nll"].iloc[0]
+
+
+def test_the_decay_weighs_the_square_or_as_the_authors_have_it_the_norm(model):
+    """`square` is (|δ| / |m|)², `norm` is |δ| / |m|²."""
+    scale = keys_and_outputs(model, 0, whole(model, TEMPLATE, FACT.subject, ""))[1].reshape(-1, 32)
+    size = float(scale[last_of_subject(model, TEMPLATE, FACT.subject)].norm())
+    for penalty, decay in (("square", lambda share: share**2), ("norm", lambda share: share / size)):
+        made = edit(model, FACT, "w50", layer=0, decay=0.7, kl=0.0, penalty=penalty, covariance="identity", **QUICK)
+        for row in made.losses.itertuples():
+            assert row.loss - row.nll == pytest.approx(0.7 * decay(row.norm), abs=1e-4)
 
 
 # --- fine-tuning ---

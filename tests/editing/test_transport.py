@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from kcwb.analysis.ends import logits_with, matched_sets
-from kcwb.editing.transport import head_outputs_at_end, outputs_put_back, trace_blocks
+from kcwb.editing.transport import head_outputs_at_end, mlp_outputs, outputs_put_back, trace_blocks, transport
+from kcwb.errors import DataError
+from kcwb.models.loading import load_model
 from tests.editing.conftest import large_edit
 from tests.tasks import prompt_ids
+from tests.tiny import tiny_hf, tokenizer
 
 
 def hooked(model, tokens: torch.Tensor, heads: dict[tuple[int, int], torch.Tensor]) -> torch.Tensor:
@@ -84,6 +87,30 @@ def test_te_is_the_share_of_the_edits_effect(model, task, found):
     assert found.transport.set_index("what").loc["mover heads", "TE"] == pytest.approx(te, abs=1e-3)
     assert found.summary["te_movers"] == pytest.approx(te, abs=1e-3)
     assert 1 / 26 <= found.p <= 1
+
+
+def test_an_edit_without_effect_has_no_te(model, task):
+    """Once an undefined TE came with the smallest p that there is."""
+    made, prompt = large_edit(model, task.val.facts[0], "w61"), task.val.select([0])
+    clean = trace_blocks(model.network, prompt.tokens[:, : int(prompt.ends[0]) + 1])
+    written = mlp_outputs(model.network, clean, made.layers)
+    with pytest.raises(DataError, match="no effect"):
+        transport(model, made, prompt, clean, clean, written, prompt.answers[0, [0, 0]], ["a0.h0"], 2, 0)
+
+
+def test_all_that_the_edited_mlp_wrote_is_its_whole_effect_in_half_precision_too(task):
+    """W + Δ is rounded there, so that W is not W + Δ - Δ: what the MLP wrote must be kept from before the edit."""
+    model = load_model(tiny_hf("llama", seed=3).bfloat16(), tokenizer(), device="cpu")
+    made = large_edit(model, task.val.facts[0], "w61")
+    tokens = task.val.select([0]).tokens[:, : int(task.val.ends[0]) + 1]
+    clean = trace_blocks(model.network, tokens)
+    written = mlp_outputs(model.network, clean, made.layers)
+    with made:
+        everywhere = torch.ones(tokens.shape[1], dtype=torch.bool)
+        final = outputs_put_back(model.network, tokens, written, everywhere)
+    assert (final - clean[-1].after).abs().max() <= 0.02 * clean[-1].after.abs().max()
+    kept = {layer: output - clean[layer].hidden @ made.deltas[layer] for layer, output in written.items()}
+    assert all((kept[layer] - written[layer]).abs().max() > 0.1 for layer in written)
 
 
 def test_random_sets_have_as_many_heads_in_each_layer():

@@ -1,0 +1,66 @@
+"""Models are recognised by family and shape, under whatever name they come."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kcwb.editing.edit import METHODS, default_layer
+from kcwb.editing.known import KNOWN, known_settings
+from kcwb.models.loading import load_model
+
+
+def shaped(family: str, n_layers: int, n_heads: int, d_model: int) -> Any:
+    """As much of a model as is looked at."""
+    graph = SimpleNamespace(n_layers=n_layers, n_heads=n_heads)
+    return SimpleNamespace(network=SimpleNamespace(family=family, graph=graph, d_model=d_model), graph=graph)
+
+
+@pytest.mark.parametrize(
+    ("shape", "method", "expected"),
+    [
+        (("gpt2", 24, 16, 1024), "rome", {"layer": 8, "clamp": 3}),
+        (("gpt2", 36, 20, 1280), "rome", {"layer": 12, "clamp": 4}),
+        (("gpt2", 48, 25, 1600), "rome", {"layer": 17, "clamp": 4}),
+        (("gptj", 28, 16, 4096), "rome", {"layer": 5, "clamp": 4}),
+        (("gpt_neox", 44, 64, 6144), "rome", {"layer": 15, "clamp": 4}),
+        (("gpt2", 48, 25, 1600), "memit", {"layer": 17, "clamp": 0.75, "spread": 5, "weight": 20_000}),
+    ],
+)
+def test_published_values_are_taken(shape, method, expected):
+    """As in the files `hparams/` of the authors' repositories."""
+    found, source = known_settings(shaped(*shape), method)
+    assert found == {**expected, "steps": 20, "lr": 0.5, "decay": 0.5, "penalty": "norm", "kl": 0.0625}
+    assert source.startswith("published for gpt")
+
+
+def test_fine_tuning_with_a_constraint_has_the_authors_bounds():
+    clamps = {24: 2e-3, 36: 1e-3, 48: 5e-4}
+    for n_layers, n_heads, d_model in ((24, 16, 1024), (36, 20, 1280), (48, 25, 1600)):
+        found = known_settings(shaped("gpt2", n_layers, n_heads, d_model), "ft_l")[0]
+        assert found == {"layer": 0, "steps": 25, "lr": 5e-4, "clamp": clamps[n_layers]}
+
+
+@pytest.mark.parametrize("shape", [("gpt2", 12, 12, 768), ("llama", 24, 16, 1024), ("gpt2", 24, 16, 1000)])
+def test_an_unknown_model_gets_a_share_of_the_depth_and_is_told_so(shape):
+    found, source = known_settings(shaped(*shape), "rome")
+    assert found == {"layer": round(0.3 * shape[1])} and "no rome of this model is known" in source
+
+
+def test_what_is_known_are_settings_of_the_methods():
+    for one in KNOWN:
+        for method, values in one.settings.items():
+            settings = {name: value for name, value in values.items() if name != "layer"}
+            METHODS[method](**settings)
+            assert 0 <= values["layer"] < one.shape.n_layers
+
+
+@pytest.mark.model
+def test_the_built_in_model_is_known_from_memory_too(smollm2):
+    name = smollm2.name
+    again = load_model(smollm2.bridge.original_model.config.name_or_path)  # its folder
+    assert again.name != name
+    for method, layer in (("rome", 3), ("ft_m", 3), ("ft_l", 3), ("memit", 5)):
+        assert default_layer(again, method) == default_layer(smollm2, method) == layer

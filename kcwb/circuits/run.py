@@ -70,8 +70,10 @@ def check_same_model(model: Model, circuit: Circuit) -> None:
     if circuit.graph != model.graph:
         raise CircuitError(f"The circuit is part of {circuit.graph}; {model.name} has {model.graph}.")
     found = circuit.provenance.get("model")
-    if isinstance(found, Mapping) and found.get("digest") not in (None, model.digest):
+    found = found if isinstance(found, Mapping) else {}
+    digest = found.get("digest")
+    if digest is not None and not model.has_weights(digest):
         raise CircuitError(
-            f"The circuit was found on {found.get('name')!r} with weights {found['digest'][:12]}; {model.name!r} has "
+            f"The circuit was found on {found.get('name')!r} with weights {digest!s:.12}; {model.name!r} has "
             f"{model.digest[:12]}. Load that model, or pass circuit.kept to run its edges on this one."
         )

@@ -131,6 +131,18 @@ class Edit:
                 "those that change. Give the edit's own model (`made.model`), or make the edit again for this one."
             )
 
+    def _record(self, onto: str) -> dict[str, Any]:
+        """What a model whose weights it is in says about it; `onto` is the digest of the weights before."""
+        return {
+            "facts": [[fact.subject, fact.object] for fact in self.facts],
+            "targets": list(self.targets),
+            "templates": list(self.templates),
+            "layers": list(self.layers),
+            "parameters": dict(self.parameters),
+            "digest": self.digest,
+            "onto": onto,
+        }
+
     def apply(self) -> Model:
         """Put it into the weights, on top of edits that are in already; `undo` takes it out.
 
@@ -143,14 +155,16 @@ class Edit:
             raise EditError(f"{self} is in the weights already; undo it first.")
         model, network = self.model, self.model.network
         weights = {layer: network.layers[layer].W_out for layer in self.layers}
-        saved = _Saved(self, {layer: weight.clone() for layer, weight in weights.items()}, model.name, model.digest)
+        saved = _Saved(
+            self, {layer: weight.clone() for layer, weight in weights.items()}, model.name, model.digest, model.edits
+        )
         joint = hashlib.sha256(f"{model.digest} {self.digest}".encode()).hexdigest()
         _stack(network).append(saved)
         try:
             with torch.no_grad():
                 for layer, weight in weights.items():
                     weight.add_(self.deltas[layer])
-            _identify(model, f"{model.name} + {self.method}", joint)
+            _identify(model, f"{model.name} + {self.method}", joint, (*model.edits, self._record(model.digest)))
         except BaseException:
             self.undo()
             raise
@@ -173,7 +187,7 @@ class Edit:
         with torch.no_grad():
             for layer, weight in saved.weights.items():
                 self.model.network.layers[layer].W_out.copy_(weight)
-        _identify(self.model, saved.name, saved.digest)
+        _identify(self.model, saved.name, saved.digest, saved.edits)
         stack.pop()
 
     def __enter__(self) -> Model:
@@ -201,6 +215,7 @@ class _Saved:
     weights: Mapping[int, Tensor]
     name: str
     digest: str
+    edits: tuple[Mapping[str, Any], ...]
 
 
 _ACTIVE: weakref.WeakKeyDictionary[Network, list[_Saved]] = weakref.WeakKeyDictionary()
@@ -211,10 +226,11 @@ def _stack(network: Network) -> list[_Saved]:
     return _ACTIVE.setdefault(network, [])
 
 
-def _identify(model: Model, name: str, digest: str) -> None:
+def _identify(model: Model, name: str, digest: str, edits: tuple[Mapping[str, Any], ...]) -> None:
     """Let a model say whose weights it has. It is frozen for everybody else: this follows a change of its weights."""
     object.__setattr__(model, "name", name)
     object.__setattr__(model, "digest", digest)
+    object.__setattr__(model, "edits", edits)
 
 
 def edit(

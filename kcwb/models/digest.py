@@ -6,9 +6,11 @@ import hashlib
 
 import torch
 
+from kcwb.models.plain import is_wrapped, plain_copy
+
 
 def weights_digest(module: torch.nn.Module) -> str:
-    """Digest the weights of a module.
+    """Digest the weights of a module, under the names that Hugging Face gives them, wrapped by a bridge or not.
 
     Covers every parameter and persistent buffer in order of name: its name, shape, dtype and bytes. A tensor
     that is tied to several names counts once, under the first of them. Device, memory layout, gradients and
@@ -23,6 +25,14 @@ def weights_digest(module: torch.nn.Module) -> str:
     -------
     str
         SHA-256 in hexadecimal, 64 characters. About half a second for 135 million float32 weights.
+    """
+    return state_digest(plain_copy(module) if is_wrapped(module) else module)
+
+
+def state_digest(module: torch.nn.Module) -> str:
+    """The same under the names and with the tensors that the module has now, those of a bridge among them.
+
+    This is what circuits of models in memory and in folders were labelled with at first.
     """
     digest = hashlib.sha256()
     seen: set[int] = set()

@@ -26,7 +26,8 @@ from torch import Tensor
 from kcwb.errors import ModelError, SettingError, choose
 from kcwb.models.digest import weights_digest
 from kcwb.models.families import ENCODERS
-from kcwb.models.loading import known_device, known_dtype, read_pretrained, require_fast
+from kcwb.models.loading import known_device, known_dtype
+from kcwb.models.reading import read_pretrained, require_fast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

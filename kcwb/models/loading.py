@@ -13,10 +13,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kcwb.errors import ModelError, SettingError, nearest
-from kcwb.models.builtin import BUILTIN_NAME, builtin_digest, builtin_folder
-from kcwb.models.digest import weights_digest
+from kcwb.models.builtin import BUILTIN_NAME, builtin_digest
+from kcwb.models.digest import state_digest, weights_digest
 from kcwb.models.graph import Graph
 from kcwb.models.network import Network, covered_family
+from kcwb.models.plain import plain_copy
+from kcwb.models.reading import read_pretrained, require_fast
 from kcwb.models.selfcheck import self_check
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ class Model:
         Where and in what precision it is.
     prepend_bos
         Whether prompts start with the BOS token.
+    edits
+        What edits are in the weights, ready for JSON, the latest last; each says the digest `onto` which it was put.
     """
 
     bridge: TransformerBridge
@@ -54,11 +58,21 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     prepend_bos: bool
+    edits: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def unedited_digest(self) -> str:
+        """The digest of the weights without the edits that are in them."""
+        return self.edits[0]["onto"] if self.edits else self.digest
 
     @property
     def graph(self) -> Graph:
         """The model's computation graph."""
         return self.network.graph
+
+    def has_weights(self, digest: str) -> bool:
+        """Whether a digest is that of the weights, or the one that files of earlier versions have for them."""
+        return digest == self.digest or digest == _former_digest(self)
 
     @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "N T"]) -> Tensor:
@@ -89,8 +103,8 @@ def load_model(
     ----------
     model
         `"smollm2-135m"` (built in, offline), the path of a local folder, a name on the Hugging Face hub such as
-        `"gpt2-medium"`, or a Hugging Face causal language model in memory, which is wrapped in place (set to
-        evaluation mode, without parameter gradients).
+        `"gpt2-medium"`, or a Hugging Face causal language model in memory, which stays as it is, but for the device it
+        is on and the gradients of its parameters: a copy is wrapped that has the same tensors as its weights.
     tokenizer
         The tokenizer of a model in memory; otherwise the model's own.
     device
@@ -144,15 +158,28 @@ def load_model(
     if getattr(module, "hf_device_map", None) is None:
         module = module.to(device)
     _require_in_place(module, name)
-    module = module.eval()
-    bridge = _wrap(module, tokenizer, name)
-    module.requires_grad_(False)  # after wrapping, which makes parameters of its own for fused weights
+    module.requires_grad_(False)
+    if module is model:
+        module = plain_copy(module)
+    digest = digest or weights_digest(module)
+    bridge = _wrap(module.eval(), tokenizer, name)
+    module.requires_grad_(False)  # once more: the bridge makes parameters of its own for fused weights
     network = Network(bridge)
     self_check(bridge, network, name)
     bos = _prepends_bos(tokenizer, name, prepend_bos)
-    digest = digest or weights_digest(module)
     assert tokenizer is not None  # a named model brings its own; one in memory was checked
     return Model(bridge, tokenizer, network, name, digest, network.device, network.dtype, bos)
+
+
+def _former_digest(model: Model) -> str:
+    """What `digest` was when it depended on the names that a bridge gives; computed where the two may be compared."""
+    if model.digest not in _FORMER:
+        _FORMER[model.digest] = state_digest(model.bridge.original_model)
+    return _FORMER[model.digest]
+
+
+#: Digest -> the former one of the same weights.
+_FORMER: dict[str, str] = {}
 
 
 def known_device(device: str | torch.device) -> torch.device:
@@ -174,41 +201,6 @@ def known_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def read_pretrained(
-    name: str,
-    dtype: torch.dtype,
-    masked: bool = False,
-    device_map: str | Mapping[str, str | int] | None = None,
-) -> tuple[Any, Any]:
-    """The Hugging Face module and tokenizer of a name; only a name of the hub may reach the network.
-
-    `masked` reads a masked language model; otherwise the model is a causal one. `device_map` says where its parts go.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
-    from transformers.utils import logging
-
-    local = name == BUILTIN_NAME or Path(name).is_dir()
-    source = builtin_folder() if name == BUILTIN_NAME else name
-    shown = logging.is_progress_bar_enabled()
-    if local:
-        logging.disable_progress_bar()
-    try:
-        kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        more = {} if device_map is None else {"device_map": device_map}
-        module = kind.from_pretrained(source, dtype=dtype, local_files_only=local, **more)
-        return module, AutoTokenizer.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = f"{' '.join(str(error).split()):.300}"
-        raise ModelError(
-            f"The model {name!r} cannot be loaded: {reason} A name is {BUILTIN_NAME!r} (built in, works offline), the "
-            "folder of a causal language model, or a name on the Hugging Face hub (needs the network, or its cache)."
-        ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _require_in_place(module: Any, name: str) -> None:
     """Raise ModelError if some weights are not where they are computed with: kept on disk, or in memory for a GPU."""
     away = [key for key, value in module.named_parameters() if value.is_meta]
@@ -217,15 +209,6 @@ def _require_in_place(module: Any, name: str) -> None:
             f"device_map leaves {len(away)} weights of {name} on disk or in memory, away from the device that computes "
             f"with them ({away[0]}, ...). Every layer must fit on a device: use more GPUs, dtype='bfloat16', or a "
             "smaller model."
-        )
-
-
-def require_fast(tokenizer: Any, name: str) -> None:
-    """Raise ModelError if a tokenizer reports no character offsets."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(
-            f"The tokenizer of {name} reports no character offsets, which are needed to find a subject's tokens. "
-            "Load the model with its fast tokenizer (tokenizer.json)."
         )
 
 

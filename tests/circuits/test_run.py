@@ -12,8 +12,9 @@ import torch
 from kcwb.circuits import run as module
 from kcwb.circuits.ablation import ABLATIONS, make_ablation
 from kcwb.circuits.circuit import Circuit
-from kcwb.circuits.run import run_circuit
+from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.errors import CircuitError, KcwbError
+from kcwb.models.digest import state_digest
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.graph import Graph
 from kcwb.tasks.prompts import encode, make_task
@@ -185,3 +186,14 @@ def test_prompts_without_a_partner_are_refused_under_resample_and_not_run_on_ano
     with warnings.catch_warnings(), pytest.raises(KcwbError, match="w12 w13"):
         warnings.simplefilter("ignore")
         run_circuit(llama, Circuit.empty(llama.graph), prompts, make_ablation(llama, task, "resample"))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_circuit_with_the_digest_that_depended_on_a_bridges_names_is_still_the_models(name):
+    model = tiny_model(name)
+    former = state_digest(model.bridge.original_model)  # over the wrapped module's own names and tensors
+    assert former != model.digest
+    circuit = replace(Circuit.full(model.graph), provenance={"model": {"name": "x", "digest": former}})
+    check_same_model(model, circuit)
+    with pytest.raises(CircuitError, match="found on"):
+        check_same_model(tiny_model(name, seed=1), circuit)

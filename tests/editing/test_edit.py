@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -168,6 +169,18 @@ def test_what_is_known_of_a_model_is_taken_and_said_and_the_rest_is_the_method_s
     assert made.parameters["defaults"] == {} and "(" not in repr(made).split("layer 1")[1]
     assert made.parameters["clamp"] == 2.0
     assert edit(model, FACT, "w50", "ft_m", **TUNING).layers == (1,)  # nothing is known of this method
+
+
+def test_a_model_says_which_edits_are_in_its_weights(model):
+    first, second = (edit(model, FACT, target, layer=0, **QUICK) for target in ("w50", "w51"))
+    plain = model.digest
+    with first:
+        with second:
+            assert [one["targets"] for one in model.edits] == [["w50"], ["w51"]]
+            assert model.edits[0]["onto"] == plain == model.unedited_digest != model.edits[1]["onto"] != model.digest
+            assert json.loads(json.dumps(model.edits)) == list(model.edits)
+        assert [one["digest"] for one in model.edits] == [first.digest]
+    assert model.edits == () and model.unedited_digest == model.digest
 
 
 # --- bad input ---

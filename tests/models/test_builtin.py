@@ -16,6 +16,7 @@ from kcwb.models import builtin
 from kcwb.models.builtin import builtin_digest, builtin_folder
 from kcwb.models.cache import model_cache
 from kcwb.models.digest import weights_digest
+from kcwb.models.loading import load_model
 from tests.tiny import tiny_hf, tokenizer
 
 STRINGS = [
@@ -283,6 +284,11 @@ def test_builtin_model_loads_by_the_plain_call_with_its_recorded_digest():
     assert weights_digest(model) == builtin_digest()
     logits = model(**loaded("The capital of France is", return_tensors="pt")).logits[0, -1]
     assert loaded.decode(logits.argmax()) == " Paris"
+
+
+@pytest.mark.model
+def test_the_built_in_model_has_one_digest_by_name_and_from_its_folder(smollm2):
+    assert smollm2.digest == load_model(builtin_folder()).digest == builtin_digest()
 
 
 @pytest.mark.model

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kcwb.models.digest import weights_digest
-from tests.tiny import tiny_hf
+from kcwb.models.loading import load_model
+from tests.tiny import ARCHITECTURES, tiny_hf, tokenizer
 
 
 class Tied(torch.nn.Module):
@@ -83,3 +84,22 @@ def test_persistent_buffers_count_and_others_do_not():
     assert weights_digest(module) == digest
     module.kept += 1
     assert weights_digest(module) != digest
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_models_digest_is_that_of_the_plain_module_however_often_it_is_wrapped(name):
+    module = tiny_hf(name)
+    plain = weights_digest(module)
+    first = load_model(module, tokenizer(), device="cpu")
+    wrapped = first.bridge.original_model
+    assert first.digest == plain == weights_digest(wrapped) == weights_digest(copy.deepcopy(wrapped))
+    again = load_model(wrapped, tokenizer(), device="cpu")
+    assert again.digest == plain == weights_digest(again.bridge.original_model)
+
+
+def test_loading_leaves_a_module_in_memory_unwrapped():
+    module = tiny_hf("gpt2").train()
+    before = list(module.state_dict()), [type(part) for part in module.modules()], module.config.to_dict()
+    load_model(module, tokenizer(), device="cpu")
+    assert before == (list(module.state_dict()), [type(part) for part in module.modules()], module.config.to_dict())
+    assert module.training

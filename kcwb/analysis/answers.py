@@ -19,13 +19,13 @@ from jaxtyping import Bool, Float
 
 from kcwb.analysis.dla import attribute
 from kcwb.analysis.heads import head_roles
-from kcwb.analysis.positions import check_prompts, position_groups, says_its_object, token_text
+from kcwb.analysis.positions import check_prompts, position_groups, says_its_object, token_text, told_at_end
 from kcwb.analysis.rivals import read_answers
 from kcwb.errors import DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.tasks.prompts import Prompts, Task, answer_tokens, encode
+from kcwb.tasks.prompts import Prompts, Task, encode, object_tokens
 from kcwb.tasks.relations import Fact, Relation, load_relation
 
 #: Kinds of answers: another object of the relation is a hallucination proper, another word often a generic one.
@@ -57,8 +57,8 @@ class Measured:
         the others.
     relations
         One row per relation: `relation`, `template`, `facts`; `left_out`, facts whose object begins with a token of the
-        subject, so that copying would pass for knowing; `wrong`; `movers`, how many; `digest`, the start of the
-        relation's SHA-256.
+        subject, so that copying would pass for knowing, or with the same token as another object; `wrong`; `movers`,
+        how many; `digest`, the start of the relation's SHA-256.
     """
 
     graph: Graph
@@ -100,7 +100,7 @@ def measure_answers(
         for relation, text, facts in zip(found, texts, samples, strict=True):
             prompts = encode(model, facts, text, relation.objects, seed)
             check_prompts(prompts)
-            asked.append(_without_copies(model, prompts, relation))
+            asked.append(_without_copies(model, told_at_end(prompts), relation))
             step(len(facts), relation.name)
         check_labels({one.name: (prompts.ranks != 1).cpu().numpy() for one, prompts in zip(found, asked, strict=True)})
         for relation, text, facts, prompts in zip(found, texts, samples, asked, strict=True):
@@ -143,7 +143,7 @@ def _measure(
     right = readings.right
     predicted = torch.where(right, readings.tokens[:, 0], readings.tokens[:, 1]).tolist()
     subject = relation.facts[0].subject
-    objects = {answer_tokens(model, template, subject, name)[0] for name in relation.objects}
+    objects = {answer[0] for answer in object_tokens(model, template, subject, relation.objects).values()}
     kinds = [
         KINDS[0] if good else KINDS[1] if token in objects else KINDS[2]
         for good, token in zip(right.tolist(), predicted, strict=True)

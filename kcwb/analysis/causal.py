@@ -30,7 +30,7 @@ from kcwb.analysis.completeness import proportion_interval
 from kcwb.analysis.dla import named_heads
 from kcwb.analysis.ends import at_end, logits_without, patched_answers
 from kcwb.analysis.heads import TOO_FEW, circuit_heads
-from kcwb.analysis.positions import check_prompts, split_of, token_text, without_copies
+from kcwb.analysis.positions import check_prompts, split_of, token_text, told_at_end, without_copies
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model, run_circuit
@@ -39,7 +39,7 @@ from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.tasks.metrics import answer_ranks, make_loss
-from kcwb.tasks.prompts import Prompts, Task, answer_tokens, check_same_weights
+from kcwb.tasks.prompts import Prompts, Task, check_same_weights, object_tokens
 
 #: Role -> what its ablation should do: (effect, sign).
 PREDICTIONS = {
@@ -127,7 +127,7 @@ def check_roles(
     check_same_weights(model, task)
     prompts = split_of(task, split)
     check_prompts(prompts)
-    prompts = without_copies(model, prompts)
+    prompts = without_copies(model, told_at_end(prompts))
     random = np.random.default_rng(seed)
     matched = {node: _nearest(model, set(named["node"]), node, random_heads, random) for node in named["node"]}
     wanted = {*named["node"], *(node for nodes in matched.values() for node in nodes)}
@@ -276,7 +276,8 @@ def _effects(
     places = [(head.layer, head.head) for head in named_heads(model, nodes)]
     full = _log_probabilities(model, prompts)
     subject = task.relation.facts[0].subject
-    objects = {answer_tokens(model, task.template, subject, name)[0] for name in task.relation.objects}
+    tokens = object_tokens(model, task.template, subject, task.relation.objects)
+    objects = {answer[0] for answer in tokens.values()}
     if len(objects) < 2:
         raise DataError(f"All objects of {task.relation.name} begin alike: there is no other object that could gain.")
     generic = _generic_tokens(model, prompts, full, objects)

@@ -48,7 +48,7 @@ def completeness(
     ablation
         What cut edges deliver; None for what the circuit was found with (`zero` if that is not known).
     k
-        An answer counts as a hit when its first token is among the k most likely.
+        An answer counts as a hit when its rank (`kcwb.tasks.ranks`) is at most k.
     draws
         Random connected circuits, each with as many edges as the circuit; their Hit@k is the mean over draws. With 0
         the row is left out.

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.analysis.positions import GROUPS, check_prompts, position_groups, token_text
+from kcwb.analysis.positions import GROUPS, check_prompts, position_groups, token_text, told_at_end
 from kcwb.errors import CircuitError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
@@ -190,7 +190,8 @@ def dla_by_source(model: Model, prompts: Prompts, heads: Sequence[str]) -> pd.Da
     Parameters
     ----------
     model, prompts
-        The full model is run; the answer's first token is what is attributed.
+        The full model is run; the answer's first token is what is attributed. A fact whose object shares it with
+        another object of the relation is left out with a warning.
     heads
         Names such as `a14.h7`.
 
@@ -210,6 +211,7 @@ def dla_by_source(model: Model, prompts: Prompts, heads: Sequence[str]) -> pd.Da
     """
     wanted = named_heads(model, heads)
     check_prompts(prompts)
+    prompts = told_at_end(prompts)
     found = attribute(model, prompts)
     groups = position_groups(prompts).int().argmax(0).tolist()
     rows = []

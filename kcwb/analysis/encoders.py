@@ -13,7 +13,7 @@ from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.encoder import Encoder, record_nodes, run_encoder
 from kcwb.progress import Progress, track
 from kcwb.tasks.masked import MaskedPrompts, MaskedTask, at_masks
-from kcwb.tasks.prompts import rank_of
+from kcwb.tasks.ranks import rank_of
 
 ABLATIONS = ("zero", "mean", "resample")
 

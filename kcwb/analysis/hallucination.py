@@ -29,7 +29,7 @@ from torch import Tensor
 from kcwb.analysis.dla import Attribution, attribute, head_outputs, named_heads, token_directions
 from kcwb.analysis.heads import circuit_heads, strongest_movers
 from kcwb.analysis.lens import arrival
-from kcwb.analysis.positions import check_prompts, position_groups, token_text, without_copies
+from kcwb.analysis.positions import check_prompts, position_groups, token_text, told_at_end, without_copies
 from kcwb.analysis.rivals import WHERE, WHO, Readings, read_answers
 from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.loading import Model
@@ -146,7 +146,8 @@ def diagnose(
     Raises
     ------
     DataError
-        If the object begins with one of the subject's own tokens, or there are too few other facts to find movers on.
+        If the object begins with one of the subject's own tokens, or with the token of another object of the relation;
+        or there are too few other facts to find movers on.
     CircuitError
         If a named mover is not a head of the model.
     SettingError
@@ -162,7 +163,7 @@ def diagnose(
         named_heads(model, movers)
     prompts = encode(model, [fact], text, relation.objects)
     check_prompts(prompts)
-    prompts = without_copies(model, prompts)
+    prompts = without_copies(model, told_at_end(prompts))
     with track(progress, 4, "diagnosis") as step:
         others = _other_facts(model, relation, fact, text, n, seed, needed=isinstance(movers, int))
         names = list(movers) if not isinstance(movers, int) else _movers(model, others, movers, seed)

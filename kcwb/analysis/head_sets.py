@@ -28,7 +28,8 @@ from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.progress import Progress, track
-from kcwb.tasks.prompts import Prompts, rank_of
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.ranks import rank_of
 
 _ROWS, _LOGITS = 2**12, 2**24  # tokens, and logits, of a batch of ablated runs
 

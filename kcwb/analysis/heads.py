@@ -45,7 +45,7 @@ from kcwb.analysis.dla import (
     named_heads,
     token_directions,
 )
-from kcwb.analysis.positions import check_prompts, position_groups, split_of, token_text, without_copies
+from kcwb.analysis.positions import check_prompts, position_groups, split_of, token_text, told_at_end, without_copies
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
 from kcwb.errors import CircuitError, DataError, SettingError
@@ -139,7 +139,7 @@ def head_roles(
     rows = torch.tensor([place.layer * model.graph.n_heads + place.head for place in heads])
     prompts = split_of(task, split)
     check_prompts(prompts)
-    prompts = without_copies(model, prompts)
+    prompts = without_copies(model, told_at_end(prompts))
     with track(progress, 3, "head roles") as step:
         answers, column = prompts.answers[:, 0].unique(return_inverse=True)
         found = attribute(model, prompts, answers[None].expand(len(prompts), -1))

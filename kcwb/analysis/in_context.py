@@ -33,7 +33,7 @@ from torch import Tensor
 from kcwb.analysis.completeness import proportion_interval
 from kcwb.analysis.head_sets import answers_without, head_place, random_sets
 from kcwb.analysis.heads import circuit_heads, pattern_scores
-from kcwb.analysis.positions import split_of
+from kcwb.analysis.positions import split_of, told_at_end
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
@@ -412,6 +412,7 @@ def ablate_new(
     prompts = split_of(task, split)
     if not len(prompts):
         raise DataError(f"D_{split} of {task.relation.name} has no facts to ask; make the task with n_test >= 1.")
+    prompts = told_at_end(prompts)
     arms: list[tuple[str, list[Sequence[str]]]] = [("intact", [()])]
     ways = 1.0
     if new:

@@ -10,8 +10,11 @@ import pandas as pd
 from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.tasks.prompts import KNOWN_RANK, encode
+from kcwb.tasks.prompts import KNOWN_RANK, encode, object_tokens, told_apart
+from kcwb.tasks.ranks import deciding_tokens
 from kcwb.tasks.relations import Relation, load_relations
+
+COLUMNS = ("relation", "category", "template", "facts", "answers", "first_tells", "hit_10", "hit_1")
 
 
 def knowledge_table(
@@ -44,8 +47,9 @@ def knowledge_table(
     -------
     DataFrame
         One row per relation, in the order given: `relation`, `category`, `template` (its text), `facts` (how many were
-        asked), `answers` (different first tokens among their answers), `hit_10` and `hit_1` (the share of facts whose
-        answer's first token ranks among the first ten, or first). With few different answers a high `hit_10` says
+        asked), `answers` (different first tokens among their answers), `first_tells` (the share of the relation's
+        objects that their first token tells apart from all others), `hit_10` and `hit_1` (the share of facts whose
+        answer has a rank, see `kcwb.tasks.ranks`, of at most 10, or 1). With few different answers a high `hit_10` says
         little: a model that names all of them in any order reaches it.
 
     Raises
@@ -53,7 +57,8 @@ def knowledge_table(
     SettingError
         If `n` is below 1 or a relation has no such template.
     DataError
-        If a prompt does not fit into the model's context.
+        If a prompt does not fit into the model's context, or no fact of a relation can be told apart by tokens (facts
+        of which this is so are left out with a warning).
     """
     relations = load_relations() if relations is None else relations
     if n is not None and n < 1:
@@ -63,20 +68,23 @@ def knowledge_table(
     rows = []
     with track(progress, sum(len(facts) for facts in samples), "knowledge") as step:
         for relation, text, facts in zip(relations, texts, samples, strict=True):
-            prompts = encode(model, facts, text, relation.objects)
+            prompts = encode(model, told_apart(model, facts, text, relation), text, relation.objects)
+            tokens = object_tokens(model, text, facts[0].subject, relation.objects)
+            decides = deciding_tokens([*tokens], [*tokens.values()], tokens)
             rows.append(
                 {
                     "relation": relation.name,
                     "category": relation.relation_type,
                     "template": text,
-                    "facts": len(facts),
+                    "facts": len(prompts),
                     "answers": len(set(prompts.answers[:, 0].tolist())),
+                    "first_tells": decides.count(0) / len(decides),
                     "hit_10": float((prompts.ranks <= KNOWN_RANK).double().mean()),
                     "hit_1": float((prompts.ranks == 1).double().mean()),
                 }
             )
             step(len(facts), relation.name)
-    return pd.DataFrame(rows, columns=["relation", "category", "template", "facts", "answers", "hit_10", "hit_1"])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _template(relation: Relation, template: int) -> str:

@@ -21,12 +21,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kcwb.analysis.completeness import proportion_interval
-from kcwb.analysis.positions import split_of, without_copies
+from kcwb.analysis.positions import split_of, told_at_end, without_copies
 from kcwb.errors import DataError, nearest
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, answer_tokens, check_same_weights, rank_of
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, answer_tokens, check_same_weights
+from kcwb.tasks.ranks import rank_of
 
 #: What is looked for, and where.
 WHO = ("object", "subject", "object, subject's tokens")
@@ -47,7 +48,8 @@ def lens(
     Parameters
     ----------
     model, task
-        The full model is run. A fact whose object begins with a token of its subject is left out with a warning.
+        The full model is run. A fact whose object begins with a token of its subject, or with that of another object of
+        the relation, is left out with a warning.
     fact
         The subject of one fact of D_val or D_test; None for all facts of a split.
     split
@@ -92,9 +94,10 @@ def lens_by_fact(
 ) -> pd.DataFrame:
     """The same fact by fact: `subject`, `object`, `layer`, `who`, `rank` (from 1), `probability`."""
     check_same_weights(model, task)
-    prompts = without_copies(model, split_of(task, split) if fact is None else _one_fact(task, fact))
+    prompts = split_of(task, split) if fact is None else _one_fact(task, fact)
     if not len(prompts):
         raise DataError(f"The split {split!r} of {task.relation.name} has no facts; make the task with more.")
+    prompts = without_copies(model, told_at_end(prompts))
     parts = []
     chunks = list(prompt_chunks(model.network, prompts.tokens))
     with track(progress, len(chunks) * (model.graph.n_layers + 1), "lens") as step:

@@ -23,13 +23,15 @@ from scipy import stats
 from torch import Tensor
 
 from kcwb.analysis.completeness import mean_interval, proportion_interval
+from kcwb.analysis.positions import rows_told_at_end
 from kcwb.errors import SettingError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.tasks.compose import reverse
+from kcwb.tasks.compose import Wording, reverse
 from kcwb.tasks.hops import Hops
-from kcwb.tasks.prompts import KNOWN_RANK, answer_tokens, check_same_weights, encode, encode_one, rank_of
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, answer_tokens, check_same_weights, encode, encode_one
+from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact, Relation, load_relation
 
 #: Where the stream is read, and what is looked for there.
@@ -43,7 +45,8 @@ def hop_lens(model: Model, hops: Hops, *, progress: Progress = True) -> pd.DataF
     Parameters
     ----------
     model, hops
-        The full model is run.
+        The full model is run. A chain whose bridge or object begins with the same token as another one of its
+        relation is left out with a warning.
     progress
         Reported per layer.
 
@@ -57,10 +60,11 @@ def hop_lens(model: Model, hops: Hops, *, progress: Progress = True) -> pd.DataF
     """
     task = hops.tasks["two-hop"]
     check_same_weights(model, task)
-    prompts, chains = task.val, hops.chains
-    bridges = torch.tensor(_first_tokens(model, hops, chains["bridge"].tolist()), device=model.device)
+    told = rows_told_at_end(task.val, hops.tasks["hop 1"].val)
+    prompts, chains = task.val.select(told), hops.chains.iloc[told].reset_index(drop=True)
+    bridges = torch.tensor(_first_tokens(model, prompts, task.template, chains["bridge"].tolist()), device=model.device)
     objects = prompts.answers[:, 0]
-    places = _places(model, hops)
+    places = _places(model, prompts, hops.wording)
     parts = []
     chunks = list(prompt_chunks(model.network, prompts.tokens))
     with track(progress, len(chunks) * (model.graph.n_layers + 1), "bridge lens") as step:
@@ -169,7 +173,7 @@ def both_ways(
     -------
     DataFrame
         One row per fact that can be asked both ways: `subject`, `object`, and the ranks `forward`, `backward` of the
-        answers' first tokens.
+        answers.
     """
     relation = load_relation(relation) if isinstance(relation, str) else relation
     back = reverse(relation) if backwards is None else backwards
@@ -179,7 +183,7 @@ def both_ways(
     ranks = {}
     with track(progress, len(texts), "both ways") as step:
         for way, text in texts.items():
-            objects = list(dict.fromkeys(fact.object for fact in asked[way]))
+            objects = (relation if way == "forward" else back).objects
             ranks[way] = encode(model, asked[way], text, objects).ranks.tolist()
             step(note=way)
     return pd.DataFrame(facts, columns=["subject", "object"]).assign(**ranks)
@@ -220,18 +224,14 @@ def reversal(table: pd.DataFrame, k: int = 1, seed: int = 0) -> pd.DataFrame:
 # --- reading ---
 
 
-def _first_tokens(model: Model, hops: Hops, names: list[str]) -> list[int]:
+def _first_tokens(model: Model, prompts: Prompts, template: str, names: list[str]) -> list[int]:
     """The first token of each bridge, as it follows the two-hop prompt of its own chain."""
-    task = hops.tasks["two-hop"]
-    subjects = [fact.subject for fact in task.val.facts]
-    return [
-        answer_tokens(model, task.template, subject, name)[0] for subject, name in zip(subjects, names, strict=True)
-    ]
+    subjects = [fact.subject for fact in prompts.facts]
+    return [answer_tokens(model, template, subject, name)[0] for subject, name in zip(subjects, names, strict=True)]
 
 
-def _places(model: Model, hops: Hops) -> dict[str, list[int | None]]:
-    """The position of each place in every two-hop prompt of D_val; None where it is another place, too."""
-    prompts, words = hops.tasks["two-hop"].val, hops.wording
+def _places(model: Model, prompts: Prompts, words: Wording) -> dict[str, list[int | None]]:
+    """The position of each place in every two-hop prompt; None where it is another place, too."""
     subject = (prompts.subject_stop - 1).tolist()
     ends = prompts.ends.tolist()
     described = []

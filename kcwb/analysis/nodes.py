@@ -173,14 +173,15 @@ def component_logits(
     DataFrame
         `rank`, `token` (its text), `token_id`, `logit` (what the node adds to it, the mean over prompts),
         `above_mean` (the same without the mean over the vocabulary, which no probability depends on) and `answer`
-        (whether an answer to the prompts starts with it). With one `prompt`, whose answer is not among the first k, the
-        answer follows with its own rank.
+        (whether an answer to the prompts starts with it, and no other object of the relation does). With one `prompt`,
+        whose answer is not among the first k, the answer follows with its own rank.
     """
     if not 1 <= k <= model.network.d_vocab:
         raise SettingError(f"k={k}: the vocabulary has {model.network.d_vocab:,} tokens; ask for 1 to that many.")
     prompts = _prompts(task)
     logits = node_logits(model, task, node, prompt=prompt, circuit=circuit, ablation=ablation).mean(0)
-    answers = set((prompts.answers[:, 0] if prompt is None else prompts.answers[[prompt], 0]).tolist())
+    asked = prompts if prompt is None else prompts.select([prompt])
+    answers = set(asked.answers[asked.told_at_end, 0].tolist())
     order = logits.argsort(descending=True, stable=True)
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(1, len(order) + 1, device=order.device)
@@ -245,7 +246,7 @@ def ablate_nodes(
         What cut edges deliver, the circuit's and the nodes'; None for what the circuit was found with (`mean` without
         a circuit).
     k
-        An answer counts as a hit when its first token is among the k most likely.
+        An answer counts as a hit when its rank is at most k.
     progress
         Reported per run.
 
@@ -253,8 +254,8 @@ def ablate_nodes(
     -------
     DataFrame
         One row per run (`full model`, `circuit`), state (`before`, `after`), split (`D_val`, `D_test`) and fact:
-        `prompt`, `answer`, `rank` and `probability` of the answer's first token, `loss` (nll of the whole answer,
-        nats), `hit`. `ablation_summary` takes means.
+        `prompt`, `answer`; `rank` and `probability` of the answer up to the token that decides (`kcwb.tasks.ranks`);
+        `loss` (nll of the whole answer, nats); `hit`. `ablation_summary` takes means.
 
     Raises
     ------
@@ -388,13 +389,15 @@ def _answers(model: Model, kept: Bool[Tensor, "S R"] | None, prompts: Prompts, c
     """How a run answers each prompt."""
     logits = run_circuit(model, kept, prompts, cuts)
     ranks = answer_ranks(logits, prompts)
-    first = logits[:, 0].float().softmax(-1).gather(-1, prompts.answers[:, :1])[:, 0]
+    steps = torch.arange(prompts.answers.shape[1], device=logits.device)
+    logp = logits.float().log_softmax(-1).gather(-1, prompts.answers[..., None])[..., 0]
+    probability = (logp * (steps <= prompts.decides[:, None])).sum(-1).exp()
     return pd.DataFrame(
         {
             "prompt": prompts.texts,
             "answer": [fact.object for fact in prompts.facts],
             "rank": ranks.tolist(),
-            "probability": first.tolist(),
+            "probability": probability.tolist(),
             "loss": make_loss(model, prompts, "nll").per_prompt(logits).tolist(),
             "hit": (ranks <= k).tolist(),
         }

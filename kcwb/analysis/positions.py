@@ -60,6 +60,45 @@ def split_of(task: Task, split: str) -> Prompts:
     return task.val if choose("The split", split, ("val", "test")) == "val" else task.test
 
 
+def told_at_end(prompts: Prompts) -> Prompts:
+    """The prompts whose answer is told apart by the token that is read at END, its first; see `rows_told_at_end`."""
+    rows = rows_told_at_end(prompts, stacklevel=4)
+    return prompts if len(rows) == len(prompts) else prompts.select(rows)
+
+
+def rows_told_at_end(*asked: Prompts, stacklevel: int = 3) -> list[int]:
+    """The rows in which the first token of every answer tells it apart from the relation's other objects.
+
+    What END says of a token with which another object begins as well does not tell which of them is meant. Warns of the
+    rows that are left out.
+
+    Parameters
+    ----------
+    asked
+        Prompts that belong together row by row.
+
+    Raises
+    ------
+    DataError
+        If none is left.
+    """
+    told = torch.stack([prompts.told_at_end for prompts in asked]).all(0).tolist()
+    shared = dict.fromkeys(
+        prompts.facts[i].object for prompts in asked for i in (~prompts.told_at_end).nonzero()[:, 0].tolist()
+    )
+    if not shared:
+        return list(range(len(told)))
+    words = (
+        f"{told.count(False)} of {len(told)} facts have an object that starts with the same token as another object of "
+        f"the relation, so that this token does not tell which is meant "
+        f"({', '.join(f'{name!r:.60}' for name in shared):.300})"
+    )
+    if not any(told):
+        raise DataError(f"{words}. No fact is left; use a relation or template whose objects start differently.")
+    warnings.warn(f"{words}: left out.", stacklevel=stacklevel)
+    return [i for i, apart in enumerate(told) if apart]
+
+
 def without_copies(model: Model, prompts: Prompts) -> Prompts:
     """The prompts whose object does not begin with a token of its subject; warns of the others.
 

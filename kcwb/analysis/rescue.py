@@ -33,12 +33,13 @@ from kcwb.analysis.completeness import mean_interval
 from kcwb.analysis.dla import attribute, head_outputs, named_heads
 from kcwb.analysis.ends import at_end, logits_with, matched_sets
 from kcwb.analysis.heads import strongest_movers
-from kcwb.analysis.positions import check_prompts, says_its_object, token_text
+from kcwb.analysis.positions import check_prompts, rows_told_at_end, says_its_object, token_text
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.tasks.prompts import Prompts, encode, rank_of
+from kcwb.tasks.prompts import Prompts, encode
+from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Relation, load_relation
 
 _ROLE_FACTS = 16
@@ -155,7 +156,8 @@ def _ask(model: Model, relation: Relation, texts: list[str], n: int, seed: int, 
         check_prompts(some)
         prompts.append(some)
         step(len(facts), relation.name)
-    good = [i for i in range(len(facts)) if not any(says_its_object(model, some, i) for some in prompts)]
+    told = rows_told_at_end(*prompts)
+    good = [i for i in told if not any(says_its_object(model, some, i) for some in prompts)]
     return _Asked(relation, texts, [some.select(good) for some in prompts])
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from kcwb.analysis.positions import check_prompts, position_groups
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, rank_of
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts
+from kcwb.tasks.ranks import rank_of
 
 #: The two tokens that are followed, in the order of all axes of size 2.
 WHO = ("right answer", "rival")

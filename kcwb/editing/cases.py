@@ -100,7 +100,7 @@ def edit_cases(
     template
         The zero-shot template that is edited; the others are paraphrases.
     rank
-        A fact is known when the first token of its object has at most this rank.
+        A fact is known when its object has at most this rank (`kcwb.tasks.ranks`).
     neighbours
         How many of the other subjects with the same object are asked, at most.
     others

@@ -34,7 +34,7 @@ from torch import Tensor
 from kcwb.analysis.compare import compare_circuits
 from kcwb.analysis.dla import attribute
 from kcwb.analysis.heads import RATIO, strongest_movers
-from kcwb.analysis.positions import check_prompts, position_groups
+from kcwb.analysis.positions import check_prompts, position_groups, told_at_end
 from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
@@ -47,7 +47,8 @@ from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights, encode, rank_of
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights, encode
+from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact
 
 #: Logits: the least |D_S| + |D_R| with which a head has a role on a single prompt.
@@ -158,8 +159,8 @@ def compare_edit(
     Raises
     ------
     DataError
-        If old and new object start with the same token, no head is a mover, there is no paraphrase, or the edit has no
-        effect at END.
+        If old and new object start with the same token, or one of them with that of another object of the relation; no
+        head is a mover; there is no paraphrase; or the edit has no effect at END.
     SettingError
         If the edit was made for another Model object (with equal weights, too), the task is not in the edit's template,
         or a setting cannot be meant.
@@ -173,7 +174,8 @@ def compare_edit(
     tokens = torch.stack([asked[fact].answers[0, 0], asked[new].answers[0, 0]])
     if tokens[0] == tokens[1]:
         raise DataError(f"{fact.object!r:.60} and {new.object!r:.60} start with the same token; choose another target.")
-    check_prompts(asked[fact])
+    for prompts in asked.values():
+        check_prompts(told_at_end(prompts))
     with track(progress, 7, "comparing") as step:
         names = strongest_movers(model, task, movers, seed) if isinstance(movers, int) else list(movers)
         step(note="mover heads")

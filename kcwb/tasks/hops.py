@@ -8,7 +8,7 @@ there otherwise (after Yang et al., arXiv 2402.16837 and 2411.16679). Two shortc
 - **relation alone**: the two-hop question without its subject, "The capital of the country where the landmark is
   located is": what the words alone call to mind.
 
-Right means that the answer's first token has rank k or better; k = 1 unless said otherwise.
+Right means that the answer has rank k or better (`kcwb.tasks.ranks`); k = 1 unless said otherwise.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Hops:
     composition, wording
         The chains, and how the two-hop question is asked.
     ranks
-        One row per chain: `subject`, `bridge`, `object`, the rank of the answer's first token to each of `ASKED`, and
-        `kept`, whether it is right in both hops and the two-hop question and in no shortcut that was to be dropped.
+        One row per chain: `subject`, `bridge`, `object`, the rank of the answer to each of `ASKED`, and `kept`, whether
+        it is right in both hops and the two-hop question and in no shortcut that was to be dropped.
     k, shortcut_k
         Up to which rank an answer, and a shortcut's answer, counts as right.
     tasks
@@ -86,8 +86,7 @@ class HopAnswers:
     composition, wording
         The chains, and how the two-hop question was asked.
     ranks
-        One row per chain: `subject`, `bridge`, `object`, and the rank of the answer's first token, from 1, for each of
-        `ASKED`.
+        One row per chain: `subject`, `bridge`, `object`, and the rank of the answer, from 1, for each of `ASKED`.
     asked
         For each of `ASKED` its prompts.
     """
@@ -146,7 +145,8 @@ def ask_hops(
     asked = {}
     with track(progress, sum(len(set(facts)) for _, facts in questions.values()), "hops") as step:
         for name, (text, facts) in questions.items():
-            asked[name] = _ask(model, text, facts, seed, partial(step, note=name))
+            objects = (first if name == "hop 1" else second).objects
+            asked[name] = _ask(model, text, facts, objects, seed, partial(step, note=name))
             table[name] = asked[name].prompts.ranks[asked[name].of_chain].tolist()
     return HopAnswers(model.name, model.digest, composition, wording, table, asked)
 
@@ -242,11 +242,12 @@ class Asked:
     of_chain: list[int]
 
 
-def _ask(model: Model, template: str, facts: Sequence[Fact], seed: int, step: Callable[..., None]) -> Asked:
+def _ask(
+    model: Model, template: str, facts: Sequence[Fact], objects: Sequence[str], seed: int, step: Callable[..., None]
+) -> Asked:
     """Ask one kind of question about every chain, each different one once."""
     different = list(dict.fromkeys(facts))
     place = {fact: i for i, fact in enumerate(different)}
-    objects = list(dict.fromkeys(fact.object for fact in different))
     done = 0
 
     def told(now: int, _total: int, _note: str) -> None:

@@ -2,12 +2,14 @@
 
     "The capital of {} is" -> "The capital of France is [MASK]."
 
-A mask is one token, so only facts whose object is one token there are asked; the task says how many are left out.
+A mask is one token, so only facts are asked whose object is one token there, and no other object's; the task says how
+many are left out.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from kcwb.errors import DataError, SettingError
 from kcwb.models.encoder import Encoder, run_encoder
-from kcwb.tasks.prompts import KNOWN_RANK, padded, rank_of, split
+from kcwb.tasks.prompts import KNOWN_RANK, padded, split
+from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact, Relation, load_relation
 
 _CHUNK = 32
@@ -74,7 +77,7 @@ class MaskedPrompts:
 class MaskedTask:
     """A relation as an encoder meets it in one template; fields as in `kcwb.tasks.prompts.Task`.
 
-    `n_facts` are the facts that are asked; `n_left_out` those whose object is not one token.
+    `n_facts` are the facts that are asked; `n_left_out` those whose object is not one token, or another object's.
     """
 
     model_name: str
@@ -134,7 +137,8 @@ def make_masked_task(
     Raises
     ------
     DataError
-        If no object is one token, the model knows none of the facts, or a prompt does not fit into the context.
+        If no object is one token of its own, the model knows none of the facts, or a prompt does not fit into the
+        context.
     SettingError
         If `n` or `template` make no sense.
     """
@@ -144,11 +148,13 @@ def make_masked_task(
         raise SettingError(f"n={n}: D_val needs at least one fact.")
     text = relation.template(template)
     found = [_row(encoder, fact, text, ending) for fact in relation.facts]
-    rows = [row for row in found if row is not None]
+    objects = {(row.answer, row.fact.object) for row in found if row is not None}
+    times = Counter(answer for answer, _ in objects)
+    rows = [row for row in found if row is not None and times[row.answer] == 1]
     if not rows:
         raise DataError(
-            f"None of the {len(found)} objects of {relation.name} is one token for {encoder.name} after {text!r}, and "
-            "a mask stands for one. Try another template, or a relation with shorter objects."
+            f"None of the {len(found)} objects of {relation.name} is one token of its own for {encoder.name} after "
+            f"{text!r}, and a mask stands for one. Try another template, or a relation with shorter objects."
         )
     everything = _prompts(encoder, rows, seed)
     known = [i for i, rank in enumerate(everything.ranks.tolist()) if rank <= KNOWN_RANK]

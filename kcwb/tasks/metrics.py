@@ -1,4 +1,4 @@
-"""How well a run answers: losses in nats (less is better), and Hit@k.
+"""How well a run answers: losses in nats (less is better), and Hit@k (of the rank that `kcwb.tasks.ranks` defines).
 
 All take logits at the answer positions, `[..., N, A, V]`, with any number of leading candidate axes. A loss is the
 mean over the answer's tokens, then over prompts:
@@ -20,7 +20,8 @@ from torch import Tensor
 from kcwb.errors import DataError, KcwbError, choose
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
-from kcwb.tasks.prompts import Prompts, rank_of
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.ranks import rank_of, rank_product
 
 METRICS = ("nll", "kl", "logit_diff")
 
@@ -104,14 +105,16 @@ def at_answers(residual: Float[Tensor, "... N T D"], prompts: Prompts) -> Float[
 
 
 def hit_at_k(logits: Float[Tensor, "... N A V"], prompts: Prompts, k: int = 10) -> Bool[Tensor, "... N"]:
-    """Whether the answer's first token is among the k most likely; ties count against it."""
+    """Whether the answer's rank is at most k; ties count against it."""
     return answer_ranks(logits, prompts) <= k
 
 
 def answer_ranks(logits: Float[Tensor, "... N A V"], prompts: Prompts) -> Int[Tensor, "... N"]:
-    """The rank of the answer's first token, from 1."""
-    first = logits[..., 0, :]
-    return rank_of(first, prompts.answers[:, 0].expand(first.shape[:-1]))
+    """The rank of each answer, from 1: the product of those of its tokens up to the one that decides."""
+    width = max(1, int(prompts.decides.max()) + 1) if len(prompts) else 1
+    tokens = [logits[..., i, :] for i in range(width)]
+    answers = [prompts.answers[:, i].expand(of_token.shape[:-1]) for i, of_token in enumerate(tokens)]
+    return rank_product(torch.stack([*map(rank_of, tokens, answers)], -1), prompts.decides)
 
 
 def _pick(values: Float[Tensor, "... V"], index: Int[Tensor, "... i"]) -> Float[Tensor, "... i"]:

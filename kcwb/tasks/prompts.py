@@ -8,12 +8,13 @@ last (teacher forcing), so that each answer token is predicted at its own positi
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,9 +22,10 @@ from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.tasks.ranks import NEVER, deciding_tokens, rank_of, rank_product
 from kcwb.tasks.relations import Fact, Relation, load_relation
 
-#: A fact is known when the model ranks its answer's first token among this many.
+#: A fact is known when the model gives its answer at most this rank (`kcwb.tasks.ranks`).
 KNOWN_RANK = 10
 _REFERENCE_SIZE = 32
 _CHUNK = 16
@@ -47,8 +49,11 @@ class Prompts:
         `[N, A]`: the answer's tokens, and which of them are not padding.
     foils
         `[N]`: the first token of another object, for `logit_diff`; -1 where the relation has none.
+    decides
+        `[N]`: which of the answer's tokens, from 0, is the first to tell it apart from the relation's other objects; -1
+        where none does.
     ranks
-        `[N]`: the full model's rank of the answer's first token, from 1.
+        `[N]`: the full model's rank of the answer, from 1: see `kcwb.tasks.ranks`.
     corrupted
         `[N, T]`: the same with the subject of another fact whose prompt has as many tokens and another answer.
     paired
@@ -64,6 +69,7 @@ class Prompts:
     answers: Int[Tensor, "N A"]
     answer_mask: Bool[Tensor, "N A"]
     foils: Int[Tensor, " N"]
+    decides: Int[Tensor, " N"]
     ranks: Int[Tensor, " N"]
     corrupted: Int[Tensor, "N T"]
     paired: Bool[Tensor, " N"]
@@ -87,6 +93,11 @@ class Prompts:
     def known(self) -> Bool[Tensor, " N"]:
         """Which answers the full model ranks among the first ten."""
         return self.ranks <= KNOWN_RANK
+
+    @property
+    def told_at_end(self) -> Bool[Tensor, " N"]:
+        """Which answers are told apart by their first token, the one that is predicted at END."""
+        return self.decides == 0
 
     def select(self, rows: Sequence[int]) -> Prompts:
         """Some of the prompts, without the columns of padding that they do not need."""
@@ -123,7 +134,7 @@ class Task:
     reference
         Up to 32 of the relation's prompts, over which mean ablation averages.
     n_known, n_facts
-        How many of the relation's facts the model knows in this template.
+        How many of the relation's facts the model knows in this template, of those that can be told apart by tokens.
     """
 
     model_name: str
@@ -183,11 +194,16 @@ def make_task(
     Task
         Tensors are on the model's device.
 
+    Warns
+    -----
+    UserWarning
+        Of facts that are left out, since all tokens of their object begin another object of the relation.
+
     Raises
     ------
     DataError
         If the model knows none of the facts (says how many were tried and the best rank), a prompt does not fit into
-        the context, or an answer cannot be told apart from its prompt or its foil.
+        the context, or an answer cannot be told apart from its prompt, its foil or other objects.
     SettingError
         If `n` or `template` make no sense.
     """
@@ -198,11 +214,12 @@ def make_task(
     if n_test is not None and n_test < 0:
         raise SettingError(f"n_test={n_test}: D_test has no facts, or some.")
     text = relation.template(template)
-    everything = encode(model, relation.facts, text, relation.objects, seed, foil, progress)
+    facts = told_apart(model, relation.facts, text, relation)
+    everything = encode(model, facts, text, relation.objects, seed, foil, progress)
     known = [i for i, hit in enumerate(everything.known.tolist()) if hit]
     if not known:
         raise DataError(
-            f"{model.name} knows none of the {len(relation.facts)} facts of {relation.name} in {text!r} "
+            f"{model.name} knows none of the {len(facts)} facts of {relation.name} in {text!r} "
             f"(Hit@{KNOWN_RANK}); the best rank is {int(everything.ranks.min())}. Try another template or relation."
         )
     rows = split(known, len(everything), n, seed, n_test)
@@ -257,10 +274,15 @@ def encode(
     foil: str | None = None,
     progress: Progress = False,
 ) -> Prompts:
-    """Prompts of all `facts` in one template; `objects` are what foils are drawn from. See `make_task`."""
+    """Prompts of all `facts` in one template; see `make_task`.
+
+    `objects` are all objects of the relation: what answers are told apart from, and what foils are drawn from.
+    """
     rows = [encode_one(model, fact, template) for fact in facts]
     draw = random.Random(seed)
-    first = [answer_tokens(model, template, facts[0].subject, name)[0] for name in ([foil] if foil else objects)]
+    tokens = object_tokens(model, template, facts[0].subject, objects)
+    named = object_tokens(model, template, facts[0].subject, [foil]) if foil else tokens
+    first = [answer[0] for answer in named.values()]
     foils = [_foil(row, fact, first, foil, draw) for row, fact in zip(rows, facts, strict=True)]
     partners = [_partner(row, rows, draw) for row in rows]
     width = max(len(row.prompt) + len(row.answer) - 1 for row in rows)
@@ -283,6 +305,7 @@ def encode(
         answers=pad([row.answer for row in rows]),
         answer_mask=pad([[1] * len(row.answer) for row in rows]).bool(),
         foils=column(foils),
+        decides=column(deciding_tokens([fact.object for fact in facts], [row.answer for row in rows], tokens)),
         ranks=column([0] * len(rows)),
         corrupted=pad([(other or row).prompt + row.answer[:-1] for row, other in zip(rows, partners, strict=True)]),
         paired=column([other is not None for other in partners]),
@@ -315,12 +338,42 @@ def encode_one(model: Model, fact: Fact, template: str) -> _Row:
 
 def answer_tokens(model: Model, template: str, subject: str, answer: str) -> list[int]:
     """Tokens of " answer" as they follow the prompt, which must keep its own tokens before them."""
+    return object_tokens(model, template, subject, [answer])[answer]
+
+
+def object_tokens(model: Model, template: str, subject: str, objects: Iterable[str]) -> dict[str, list[int]]:
+    """The `answer_tokens` of many answers to one prompt, by name."""
+    names = list(dict.fromkeys(objects))
     text = template.replace("{}", subject)
-    prompt = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-    whole = list(model.tokenizer(f"{text} {answer}", add_special_tokens=False)["input_ids"])
-    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-        raise DataError(f"The answer {answer!r:.60} runs into the last token of {text!r:.120}. Use another template.")
-    return whole[len(prompt) :]
+    prompt, *wholes = model.tokenizer([text, *(f"{text} {name}" for name in names)], add_special_tokens=False).input_ids
+    for name, whole in zip(names, wholes, strict=True):
+        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+            raise DataError(f"The answer {name!r:.60} runs into the last token of {text!r:.120}. Use another template.")
+    return {name: list(whole[len(prompt) :]) for name, whole in zip(names, wholes, strict=True)}
+
+
+def told_apart(model: Model, facts: Sequence[Fact], template: str, relation: Relation) -> list[Fact]:
+    """The facts whose object some token tells apart from the relation's other objects; warns of the others.
+
+    Raises
+    ------
+    DataError
+        If none is left.
+    """
+    tokens = object_tokens(model, template, facts[0].subject, relation.objects)
+    decides = dict(zip(tokens, deciding_tokens([*tokens], [*tokens.values()], tokens), strict=True))
+    kept = [fact for fact in facts if decides[fact.object] != NEVER]
+    if len(kept) == len(facts):
+        return kept
+    alike = ", ".join(f"{name!r:.60}" for name, place in decides.items() if place == NEVER)
+    words = (
+        f"{len(facts) - len(kept)} of {len(facts)} facts of {relation.name} have an object whose tokens all begin "
+        f"another object's, so that nothing tells whether it is meant ({alike:.300})"
+    )
+    if not kept:
+        raise DataError(f"{words}. No fact is left; {model.name}'s tokenizer cannot tell these objects apart.")
+    warnings.warn(f"{words}: left out.", stacklevel=3)
+    return kept
 
 
 def _foil(row: _Row, fact: Fact, first: Sequence[int], named: str | None, draw: random.Random) -> int:
@@ -341,22 +394,20 @@ def _partner(row: _Row, rows: Sequence[_Row], draw: random.Random) -> _Row | Non
 
 @torch.no_grad()
 def full_ranks(model: Model, prompts: Prompts, progress: Progress) -> Int[Tensor, " N"]:
-    """The full model's rank of each answer's first token."""
+    """The full model's rank of each answer; see `kcwb.tasks.ranks`."""
+    steps = torch.arange(max(1, int(prompts.decides.max()) + 1), device=model.device)
     ranks = []
     with track(progress, len(prompts), "facts") as step:
         for start in range(0, len(prompts), _CHUNK):
             rows = slice(start, start + _CHUNK)
             residual = forward(model.network, prompts.tokens[rows]).residual
-            at_end = residual[torch.arange(len(residual)), prompts.ends[rows]]
-            ranks.append(rank_of(model.network.logits(at_end), prompts.answers[rows, 0]))
+            row, place = (steps <= prompts.decides[rows, None]).nonzero(as_tuple=True)
+            logits = model.network.logits(residual[row, prompts.positions[rows][row, place]])
+            of_tokens = torch.ones(len(residual), len(steps), dtype=torch.long, device=model.device)
+            of_tokens[row, place] = rank_of(logits, prompts.answers[rows][row, place])
+            ranks.append(rank_product(of_tokens, prompts.decides[rows]))
             step(len(residual))
     return torch.cat(ranks)
-
-
-def rank_of(logits: Float[Tensor, "... V"], token: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """The rank of a token, from 1; ties count against it, as do NaNs: such logits know nothing."""
-    own = logits.gather(-1, token[..., None])
-    return (~(logits < own)).sum(-1)
 
 
 def check_same_weights(model: Model, task: Task) -> None:

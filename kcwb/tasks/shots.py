@@ -35,7 +35,19 @@ from torch import Tensor
 from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, encode, encode_one, full_ranks, padded, split
+from kcwb.tasks.prompts import (
+    KNOWN_RANK,
+    Prompts,
+    Task,
+    encode,
+    encode_one,
+    full_ranks,
+    object_tokens,
+    padded,
+    split,
+    told_apart,
+)
+from kcwb.tasks.ranks import deciding_tokens
 from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations
 
 KINDS = ("shots", "shuffled", "unrelated")
@@ -264,7 +276,7 @@ class _Deal:
         random.Random(seed).shuffle(order)
         n_shown = min(_SHOWN, len(order) // 3)
         self.shown = [relation.facts[i] for i in order[:n_shown]]
-        self.asked = [relation.facts[i] for i in sorted(order[n_shown:])]
+        self.asked = told_apart(model, [relation.facts[i] for i in sorted(order[n_shown:])], text, relation)
         self._unrelated, self._sentences = unrelated, None
 
     def contexts(self, k: int, kind: str) -> tuple[Context, ...]:
@@ -331,6 +343,10 @@ class _Deal:
             paired.append(other is not None)
             corrupted.append(prompt + made[i].answer[:-1])
         some, device = [made[i] for i in rows], self.model.device
+        names, answers = [self.asked[i].object for i in rows], [row.answer for row in some]
+        tokens = object_tokens(
+            self.model, before[rows[0]] + self.text, self.asked[rows[0]].subject, self.relation.objects
+        )
         alone = zero.select(rows)
         prompts = replace(
             alone,
@@ -339,8 +355,9 @@ class _Deal:
             lengths=torch.tensor([len(row.prompt) for row in some], device=device),
             subject_start=torch.tensor([row.start for row in some], device=device),
             subject_stop=torch.tensor([row.stop for row in some], device=device),
-            answers=padded([row.answer for row in some], device),
-            answer_mask=padded([[1] * len(row.answer) for row in some], device).bool(),
+            answers=padded(answers, device),
+            answer_mask=padded([[1] * len(answer) for answer in answers], device).bool(),
+            decides=torch.tensor(deciding_tokens(names, answers, tokens), device=device),
             corrupted=padded(corrupted, device),
             paired=torch.tensor(paired, device=device),
         )

@@ -148,7 +148,7 @@ def facts_table(task: Task | None) -> str:
     parts = [
         tables.muted(
             f"{task.model_name} knows {task.n_known} of {task.n_facts} facts in “{task.template}”: there the answer's "
-            "first token is among its ten likeliest."
+            "rank is 10 or better (that of its first token, or of as many as it takes to tell it from other answers)."
         )
     ]
     for name, prompts in (

@@ -34,7 +34,8 @@ from kcwb.models.families import ENCODERS
 from kcwb.models.loading import Model, load_model
 from kcwb.progress import Progress, track
 from kcwb.tasks.masked import at_masks
-from kcwb.tasks.prompts import encode, rank_of
+from kcwb.tasks.prompts import encode
+from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Relation
 from kcwb.versions import versions
 from kcwb.world.facts import World, make_world, world_tokenizer

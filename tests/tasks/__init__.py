@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, tensor
 
 from kcwb.models.loading import Model
+from kcwb.tasks.ranks import WORST
 from kcwb.tasks.relations import Fact, Relation
 
 TEMPLATE = "w1 {} w2"
@@ -16,13 +19,17 @@ def relation_of(facts, *templates: str) -> Relation:
 
 
 def known_relation(model: Model, n: int = 12, template: str = TEMPLATE, unknown: int = 0) -> Relation:
-    """`n` facts with subjects of one to three tokens and objects of one or two; the last `unknown` rank worst."""
-    facts = []
+    """`n` facts with subjects of one to three tokens and objects of one or two; the last `unknown` rank worst.
+
+    Objects of one name apart, each begins with a token of its own.
+    """
+    facts, long = [], {}
     for i in range(n):
         subject = " ".join([f"w{10 + i % 70}", f"w{3 + i // 70}", "w5"][: 1 + i % 3] if n <= 70 else [f"w{i}", "w5"])
         ranked = [token for token in _ranked(model, template, subject) if token >= 4]
-        first = ranked[-1] if i >= n - unknown else ranked[i % 5]
-        rest = [f"w{60 + i % 30}"] if i % 4 == 1 else []
+        wanted = ranked[::-1] if i >= n - unknown else ranked[i % 5 :]
+        first = next(token for token in wanted if long.setdefault(token, i % 4 == 1) == (i % 4 == 1))
+        rest = [f"w{(first + 56) % 90}"] if i % 4 == 1 else []
         facts.append(Fact(subject, " ".join([f"w{first - 4}", *rest])))
     return relation_of(facts, template)
 
@@ -52,3 +59,15 @@ def unpadded_logits(model: Model, fact: Fact, template: str = TEMPLATE) -> Tenso
     """The Hugging Face model's logits for each of a fact's answer tokens, `[A, V]`, the prompt being run on its own."""
     tokens = unpadded_tokens(model, fact, template)
     return model.logits(tensor([tokens]))[0, -len(answer_ids(model, fact)) :]
+
+
+def slow_rank(model: Model, fact: Fact, objects: Iterable[str], template: str = TEMPLATE) -> int:
+    """The product of the ranks of an object's tokens, a run for each, up to the first that tells it from all others."""
+    prompt, answer, rank = prompt_ids(model, template.replace("{}", fact.subject)), answer_ids(model, fact), 1
+    others = [answer_ids(model, Fact("", name)) for name in objects if name != fact.object]
+    for i, token in enumerate(answer):
+        logits = model.logits(tensor([prompt + answer[:i]]))[0, -1]
+        rank *= sum(value >= float(logits[token]) for value in logits.tolist())
+        if not any(other[: i + 1] == answer[: i + 1] for other in others):
+            return min(rank, WORST)
+    return WORST

@@ -16,7 +16,7 @@ from kcwb.analysis.heads import head_roles
 from kcwb.analysis.in_context import ablate_new
 from kcwb.analysis.lens import arrival, lens
 from kcwb.analysis.multihop import hop_lens
-from kcwb.analysis.nodes import node_top_tokens
+from kcwb.analysis.nodes import component_logits
 from kcwb.analysis.positions import rows_told_at_end
 from kcwb.analysis.rescue import rescue
 from kcwb.errors import DataError
@@ -130,6 +130,6 @@ def test_rows_count_where_each_of_their_prompts_is_told_apart(tiny):
 def test_a_token_that_several_objects_begin_with_is_not_marked_as_an_answer(tiny):
     model = tiny("llama")
     task = task_with(model, (*ALIKE, *APART))
-    table = node_top_tokens(model, task, "m1", k=model.network.d_vocab)
+    table = component_logits(model, task, "m1", k=model.network.d_vocab)
     assert set(table.loc[table["answer"], "token"].str.strip()) == {"w50", "w51", "w52"}
-    assert not node_top_tokens(model, task, "m1", prompt=0, k=5)["answer"].any()
+    assert not component_logits(model, task, "m1", prompt=0, k=5)["answer"].any()

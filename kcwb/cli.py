@@ -117,8 +117,8 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     option("relation", metavar="RELATION", help="the name of a relation (see kcwb relations), or a .json file"),
     option("--model", default="smollm2-135m", help="built-in name, hub name or local folder (default: %(default)s)"),
     option("--method", help="eap, eap-ig, exact or acdc (default: eap-ig)"),
-    option("--metric", help="the loss that a cut is judged by: nll, kl or logit_diff (default: nll)"),
-    option("--ablation", help="what a cut edge delivers: zero, mean or resample (default: mean; acdc: zero)"),
+    option("--metric", help="the loss that a cut is judged by: nll, kl (not for eap) or logit_diff (default: nll)"),
+    option("--ablation", help="zero, mean or resample (default: mean; acdc: zero, or as --within was found)"),
     option("--edges", type=int, help="attribution: how many edges (default: 1%% of all); dangling ones are dropped"),
     option("--threshold", type=float, help="attribution: the least score kept, in nats, instead of --edges"),
     option("--select", help="attribution: signed, absolute or greedy (default: signed)"),
@@ -138,7 +138,10 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     relation = load_relation(args.relation)
     if args.out is not None:
         _check_out(args.out)
-    from kcwb.discovery.discover import ABLATIONS, METHODS, METRICS, SELECTIONS, discover
+    from kcwb.circuits.ablation import ABLATIONS
+    from kcwb.discovery.discover import discover
+    from kcwb.discovery.methods import METHODS, METRICS, check_method
+    from kcwb.discovery.selection import SELECTIONS
     from kcwb.tasks.prompts import make_task
 
     # Misspelt names are told before a model is loaded; discover checks the rest.
@@ -149,6 +152,8 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     for name in known:
         if name in given:
             choose(f"--{name}", given[name], known[name])
+    chosen = {name: given[name] for name in ("ablation", "steps", "within") if name in given}
+    check_method(given.get("method", "eap-ig"), given.get("metric", "nll"), **chosen)
     model = _load_model(args, args.model, args.dtype)
     task = make_task(model, relation, n=args.facts, seed=args.seed, template=args.template)
     circuit = discover(model, task, progress=not args.quiet, **given)

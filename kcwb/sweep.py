@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from kcwb.circuits.ablation import ABLATIONS
-from kcwb.discovery.discover import METHODS
-from kcwb.errors import DataError, KcwbError, SettingError, choose, nearest
+from kcwb.discovery.methods import METHODS, check_method
+from kcwb.errors import DataError, KcwbError, SettingError, nearest
 from kcwb.models.loading import known_dtype
 from kcwb.progress import Progress, track
 from kcwb.sweeprun import WORKER, Cell, Outcome, error_words, run_cell
@@ -38,7 +37,6 @@ from kcwb.sweepstore import (
     stored_digests,
     write_cell,
 )
-from kcwb.tasks.metrics import METRICS
 from kcwb.tasks.relations import Relation, load_relation
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ def sweep(
     relations: Sequence[str | Path | Relation],
     methods: Sequence[str] = ("eap-ig",),
     taus: Sequence[float] = (0.01,),
-    ablations: Sequence[str] = ("mean",),
+    ablations: Sequence[str] | None = None,
     *,
     store: str | Path,
     executor: Executor | None = None,
@@ -74,7 +72,8 @@ def sweep(
         Relations, names of those that come with the package, or paths of files. Workers need no file: the facts are
         sent.
     methods, taus, ablations
-        As in `discover`; `taus` are for acdc, and the other methods have one cell each.
+        As in `discover`; `taus` are for acdc, and the other methods have one cell each. `ablations=None`: each method's
+        own.
     store
         The folder. It may hold cells of other sweeps; those asked for that are finished are not computed again.
     executor
@@ -145,22 +144,19 @@ def _cells(
     relations: Sequence[str | Path | Relation],
     methods: Sequence[str],
     taus: Sequence[float],
-    ablations: Sequence[str],
+    ablations: Sequence[str] | None,
     shared: Mapping[str, Any],
 ) -> list[Cell]:
     """All combinations, each once; the model changes most rarely, so that a worker keeps the one that it has."""
-    given = {"models": models, "relations": relations, "methods": methods, "taus": taus, "ablations": ablations}
+    kinds: Sequence[str | None] = [None] if ablations is None else ablations
+    given = {"models": models, "relations": relations, "methods": methods, "taus": taus, "ablations": kinds}
     for name, values in given.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise SettingError(f"{name}={values!r:.60}: give a list of at least one.")
     for model in models:
         if not isinstance(model, (str, Path)):
             raise SettingError(f"A model of a sweep is a name or a folder, which workers can load; not {model!r:.60}.")
-    for method in methods:
-        choose("The method", method, METHODS)
-    for ablation in ablations:
-        choose("The ablation", ablation, ABLATIONS)
-    choose("The metric", shared["metric"], METRICS)
+    delivers = _delivers(kinds, methods, shared["metric"])
     known_dtype(shared["dtype"])
     for tau in taus:
         if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < math.inf:
@@ -173,12 +169,19 @@ def _cells(
     for relation in read:
         relation.template(shared["template"])
     cells = {}
-    for model, relation, ablation, method in itertools.product(models, read, ablations, methods):
-        of_method = {**shared, "edges": None} if method == "acdc" else shared
-        for tau in map(float, taus) if method == "acdc" else [None]:
-            cell = Cell(str(model), relation, method=method, ablation=ablation, tau=tau, **of_method)
+    for model, relation, (kind, method) in itertools.product(models, read, delivers):
+        scores = METHODS[method].scores
+        of_method = {**shared, "ablation": delivers[kind, method], "edges": shared["edges"] if scores else None}
+        for tau in [None] if scores else map(float, taus):
+            cell = Cell(str(model), relation, method=method, tau=tau, **of_method)
             cells.setdefault(cell.digest, cell)
     return list(cells.values())
+
+
+def _delivers(kinds: Sequence[str | None], methods: Sequence[str], metric: str) -> dict[tuple[str | None, str], str]:
+    """What cut edges deliver for each ablation and method; SettingError for a combination that cannot be meant."""
+    pairs = itertools.product(kinds, methods)
+    return {(kind, method): check_method(method, metric, kind).ablation for kind, method in pairs}
 
 
 # --- computing ---
@@ -284,6 +287,7 @@ def read_sweep_file(path: str | Path) -> dict[str, Any]:
     for key in ("models", "relations", "store"):
         if key not in data:
             raise SettingError(f"{path} lacks {key}.")
+    _delivers(data.get("ablations", [None]), data.get("methods", []), data.get("metric", "nll"))
     here = path.parent
     data["relations"] = [str(here / one) if one.endswith(".json") else one for one in data["relations"]]
     return data | {"store": str(here / data["store"])}

@@ -153,6 +153,7 @@ def test_the_defaults_are_those_of_the_functions() -> None:
         (["discover", "country_capital", "--method", "eap-gi"], ["--method", "'eap-gi'", "'eap-ig'"]),
         (["discover", "country_capital", "--metric", "nil"], ["--metric", "'nll'"]),
         (["discover", "country_capital", "--ablation", "men"], ["--ablation", "'mean'"]),
+        (["discover", "country_capital", "--method", "eap", "--metric", "kl"], ["kl is zero", "eap-ig"]),
         (["discover", "country_capital", "--select", "gredy"], ["--select", "'greedy'"]),
         (["discover", "country_capital", "--out", "no/such/folder/c.json"], ["--out", "no/such/folder"]),
         (["discover", "country_capital", "--out", "circuit"], ["--out", ".json"]),

@@ -313,6 +313,7 @@ def test_each_process_of_a_machine_has_a_number_of_its_own(monkeypatch, tmp_path
         ({"taus": [0.1, 0.0]}, r"tau=0\.0"),
         ({"taus": [float("nan")]}, "tau=nan"),
         ({"metric": "nil"}, "'nll'"),
+        ({"metric": "kl", "methods": ["eap-ig", "eap"]}, "kl is zero"),
         ({"dtype": "float31"}, "'float32'"),
         ({"n": 0}, "n=0"),
         ({"edges": 0}, "edges=0"),
@@ -329,6 +330,18 @@ def test_bad_settings_are_refused_before_anything_is_done(
     with pytest.raises((SettingError, DataError), match=said):
         sweep(**{**given, **QUIET, **change})
     assert not (tmp_path / "store").exists()
+
+
+def test_a_file_whose_method_has_no_gradient_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    lines = ['models = ["gpt2"]', 'relations = ["antonym"]', 'store = "s"', 'metric = "kl"', 'methods = ["eap"]']
+    (tmp_path / "sweep.toml").write_text("\n".join(lines))
+    with pytest.raises(SettingError, match="kl is zero"):
+        read_sweep_file(tmp_path / "sweep.toml")
+
+
+def test_each_method_has_its_own_ablation_where_none_is_named(folders, words: Relation, tmp_path: Path) -> None:
+    table = sweep([folders["gpt2"]], [words], ["acdc", "eap"], taus=[0.3], edges=40, store=tmp_path / "s", **QUIET)
+    assert dict(zip(table["method"], table["ablation"], strict=True)) == {"acdc": "zero", "eap": "mean"}
 
 
 def test_a_folder_that_is_no_store_is_left_alone(folders, words: Relation, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def faithful_story(
     missing = sorted(set(named) - set(circuit_heads(model, circuit)))
     if missing:
         raise CircuitError(f"{missing[0]!r} has a role but is not in the circuit; read the roles from this circuit.")
-    cuts = make_ablation(model, task, ablation or circuit.provenance.get("ablation", "zero"))
+    cuts = make_ablation(model, task, ablation or circuit.ablation)
     prompts = cuts.usable(split_of(task, split))
     check_prompts(prompts)
     nodes = circuit.nodes

@@ -70,7 +70,7 @@ def completeness(
         raise SettingError(
             f"draws={draws}, k={k}: there are 0 or more random circuits, and Hit@k needs a k of at least 1."
         )
-    cuts = make_ablation(model, task, ablation or circuit.provenance.get("ablation", "zero"))
+    cuts = make_ablation(model, task, ablation or circuit.ablation)
     splits = {"D_val": cuts.usable(task.val)}
     if len(task.test):
         splits["D_test"] = cuts.usable(task.test)

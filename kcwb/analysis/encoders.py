@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kcwb.circuits.ablation import ABLATIONS, PositionClasses
 from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.encoder import Encoder, record_nodes, run_encoder
 from kcwb.progress import Progress, track
 from kcwb.tasks.masked import MaskedPrompts, MaskedTask, at_masks
 from kcwb.tasks.ranks import rank_of
-
-ABLATIONS = ("zero", "mean", "resample")
 
 
 def ablate_encoder(
@@ -29,7 +28,7 @@ def ablate_encoder(
         The model, and a task made for it.
     ablation
         What the node computes instead: `zero`; `mean`, its mean over the task's reference prompts at the same position
-        counted from the mask (a position that no reference prompt has takes the nearest); or `resample`, what it
+        counted from the mask, position 0 apart (`kcwb.circuits.ablation.PositionClasses`); or `resample`, what it
         computes on the paired prompt.
     k
         An answer counts as a hit when it is among the k most likely.
@@ -99,29 +98,21 @@ def _measure(
 
 
 def _ablated(
-    encoder: Encoder, prompts: MaskedPrompts, ablation: str, means: tuple[dict[str, Tensor], int] | None
+    encoder: Encoder, prompts: MaskedPrompts, ablation: str, means: tuple[dict[str, Tensor], PositionClasses] | None
 ) -> Mapping[str, Tensor | float]:
     """What each node computes when it is ablated."""
     if ablation == "resample":
         return record_nodes(encoder, prompts.corrupted, prompts.real)
     if means is None:
         return dict.fromkeys(encoder.nodes, 0.0)
-    table, first = means
-    place = (_offsets(prompts) - first).clamp(0, len(next(iter(table.values()))) - 1)
+    table, classes = means
+    place = classes.of(prompts.masks, prompts.tokens.shape[1])
     return {node: mean[place] for node, mean in table.items()}
 
 
-def _offsets(prompts: MaskedPrompts) -> Tensor:
-    """Each position counted from the mask."""
-    return torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)[None] - prompts.masks[:, None]
-
-
-def _mean_nodes(encoder: Encoder, prompts: MaskedPrompts) -> tuple[dict[str, Float[Tensor, "O X"]], int]:
-    """Each node's mean at each offset from the mask, over the prompts that have a token there; and the first offset."""
-    offsets = _offsets(prompts)
-    first = int(offsets.min())
-    here = torch.nn.functional.one_hot(offsets - first) * prompts.real[..., None]
-    here = here[..., : int((offsets - first)[prompts.real].max()) + 1].float()
-    weights = (here / here.sum((0, 1)).clamp(min=1)).flatten(0, 1).T
+def _mean_nodes(encoder: Encoder, prompts: MaskedPrompts) -> tuple[dict[str, Float[Tensor, "K X"]], PositionClasses]:
+    """Each node's mean in each class of positions, and the classes."""
+    classes = PositionClasses.over(prompts.masks, prompts.real)
+    weights = classes.weights(prompts.masks, prompts.real).flatten(0, 1).T
     values = record_nodes(encoder, prompts.tokens, prompts.real)
-    return {node: (weights @ value.flatten(0, 1).float()).to(value.dtype) for node, value in values.items()}, first
+    return {node: (weights @ value.flatten(0, 1).float()).to(value.dtype) for node, value in values.items()}, classes

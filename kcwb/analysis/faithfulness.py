@@ -174,7 +174,7 @@ def comprehensiveness(
     check_same_model(model, circuit)
     check_same_weights(model, task)
     table = completeness(
-        model, circuit.complement(), task, ablation=_ablation_of(circuit, ablation), k=k, draws=draws, seed=seed,
+        model, circuit.complement(), task, ablation=ablation or circuit.ablation, k=k, draws=draws, seed=seed,
         progress=progress,
     )  # fmt: skip
     names = {"circuit": "complement", "random circuits": "random complements"}
@@ -243,7 +243,7 @@ def minimality(
             f"{circuit!r} keeps {'every' if len(edges) else 'no'} edge between its nodes: there is none to "
             f"{'compare with' if len(edges) else 'test'}."
         )
-    cuts = make_ablation(model, task, _ablation_of(circuit, ablation))
+    cuts = make_ablation(model, task, ablation or circuit.ablation)
     loss = make_loss(model, cuts.usable(task.val), metric)
     flipped = torch.cat([edges, others])
     with track(progress, len(flipped), "minimality") as step:
@@ -263,7 +263,7 @@ def _scores_of(model: Model, given: Circuit | Tensor, ablation: str | None) -> t
     exists = model.graph.exists
     if isinstance(given, Circuit):
         check_same_model(model, given)
-        scores, ablation = given.scores, _ablation_of(given, ablation)
+        scores, ablation = given.scores, ablation or given.ablation
     else:
         scores = given.detach().cpu()
         if scores.shape != exists.shape:
@@ -276,10 +276,6 @@ def _scores_of(model: Model, given: Circuit | Tensor, ablation: str | None) -> t
     if ablation is None:
         raise SettingError("Scores do not say what they were found with: name the ablation (zero, mean or resample).")
     return scores, ablation
-
-
-def _ablation_of(circuit: Circuit, ablation: str | None) -> str:
-    return ablation or circuit.provenance.get("ablation", "zero")
 
 
 def _check_fractions(fractions: Sequence[float]) -> None:

@@ -20,12 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.analysis.completeness import proportion_interval
-from kcwb.circuits.ablation import ABLATIONS, make_ablation
+from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.baselines import random_circuit
+from kcwb.discovery.methods import check_method
 from kcwb.discovery.selection import matched_circuit, select_edges
-from kcwb.errors import CircuitError, DataError, SettingError, choose
+from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -79,8 +80,8 @@ def hop_circuits(
     controls: Mapping[str, Task] | None = None,
     edges: int = 300,
     metric: str = "nll",
-    ablation: str = "mean",
-    steps: int = 5,
+    ablation: str | None = None,
+    steps: int | None = None,
     progress: Progress = True,
 ) -> HopCircuits:
     """Find the circuits of both hops and of the two-hop question, all at one size.
@@ -109,7 +110,9 @@ def hop_circuits(
         If a setting cannot be meant.
     """
     controls = dict(controls or {})
-    _check(model, hops, controls, edges, ablation, steps)
+    settled = check_method("eap-ig", metric, ablation, steps=steps)
+    ablation, steps = settled.ablation, settled.steps
+    _check(model, hops, controls, edges)
     tasks = {**hops.tasks, **controls}
     rows = usable_chains(hops, ablation)
     chosen = {name: list(rows) if name in HOPS else _own(task, ablation) for name, task in tasks.items()}
@@ -225,10 +228,7 @@ def hop_overlap(
 # --- circuits ---
 
 
-def _check(model: Model, hops: Hops, controls: Mapping[str, Task], edges: int, ablation: str, steps: int) -> None:
-    choose("The ablation", ablation, ABLATIONS)
-    if steps < 1:
-        raise SettingError(f"steps={steps}: the integral needs at least one point.")
+def _check(model: Model, hops: Hops, controls: Mapping[str, Task], edges: int) -> None:
     if not 1 <= edges <= model.graph.n_edges:
         raise SettingError(f"edges={edges}: {model.name} has {model.graph.n_edges:,} edges; ask for 1 to that many.")
     taken = {*HOPS, INTEGRATED} & set(controls)

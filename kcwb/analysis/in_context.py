@@ -37,6 +37,7 @@ from kcwb.analysis.positions import split_of, told_at_end
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
+from kcwb.discovery.methods import METHODS, STEPS
 from kcwb.discovery.selection import matched_circuit, select_edges
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward
@@ -52,7 +53,7 @@ from kcwb.tasks.shots import GROUPS, ShotTask, shot_tasks
 LEAST_PRESENCE = 0.8
 #: The arms of the ablation, in the order of the paper's table.
 ARMS = ("intact", "new heads", "random heads", "shared heads")
-_METRIC, _ABLATION = "nll", "mean"
+_METRIC, _ABLATION = "nll", METHODS["eap-ig"].ablation
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,7 @@ def in_context(
     n_test: int = 16,
     template: int | str = 0,
     sets: int = 2,
-    steps: int = 5,
+    steps: int = STEPS,
     resamples: int = 100,
     draws: int = 100,
     seed: int = 0,
@@ -197,7 +198,7 @@ def context_circuits(
     tasks: Mapping[str, ShotTask],
     *,
     edges: int = 300,
-    steps: int = 5,
+    steps: int = STEPS,
     resamples: int = 100,
     seed: int = 0,
     progress: Progress = True,

@@ -272,7 +272,7 @@ def ablate_nodes(
     if circuit is not None:
         check_same_model(model, circuit)
     check_same_weights(model, task)
-    cuts = make_ablation(model, task, ablation or (_found_with(circuit) if circuit else "mean"))
+    cuts = make_ablation(model, task, ablation or (circuit.ablation if circuit else "mean"))
     splits = {"D_val": cuts.usable(task.val)} | ({"D_test": cuts.usable(task.test)} if len(task.test) else {})
     runs: list[tuple[str, str, Bool[Tensor, "S R"] | None]] = [
         ("full model", "before", None),
@@ -342,7 +342,7 @@ def _plan(
     cuts = None
     if circuit is not None:
         check_same_model(model, circuit)
-        cuts = _cuts(model, task, ablation or _found_with(circuit))
+        cuts = _cuts(model, task, ablation or circuit.ablation)
         if prompt is None:
             prompts = cuts.usable(prompts)
     if prompt is not None:
@@ -352,10 +352,6 @@ def _plan(
 
 def _prompts(task: Task | Prompts) -> Prompts:
     return task.val if isinstance(task, Task) else task
-
-
-def _found_with(circuit: Circuit) -> str:
-    return str(circuit.provenance.get("ablation", "zero"))
 
 
 def _cuts(model: Model, task: Task | Prompts, ablation: str | Ablation) -> Ablation:

@@ -18,21 +18,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.circuits.ablation import ABLATIONS, make_ablation
+from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
-from kcwb.discovery.attribution import attribution_scores
-from kcwb.discovery.baselines import exact_effects, random_circuit
-from kcwb.discovery.discover import DEFAULT_SHARE, check_same_weights, score_edges
+from kcwb.discovery.baselines import random_circuit
+from kcwb.discovery.discover import loss_scores, score_edges
+from kcwb.discovery.methods import SCORING, check_method, check_size
 from kcwb.discovery.selection import SELECTIONS, select_edges
 from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.tasks.metrics import METRICS, make_loss
-from kcwb.tasks.prompts import Task, encode, make_task
+from kcwb.tasks.metrics import make_loss
+from kcwb.tasks.prompts import Task, check_same_weights, encode, make_task
 from kcwb.tasks.relations import Relation, load_relation
-
-_METHODS = ("eap", "eap-ig", "exact")
 
 
 def bootstrap_stability(
@@ -41,10 +39,10 @@ def bootstrap_stability(
     method: str = "eap-ig",
     *,
     metric: str = "nll",
-    ablation: str = "mean",
+    ablation: str | None = None,
     edges: int | None = None,
     select: str = "signed",
-    steps: int = 5,
+    steps: int | None = None,
     draws: int = 20,
     seed: int = 0,
     progress: Progress = True,
@@ -58,7 +56,7 @@ def bootstrap_stability(
     Parameters
     ----------
     model, task, method, metric, ablation, select
-        As in `kcwb.discover`; `method` is `eap`, `eap-ig` or `exact`.
+        As in `kcwb.discover`; `method` is one that scores every edge (`eap`, `eap-ig`, `exact`).
     edges
         How many edges are asked for, before dangling ones are dropped. Default: 1% of all edges.
     steps
@@ -85,9 +83,9 @@ def bootstrap_stability(
     SettingError
         If a setting cannot be meant.
     """
-    size = _check(model, method, metric, ablation, edges, select)
-    if draws < 1 or steps < 1:
-        raise SettingError(f"draws={draws}, steps={steps}: both must be at least 1.")
+    ablation, size = _check(model, method, metric, ablation, edges, select, steps)
+    if draws < 1:
+        raise SettingError(f"draws={draws}: it must be at least 1.")
     check_same_weights(model, task)
     cuts = make_ablation(model, task, ablation)
     loss = make_loss(model, cuts.usable(task.val), metric)
@@ -97,11 +95,7 @@ def bootstrap_stability(
     by_fact = []
     with track(progress, n_facts, "stability") as step:
         for i in range(n_facts):
-            one = loss.select([i])
-            if method == "exact":
-                by_fact.append(exact_effects(model, one, cuts))
-            else:
-                by_fact.append(attribution_scores(model, one, cuts, steps=steps if method == "eap-ig" else 1))
+            by_fact.append(loss_scores(model, loss.select([i]), cuts, method, steps))
             step()
     counts = _resamples(n_facts, draws, seed)
     shares = torch.cat([torch.ones(1, n_facts), counts]) / n_facts
@@ -121,10 +115,10 @@ def template_stability(
     templates: Sequence[int | str] | None = None,
     n: int = 8,
     metric: str = "nll",
-    ablation: str = "mean",
+    ablation: str | None = None,
     edges: int | None = None,
     select: str = "signed",
-    steps: int = 5,
+    steps: int | None = None,
     seed: int = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
@@ -161,13 +155,13 @@ def template_stability(
     SettingError
         If there are fewer than two different templates, or a setting cannot be meant.
     """
-    size = _check(model, method, metric, ablation, edges, select)
+    ablation, size = _check(model, method, metric, ablation, edges, select, steps)
     relation = load_relation(relation) if isinstance(relation, str) else relation
     wanted = list(range(len(relation.prompt_templates_zs))) if templates is None else list(templates)
     if len(wanted) < 2 or len(set(wanted)) < len(wanted):
         raise SettingError(f"Stability over templates of {relation.name} needs at least two, all different: {wanted}.")
-    if steps < 1 or n < 1:
-        raise SettingError(f"steps={steps}, n={n}: both must be at least 1.")
+    if n < 1:
+        raise SettingError(f"n={n}: it must be at least 1.")
     circuits: dict[str, Circuit] = {}
     with track(progress, 2 * len(wanted), "stability") as step:
         tasks, everything = [], []
@@ -193,18 +187,13 @@ def template_stability(
     return table
 
 
-def _check(model: Model, method: str, metric: str, ablation: str, edges: int | None, select: str) -> int:
-    """The number of edges to select; SettingError, before any work, for what cannot be meant."""
-    choose("The method", method, _METHODS)
-    choose("The metric", metric, METRICS)
-    choose("The ablation", ablation, ABLATIONS)
+def _check(
+    model: Model, method: str, metric: str, ablation: str | None, edges: int | None, select: str, steps: int | None
+) -> tuple[str, int]:
+    """The ablation and the number of edges to select; SettingError, before any work, for what cannot be meant."""
+    choose("The method", method, SCORING)
     choose("The selection", select, SELECTIONS)
-    if (method, metric) == ("eap", "kl"):
-        raise SettingError("The gradient of kl is zero at the full model, where eap takes it: use eap-ig, or nll.")
-    size = max(1, round(DEFAULT_SHARE * model.graph.n_edges)) if edges is None else edges
-    if not 1 <= size <= model.graph.n_edges:
-        raise SettingError(f"edges={size}: {model.name} has {model.graph.n_edges:,} edges; ask for 1 to that many.")
-    return size
+    return check_method(method, metric, ablation, steps=steps).ablation, check_size(model.graph, edges, model.name)
 
 
 def _resamples(n_facts: int, draws: int, seed: int) -> Int[Tensor, "draws N"]:

@@ -1,7 +1,8 @@
 """What a cut edge delivers instead of its sender's current output.
 
 - `zero`: nothing (the choice of Knowledge Circuits, arXiv 2405.17969);
-- `mean`: the sender's mean output over the task's reference prompts, at the same position counted from END;
+- `mean`: the sender's mean output over the task's reference prompts, at the same position counted from END; a prompt's
+  position 0 is a class of its own (`PositionClasses`);
 - `resample`: its output on the paired corrupted prompt (another subject, as many tokens, another answer).
 """
 
@@ -12,7 +13,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kcwb.errors import DataError, choose
@@ -22,6 +23,54 @@ from kcwb.models.network import Network
 from kcwb.tasks.prompts import Prompts, Task
 
 ABLATIONS = ("zero", "mean", "resample")
+#: A class of positions has at least this many prompts, where any has.
+_LEAST = 3
+
+
+@dataclass(frozen=True, eq=False)
+class PositionClasses:
+    """Which positions of prompts of any length share a mean.
+
+    Position 0 is class 0: most models make it an attention sink, whose outputs are some thirty times as long as those
+    of others, and a mean with a part of it would deliver sinks in the middle of a prompt. The others go by their offset
+    from an anchor (END, or an encoder's mask); an offset that fewer than three prompts have takes the nearest that
+    three have (if none has, the nearest of those that most prompts have).
+
+    Attributes
+    ----------
+    offsets
+        `[K - 1]`: the offsets from the anchor of classes 1, 2, ...
+    """
+
+    offsets: Int[Tensor, " K-1"]
+
+    @classmethod
+    def over(cls, anchors: Int[Tensor, " N"], real: Bool[Tensor, "N T"]) -> PositionClasses:
+        """The classes that prompts can fill, from where their anchors are and which positions are not padding."""
+        offsets, counts = _offsets(anchors, real.shape[1])[:, 1:][real[:, 1:]].unique(return_counts=True)
+        return cls(offsets[counts >= counts.clamp(max=_LEAST).max()] if len(offsets) else offsets)
+
+    def of(self, anchors: Int[Tensor, " N"], width: int) -> Int[Tensor, "N T"]:
+        """The class of every position of some prompts."""
+        offsets = _offsets(anchors, width)
+        if not len(self.offsets):
+            return torch.zeros_like(offsets)
+        classes = 1 + (offsets[..., None] - self.offsets).abs().argmin(-1)
+        classes[:, 0] = 0
+        return classes
+
+    def weights(self, anchors: Int[Tensor, " N"], real: Bool[Tensor, "N T"]) -> Float[Tensor, "N T K"]:
+        """What each position of the prompts that the classes are over adds to each class's mean."""
+        own = _offsets(anchors, real.shape[1])[..., None] == self.offsets
+        members = torch.nn.functional.pad(own & real[..., None], (1, 0))
+        members[:, 0] = False
+        members[:, 0, 0] = True
+        return members / members.sum((0, 1))
+
+
+def _offsets(anchors: Int[Tensor, " N"], width: int) -> Int[Tensor, "N T"]:
+    """Each position counted from its prompt's anchor: 0 there, negative before."""
+    return torch.arange(width, device=anchors.device)[None] - anchors[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +83,16 @@ class Ablation:
         One of `ABLATIONS`.
     network
         The model's functions of nodes.
-    means, first
-        For `mean`: `[S, O, D]`, each sender's mean output at offsets `first`, `first + 1`, ... from END.
+    means, classes
+        For `mean`: `[S, K, D]`, each sender's mean output in each class of positions, and the classes.
     reference
-        For `mean`: SHA-256 of the tokens that it averages over.
+        For `mean`: SHA-256 of the prompts that it averages over.
     """
 
     kind: str
     network: Network
-    means: Float[Tensor, "S O D"] | None = None
-    first: int = 0
+    means: Float[Tensor, "S K D"] | None = None
+    classes: PositionClasses | None = None
     reference: str = ""
 
     def usable(self, prompts: Prompts) -> Prompts:
@@ -88,9 +137,8 @@ class Ablation:
             senders = forward(self.network, prompts.corrupted, senders=True).senders
             assert senders is not None  # asked for in the line above
             return senders
-        assert self.means is not None  # make_ablation sees to it
-        place = (_offsets(prompts) - self.first).clamp(0, self.means.shape[1] - 1)
-        return self.means[:, place]
+        assert self.means is not None and self.classes is not None  # make_ablation sees to it
+        return self.means[:, self.classes.of(prompts.ends, prompts.tokens.shape[1])]
 
 
 def make_ablation(model: Model, task: Task, kind: str) -> Ablation:
@@ -106,30 +154,21 @@ def make_ablation(model: Model, task: Task, kind: str) -> Ablation:
     choose("The ablation", kind, ABLATIONS)
     if kind != "mean":
         return Ablation(kind, model.network)
-    means, first = _mean_outputs(model.network, task.reference)
-    tokens = task.reference.tokens.cpu().numpy().tobytes()
-    return Ablation(kind, model.network, means, first, hashlib.sha256(tokens).hexdigest())
-
-
-def _offsets(prompts: Prompts) -> Int[Tensor, "N T"]:
-    """Each position counted from END: 0 there, negative before, positive on the answer."""
-    steps = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)
-    return steps[None] - prompts.ends[:, None]
+    prompts = task.reference
+    digest = hashlib.sha256(prompts.tokens.cpu().numpy().tobytes() + prompts.lengths.cpu().numpy().tobytes())
+    return Ablation(kind, model.network, *_mean_outputs(model.network, prompts), digest.hexdigest())
 
 
 @torch.no_grad()
-def _mean_outputs(network: Network, prompts: Prompts) -> tuple[Float[Tensor, "S O D"], int]:
-    """Each sender's mean at each offset from END, over the prompts that have a token there; and the first offset."""
-    offsets = _offsets(prompts)
-    first = int(offsets.min())
-    place = offsets - first
-    real = offsets <= prompts.answer_mask.sum(1, keepdim=True) - 1
-    n_offsets = int(place[real].max()) + 1
-    weights = torch.nn.functional.one_hot(place.clamp(max=n_offsets - 1), n_offsets) * real[..., None]
-    weights = (weights / weights.sum((0, 1))).float()
-    means = torch.zeros(network.graph.n_senders, n_offsets, network.d_model, device=network.device)
+def _mean_outputs(network: Network, prompts: Prompts) -> tuple[Float[Tensor, "S K D"], PositionClasses]:
+    """Each sender's mean output in each class of positions, and the classes."""
+    steps = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)
+    real = steps < (prompts.lengths + prompts.answer_mask.sum(1) - 1)[:, None]
+    classes = PositionClasses.over(prompts.ends, real)
+    weights = classes.weights(prompts.ends, real)
+    means = torch.zeros(network.graph.n_senders, weights.shape[-1], network.d_model, device=network.device)
     for rows in prompt_chunks(network, prompts.tokens):
         senders = forward(network, prompts.tokens[rows], senders=True).senders
         assert senders is not None  # asked for in the line above
         means += weights[rows].flatten(0, 1).T @ senders.flatten(1, 2).float()
-    return means.to(network.dtype), first
+    return means.to(network.dtype), classes

@@ -100,6 +100,11 @@ class Circuit:
         return int(self.nodes["kind"].isin(["head", "mlp"]).sum())
 
     @property
+    def ablation(self) -> str:
+        """What its cut edges delivered when it was found; `zero` if its provenance does not say."""
+        return str(self.provenance.get("ablation", "zero"))
+
+    @property
     def edges(self) -> pd.DataFrame:
         """The kept edges: `sender`, `receiver`, `score`, strongest first."""
         rows, columns = self.kept.nonzero(as_tuple=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _COUNTERS = ("visited", "evaluations", "near_ties", "surprises", "seen", "value")
 #: Raised with every change of the search that may change its decisions.
-_VERSION = 2
+_VERSION = 3
 
 
 def checkpoint_folder() -> Path:

@@ -14,31 +14,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import ABLATIONS, make_ablation
+from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.acdc import Search, acdc, predict_seconds
 from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.baselines import exact_effects
 from kcwb.discovery.checkpoint import checkpoint_folder, fingerprint
+from kcwb.discovery.methods import METHODS, SCORING, check_method, check_size
 from kcwb.discovery.selection import SELECTIONS, select_edges
 from kcwb.discovery.sequential import Pruned
 from kcwb.errors import SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
-from kcwb.tasks.metrics import METRICS, Loss, make_loss
+from kcwb.tasks.metrics import Loss, make_loss
 from kcwb.tasks.prompts import Task, check_same_weights
 from kcwb.versions import versions
-
-#: Method -> the parameters that it takes beside metric and ablation.
-METHODS: dict[str, tuple[str, ...]] = {
-    "eap": ("edges", "threshold", "select"),
-    "eap-ig": ("edges", "threshold", "select", "steps"),
-    "exact": ("edges", "threshold", "select"),
-    "acdc": ("tau", "absolute", "within", "checkpoint"),
-}
-#: The share of all edges that an attribution circuit keeps where nothing else is said.
-DEFAULT_SHARE = 0.01
 
 
 def discover(
@@ -69,10 +60,11 @@ def discover(
         the exact effect of each edge (one run per edge, so for tiny models). `acdc`: greedy pruning, one edge at a
         time; exact, and minutes on the built-in model.
     metric
-        The loss that a cut is judged by: `nll`, `kl` or `logit_diff`; nats, averaged over answer tokens and prompts.
+        The loss that a cut is judged by: `nll`, `kl` (not for eap: its gradient at the full model is zero) or
+        `logit_diff`; nats, averaged over answer tokens and prompts.
     ablation
-        What a cut edge delivers: `zero`, `mean` or `resample`. None: `zero` for acdc, `mean` for the others, whose
-        first-order scores say little about cutting to zero.
+        What a cut edge delivers: `zero`, `mean` or `resample`. None: `zero` for acdc (`within` a circuit: what that was
+        found with), `mean` for the others, whose first-order scores say little about cutting to zero.
     edges, threshold
         Attribution: how many edges, or the least score kept. Default: 1% of all edges.
     select
@@ -103,10 +95,9 @@ def discover(
     """
     given: dict[str, Any] = {"edges": edges, "threshold": threshold, "select": select, "steps": steps}
     given |= {"tau": tau, "absolute": absolute, "within": within, "checkpoint": checkpoint}
+    ablation, _ = check_method(method, metric, ablation, steps=steps, within=within)
     parameters = _parameters(model, method, {key: value for key, value in given.items() if value is not None})
-    ablation = choose("The ablation", ablation or ("zero" if method == "acdc" else "mean"), ABLATIONS)
     check_same_weights(model, task)
-    choose("The metric", metric, METRICS)
     started = time.perf_counter()
     cuts = make_ablation(model, task, ablation)
     loss = make_loss(model, cuts.usable(task.val), metric)
@@ -130,18 +121,31 @@ def score_edges(
     method: str = "eap-ig",
     *,
     metric: str = "nll",
-    ablation: str = "mean",
-    steps: int = 5,
+    ablation: str | None = None,
+    steps: int | None = None,
     progress: Progress = True,
 ) -> Float[Tensor, "S R"]:
     """The scores that an attribution method gives to all edges, `[S, R]`; parameters as in `discover`."""
+    choose("The method", method, SCORING)
+    ablation, _ = check_method(method, metric, ablation, steps=steps)
     check_same_weights(model, task)
-    choose("The method", method, ("eap", "eap-ig", "exact"))
     cuts = make_ablation(model, task, ablation)
-    loss = make_loss(model, cuts.usable(task.val), metric)
+    return loss_scores(model, make_loss(model, cuts.usable(task.val), metric), cuts, method, steps, progress)
+
+
+def loss_scores(
+    model: Model,
+    loss: Loss,
+    cuts: Ablation,
+    method: str = "eap-ig",
+    steps: int | None = None,
+    progress: Progress = False,
+) -> Float[Tensor, "S R"]:
+    """As `score_edges`, of a loss on any prompts."""
+    settled = check_method(method, loss.metric, steps=steps)
     if method == "exact":
         return exact_effects(model, loss, cuts, progress=progress)
-    return attribution_scores(model, loss, cuts, steps=steps if method == "eap-ig" else 1, progress=progress)
+    return attribution_scores(model, loss, cuts, steps=settled.steps, progress=progress)
 
 
 def tau_path(
@@ -150,7 +154,7 @@ def tau_path(
     taus: Sequence[float],
     *,
     metric: str = "nll",
-    ablation: str = "zero",
+    ablation: str | None = None,
     absolute: bool = False,
     within: Circuit | None = None,
     progress: Progress = True,
@@ -169,7 +173,7 @@ def tau_path(
     """
     for tau in taus:
         _parameters(model, "acdc", {"tau": tau, "within": within} if within else {"tau": tau})
-    search = _search(model, task, metric, ablation, 1.0, absolute, within)
+    search = _search(model, task, metric, ablation, absolute, within)
     circuits = {}
     for tau in taus:
         started = time.perf_counter()
@@ -177,7 +181,7 @@ def tau_path(
         provenance = _provenance(model, task, search.loss, started) | {
             "method": "acdc",
             "metric": metric,
-            "ablation": ablation,
+            "ablation": search.ablation.kind,
             "parameters": {"tau": tau, "absolute": absolute, "within": _origin(within)},
             **_acdc_report(pruned),
         }
@@ -186,22 +190,22 @@ def tau_path(
 
 
 def predict(
-    model: Model, task: Task, *, metric: str = "nll", ablation: str = "zero", within: Circuit | None = None
+    model: Model, task: Task, *, metric: str = "nll", ablation: str | None = None, within: Circuit | None = None
 ) -> float:
     """Roughly how many seconds `discover(model, task, "acdc", ...)` will take, from timing a few of its candidates."""
-    return predict_seconds(_search(model, task, metric, ablation, 1.0, False, within))
+    return predict_seconds(_search(model, task, metric, ablation, False, within))
 
 
 def _search(
-    model: Model, task: Task, metric: str, ablation: str, tau: float, absolute: bool, within: Circuit | None
+    model: Model, task: Task, metric: str, ablation: str | None, absolute: bool, within: Circuit | None
 ) -> Search:
-    """An ACDC search that is about to begin."""
-    choose("The ablation", ablation, ABLATIONS)
-    choose("The metric", metric, METRICS)
+    """An ACDC search that is about to begin, at the default tau."""
+    ablation, _ = check_method("acdc", metric, ablation, within=within)
     check_same_weights(model, task)
     cuts = make_ablation(model, task, ablation)
     loss = make_loss(model, cuts.usable(task.val), metric)
-    return Search(model, loss, cuts, tau=tau, absolute=absolute, within=None if within is None else within.kept)
+    settings = {"tau": METHODS["acdc"].defaults["tau"], "absolute": absolute}
+    return Search(model, loss, cuts, within=None if within is None else within.kept, **settings)
 
 
 def _origin(within: Circuit | None) -> dict[str, Any] | None:
@@ -225,31 +229,26 @@ def _acdc_report(pruned: Pruned) -> dict[str, Any]:
 
 def _parameters(model: Model, method: str, given: dict[str, Any]) -> dict[str, Any]:
     """The method's parameters, checked, with defaults filled in."""
-    takes = METHODS[choose("The method", method, METHODS)]
+    defaults = METHODS[method].defaults
     for name in given:
-        if name not in takes:
-            raise SettingError(f"{method} takes {', '.join(takes)}; {name} is not one of them.")
+        if name not in defaults:
+            raise SettingError(f"{method} takes {', '.join(defaults)}; {name} is not one of them.")
+    parameters = {**defaults, **given}
     if method == "acdc":
-        parameters = {"tau": 0.01, "absolute": False, "within": None, "checkpoint": True, **given}
         if parameters["within"] is not None:
             check_same_model(model, parameters["within"])
         if not 0 < parameters["tau"] < float("inf"):
             raise SettingError(f"tau={parameters['tau']}: the loss increase to allow must be above 0 nats (try 0.01).")
         return parameters
-    parameters = {"select": "signed", **({"steps": 5} if "steps" in takes else {}), **given}
     choose("The selection", parameters["select"], SELECTIONS)
     if "edges" in given and "threshold" in given:
         raise SettingError("Give either edges (how many) or threshold (the least score), not both.")
     if not math.isfinite(given.get("threshold", 0.0)):
         raise SettingError(f"threshold={given['threshold']}: give the least score that is kept, in nats.")
-    if "threshold" not in given:
-        parameters.setdefault("edges", max(1, round(DEFAULT_SHARE * model.graph.n_edges)))
-        if not 1 <= parameters["edges"] <= model.graph.n_edges:
-            raise SettingError(
-                f"edges={parameters['edges']}: {model.name} has {model.graph.n_edges:,} edges; ask for 1 to that many."
-            )
-    if parameters.get("steps", 1) < 1:
-        raise SettingError(f"steps={parameters['steps']}: the integral needs at least one point.")
+    unused = "edges" if "threshold" in given else "threshold"
+    if unused == "threshold":
+        parameters["edges"] = check_size(model.graph, parameters["edges"], model.name)
+    del parameters[unused]
     return parameters
 
 
@@ -264,10 +263,7 @@ def _run(
         pruned = acdc(search, progress=progress, checkpoint=_checkpoint_path(search, checkpoint))
         parameters["within"] = _origin(within)
         return pruned.kept, pruned.increases, _acdc_report(pruned)
-    if method == "exact":
-        scores = exact_effects(model, loss, cuts, progress=progress)
-    else:
-        scores = attribution_scores(model, loss, cuts, steps=parameters.get("steps", 1), progress=progress)
+    scores = loss_scores(model, loss, cuts, method, parameters.get("steps"), progress)
     selection: dict[str, Any] = {key: parameters.get(key) for key in ("edges", "threshold", "select")}
     kept = select_edges(model.graph, scores, **selection)
     return kept, scores.masked_fill(~model.graph.exists, torch.nan), {}

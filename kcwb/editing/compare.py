@@ -38,6 +38,7 @@ from kcwb.analysis.positions import check_prompts, position_groups, told_at_end
 from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
+from kcwb.discovery.methods import STEPS
 from kcwb.discovery.selection import matched_circuit
 from kcwb.editing.edit import Edit, EditError
 from kcwb.editing.passes import Block
@@ -53,7 +54,6 @@ from kcwb.tasks.relations import Fact
 
 #: Logits: the least |D_S| + |D_R| with which a head has a role on a single prompt.
 LEAST_LOGITS = 0.1
-_STEPS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +246,7 @@ def _asked(model: Model, task: Task, fact: Fact, template: str) -> Prompts:
 def _circuit(model: Model, task: Task, fact: Fact, template: str, cuts: Ablation, edges: int) -> Circuit:
     """The circuit of one prompt with one answer, by EAP-IG under mean ablation, at a size."""
     loss = make_loss(model, _asked(model, task, fact, template), "nll")
-    scores = attribution_scores(model, loss, cuts, steps=_STEPS)
+    scores = attribution_scores(model, loss, cuts, steps=STEPS)
     provenance = {
         "method": "eap-ig",
         "ablation": "mean",
@@ -254,7 +254,7 @@ def _circuit(model: Model, task: Task, fact: Fact, template: str, cuts: Ablation
         "model": {"name": model.name, "digest": model.digest},
         "template": template,
         "facts": [[fact.subject, fact.object]],
-        "parameters": {"edges": edges, "select": "signed", "steps": _STEPS},
+        "parameters": {"edges": edges, "select": "signed", "steps": STEPS},
     }
     return replace(matched_circuit(model.graph, scores, edges), provenance=provenance)
 

@@ -9,8 +9,8 @@ from typing import Any
 import ipywidgets as W
 
 from kcwb.circuits.ablation import ABLATIONS
-from kcwb.discovery.discover import METHODS
-from kcwb.errors import SettingError, choose
+from kcwb.discovery.methods import METHODS, check_method
+from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.tasks.metrics import METRICS
 from kcwb.tasks.relations import Relation, load_relation, relation_files
@@ -50,9 +50,7 @@ class Controls:
         n: int,
         seed: int,
     ) -> None:
-        choose("The method", method, METHODS)
-        choose("The metric", metric, METRICS)
-        choose("The ablation", ablation or "zero", ABLATIONS)
+        check_method(method, metric, ablation)
         self._n_edges = model.graph.n_edges
         for name, value in (("edges", edges), ("within", within)):
             if value is not None and not 1 <= value <= self._n_edges:
@@ -105,6 +103,11 @@ class Controls:
         return min(max(1, round(self.edges.value)), self._n_edges)
 
     @property
+    def scores(self) -> bool:
+        """Whether the chosen method scores every edge, so that a circuit has a size; if not, it prunes."""
+        return METHODS[str(self.method.value)].scores
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What is on screen, as parameters of `make_task` and `discover`; `within` as a number of edges, or None."""
         method = self.method.value
@@ -117,7 +120,7 @@ class Controls:
             "ablation": self.ablation.value or None,
             "metric": self.metric.value,
         }
-        if method == "acdc":
+        if not self.scores:
             return common | {"tau": self.tau.value, "within": self.within.value or None}
         return common | {"edges": self.size}
 
@@ -133,9 +136,8 @@ class Controls:
 
     def offer_size(self) -> None:
         """Edges for attribution; tau, and what to search, for ACDC."""
-        acdc = self.method.value == "acdc"
-        self.edges.layout.display = "none" if acdc else ""
-        self.tau.layout.display = self.within.layout.display = "" if acdc else "none"
+        self.edges.layout.display = "" if self.scores else "none"
+        self.tau.layout.display = self.within.layout.display = "none" if self.scores else ""
 
     def _relation_options(self) -> list[tuple[str, str]]:
         kinds = {

@@ -354,7 +354,7 @@ class NodePanel(Panel):
     def _ablation_of(self, circuit: Circuit) -> Ablation:
         """What the circuit's cut edges deliver, made anew only when it differs from the last one."""
         assert self.task is not None  # nothing is looked at without
-        task, kind = self.task, str(circuit.provenance.get("ablation", "zero"))
+        task, kind = self.task, circuit.ablation
         if self._cuts is None or self._cuts[:2] != (task, kind):
             self._cuts = task, kind, make_ablation(self.model, task, kind)
         return self._cuts[2]

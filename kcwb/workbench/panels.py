@@ -18,6 +18,7 @@ from kcwb.analysis.heads import head_roles
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.discover import discover, predict
+from kcwb.discovery.methods import METHODS, check_method
 from kcwb.discovery.selection import resize
 from kcwb.errors import CircuitError, KcwbError, SettingError
 from kcwb.models.loading import Model
@@ -152,11 +153,12 @@ class DiscoveryPanel(Panel):
         """Discover with the settings on screen, then test the circuit alone; returns at once, see `wait`."""
         self._message.value = ""
         settings = self.settings
+        check_method(settings["method"], settings["metric"], settings["ablation"])
 
         def job(progress: ProgressCallback) -> Finding:
             task, how = self._prepare(settings, progress)
             stage = "Discovering the circuit"
-            if how["method"] == "acdc":
+            if not METHODS[how["method"]].scores:
                 stage += f" (about {duration(self._seconds(task, how, progress))})"
             self._enter(stage, progress)
             return Finding("", discover(self.model, task, progress=progress, **how), task)
@@ -180,7 +182,7 @@ class DiscoveryPanel(Panel):
         """Say how long ACDC would take with the settings on screen; returns at once, see `wait`."""
         self._message.value = ""
         settings = self.settings
-        if settings["method"] != "acdc":
+        if METHODS[settings["method"]].scores:
             raise SettingError(
                 "Only ACDC takes long enough to be timed first; the others show what is left as they run."
             )
@@ -333,7 +335,7 @@ class DiscoveryPanel(Panel):
 
     def _offer_size(self) -> None:
         self.controls.offer_size()
-        self._predict_button.layout.display = "" if self.controls.method.value == "acdc" else "none"
+        self._predict_button.layout.display = "none" if self.controls.scores else ""
 
     def _recut(self) -> None:
         """Follow the size slider, if the circuit on screen can."""
@@ -355,13 +357,12 @@ class DiscoveryPanel(Panel):
         """The task, and what `discover` is told beside it."""
         task = self._ask(settings, progress)
         how = {key: settings[key] for key in ("method", "ablation", "metric")}
-        if settings["method"] != "acdc":
+        if METHODS[settings["method"]].scores:
             return task, {**how, "edges": settings["edges"]}
         how |= {"tau": settings["tau"], "within": None}
         if not 0 < how["tau"] < float("inf"):
             raise SettingError(f"τ = {how['tau']}: the loss increase to allow must be above 0 nats (try 0.01).")
         if settings["within"] is not None:
-            how["ablation"] = how["ablation"] or "mean"
             how["within"] = self._preselect(task, settings["within"], how["metric"], how["ablation"], progress)
         return task, how
 
@@ -380,7 +381,9 @@ class DiscoveryPanel(Panel):
             self._task = key, make_task(self.model, relation, n, seed, template, progress=progress)
         return self._task[1]
 
-    def _preselect(self, task: Task, edges: int, metric: str, ablation: str, progress: ProgressCallback) -> Circuit:
+    def _preselect(
+        self, task: Task, edges: int, metric: str, ablation: str | None, progress: ProgressCallback
+    ) -> Circuit:
         """The circuit that ACDC searches; scored anew only for another task, metric or ablation."""
         key = (task, metric, ablation)
         if self._searched is None or self._searched[0] != key:
@@ -394,8 +397,7 @@ class DiscoveryPanel(Panel):
     def _seconds(self, task: Task, how: dict[str, Any], progress: ProgressCallback) -> float:
         """The predicted time of a run of ACDC."""
         self._enter("Timing a few steps of ACDC", progress)
-        ablation = how["ablation"] or "zero"
-        return predict(self.model, task, metric=how["metric"], ablation=ablation, within=how["within"])
+        return predict(self.model, task, **{key: how[key] for key in ("metric", "ablation", "within")})
 
     def _task_of(self, circuit: Circuit, progress: ProgressCallback) -> Task | None:
         """The task that a loaded circuit was found on; None, with a note, if its relation is not at hand."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from kcwb.circuits import ablation as module
 from kcwb.circuits.ablation import ABLATIONS, make_ablation
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.loading import load_model
 from kcwb.tasks.prompts import encode, make_task
 from kcwb.tasks.relations import Fact
-from tests.tasks import known_relation, relation_of, unpadded_tokens
+from tests.tasks import known_relation, relation_of
+from tests.tiny import tiny_hf, tokenizer
 
 ARCHITECTURES = ["llama", "gpt2", "neox"]
 
@@ -46,21 +49,78 @@ def test_zero_is_zero(model):
     assert make_ablation(model, task, "zero").values(task.val) is None
 
 
-@pytest.mark.parametrize("n_facts", [9, 70])
-def test_mean_is_the_mean_over_the_reference_at_the_same_place_from_the_end(model, n_facts):
-    task = task_of(model, n_facts)
-    at = defaultdict(list)  # place from END -> senders' outputs there
-    for fact, length in zip(task.reference.facts, task.reference.lengths.tolist(), strict=True):
-        for position, output in enumerate(outputs(model, unpadded_tokens(model, fact)).unbind(1)):
-            at[position - (length - 1)].append(output)
+def slow_means(model, prompts, anchors):
+    """Class of positions -> senders' outputs there, by a loop over unpadded prompts: "first", or the offset."""
+    at = defaultdict(list)
+    for n, anchor in enumerate(anchors):
+        for position, output in enumerate(outputs(model, prompts.tokens[n, : real(prompts, n)].tolist()).unbind(1)):
+            at["first" if position == 0 else position - anchor].append(output)
+    return at
+
+
+def slow_value(at, position, anchor, least=3):
+    """The mean that belongs to a position: of position 0, or of the nearest offset that enough prompts have."""
+    offsets = sorted(place for place in at if place != "first")
+    if position == 0 or not offsets:
+        return torch.stack(at["first"]).mean(0)
+    enough = [o for o in offsets if len(at[o]) >= min(least, max(len(at[o]) for o in offsets))]
+    return torch.stack(at[min(enough, key=lambda o: (abs(o - (position - anchor)), o))]).mean(0)
+
+
+def assert_means_are_the_slow_ones(model, task, *asked):
+    reference = task.reference
+    at = slow_means(model, reference, (reference.lengths - 1).tolist())
     ablation = make_ablation(model, task, "mean")
-    for prompts in (task.val, task.reference):
+    for prompts in (task.val, reference, *asked):
         found = ablation.values(prompts)
         assert found.shape == (model.graph.n_senders, *prompts.tokens.shape, model.network.d_model)
         for n in range(len(prompts)):
             for position in range(real(prompts, n)):
-                expected = torch.stack(at[position - (int(prompts.lengths[n]) - 1)]).mean(0)
+                expected = slow_value(at, position, int(prompts.lengths[n]) - 1)
                 torch.testing.assert_close(found[:, n, position], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("n_facts", [9, 70])
+def test_mean_is_the_mean_over_the_reference_at_the_same_place_from_the_end(model, n_facts, bos):
+    model = replace(model, prepend_bos=bos)
+    assert_means_are_the_slow_ones(model, task_of(model, n_facts))
+
+
+@pytest.mark.parametrize("subjects", [1, 2, 5, 11])
+@pytest.mark.parametrize("bos", [False, True])
+def test_mean_keeps_position_0_apart_on_prompts_of_any_length(model, subjects, bos):
+    """Prompts of one to six tokens, some of them alone with their length, and one longer than all of the reference."""
+    model = replace(model, prepend_bos=bos)
+    sizes = [1, 1, 3, 2, 6, 1, 2, 2, 3, 1, 2][:subjects]
+    facts = [
+        Fact(" ".join(f"w{10 + i + j}" for j in range(size)), f"w{50 + i}" + " w7" * (i % 3))
+        for i, size in enumerate(sizes)
+    ]
+    prompts = encode(model, facts, "{}", [fact.object for fact in facts])
+    longer = encode(model, [Fact("w1 w2 w3 w4 w5 w6 w8 w9", "w20 w21 w22 w23")], "{}", ["w20"])
+    task = task_of(model)
+    assert_means_are_the_slow_ones(model, replace(task, reference=prompts, val=prompts), longer)
+
+
+def test_mean_never_delivers_a_sink_in_the_middle_of_a_prompt():
+    """A model whose first position is two hundred times as long as the others, and prompts of one to five tokens."""
+    module = tiny_hf("gpt2")
+    module.transformer.wpe.weight.data[0] *= 200
+    model = load_model(module, tokenizer(), device="cpu")
+    facts = [Fact(" ".join(f"w{10 + i + j}" for j in range(i % 4 + 1)), f"w{50 + i}") for i in range(12)]
+    prompts = encode(model, facts, "{} w2", [fact.object for fact in facts])
+    ablation = make_ablation(model, replace(task_of(model), reference=prompts), "mean")
+    norms = ablation.values(prompts)[0].norm(dim=-1)
+    assert norms[:, 0].min() > 50 > 10 > norms[:, 1:].max()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("relation", ["city_country", "country_capital", "president_birth_year"])
+def test_mean_of_the_builtin_model_delivers_its_sink_at_position_0_alone(smollm2, relation):
+    task = make_task(smollm2, relation, n=8)
+    norms = make_ablation(smollm2, task, "mean").values(task.val)[smollm2.graph.sender_index("m2")].norm(dim=-1)
+    assert norms[:, 0].min() > 400 > 60 > norms[:, 1:5].max()
 
 
 @pytest.mark.parametrize("copies", [3, 10**9])

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from kcwb.discovery.discover import METHODS, discover, score_edges
+from kcwb.analysis.stability import bootstrap_stability, template_stability
+from kcwb.discovery.discover import discover, score_edges, tau_path
+from kcwb.discovery.methods import METHODS, check_method
 from kcwb.discovery.selection import resize
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
@@ -125,6 +127,8 @@ def test_exact_beats_nothing_by_construction(model, task) -> None:
         ("eap-ig", {"steps": 0}, "steps=0"),
         ("eap", {"select": "best"}, "The selection 'best'"),
         ("eap", {"metric": "nil"}, "nll"),
+        ("eap", {"metric": "kl"}, "gradient at the full model.*kl is zero.*eap-ig"),
+        ("eap-ig", {"metric": "kl", "steps": 1}, "single step.*kl is zero"),
         ("eap", {"ablation": "meen"}, "mean"),
     ],
 )
@@ -135,6 +139,46 @@ def test_senseless_settings_are_refused_before_any_compute(
     monkeypatch.setattr("kcwb.discovery.discover.make_loss", lambda *_: pytest.fail("computed"))
     with pytest.raises(SettingError, match=message):
         discover(model, task, method, progress=False, **setting)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"), [("eap", None), ("eap", 5), ("eap-ig", 1)], ids=["eap", "eap with steps", "a single step"]
+)
+def test_kl_has_no_gradient_at_the_full_model_and_every_verb_says_so(model, task, words, monkeypatch, method, steps):
+    """KL is at its minimum there: what is left are rounding errors, and their largest make a circuit like any other."""
+    for place in ("discovery.discover", "analysis.stability", "analysis.hopcircuits"):
+        monkeypatch.setattr(f"kcwb.{place}.make_ablation", lambda *_: pytest.fail("computed"))
+    more = {"metric": "kl", "steps": steps, "progress": False}
+    calls = [
+        lambda: discover(model, task, method, **more),
+        lambda: score_edges(model, task, method, **more),
+        lambda: bootstrap_stability(model, task, method, **more),
+        lambda: template_stability(model, words, method, **more),
+    ]
+    for call in calls:
+        with pytest.raises(SettingError, match="where that of kl is zero"):
+            call()
+    check_method("eap-ig", "kl", steps=2)
+    check_method("exact", "kl")
+    check_method("acdc", "kl")
+
+
+def test_every_verb_of_acdc_takes_its_defaults_from_one_place(model, task) -> None:
+    usual = METHODS["acdc"].defaults["tau"]
+    found = discover(model, task, "acdc", progress=False, checkpoint=False)
+    assert (found.ablation, found.provenance["parameters"]["tau"]) == ("zero", usual)
+    along = tau_path(model, task, [usual], progress=False)[usual]
+    assert along.ablation == "zero" and torch.equal(along.kept, found.kept)
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_acdc_within_a_circuit_cuts_as_that_circuit_was_found(model, task, ablation: str) -> None:
+    start = discover(model, task, "eap-ig", edges=60, ablation=ablation, progress=False)
+    found = discover(model, task, "acdc", within=start, progress=False, checkpoint=False)
+    assert found.ablation == ablation
+    same = discover(model, task, "acdc", within=start, ablation=ablation, progress=False, checkpoint=False)
+    assert torch.equal(same.kept, found.kept)
+    assert next(iter(tau_path(model, task, [0.01], within=start, progress=False).values())).ablation == ablation
 
 
 def test_a_task_of_other_weights_is_refused(tiny, task) -> None:

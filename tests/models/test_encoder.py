@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers as T
 
-from kcwb.analysis.encoders import ablate_encoder
+from kcwb.analysis.encoders import _ablated, _mean_nodes, ablate_encoder
 from kcwb.errors import DataError, ModelError, SettingError
 from kcwb.models.encoder import Encoder, load_encoder, record_nodes, run_encoder
 from kcwb.models.loading import load_model
@@ -129,6 +130,25 @@ def test_the_mean_is_over_the_same_place_counted_from_the_mask(bert, words: Rela
     assert table["change"].abs().max() < 1e-5  # the mean over itself is itself
     other = ablate_encoder(bert, replace(only, reference=task.reference), ablation="mean", progress=False)
     assert other["change"].abs().max() > 1e-3
+
+
+def test_the_mean_keeps_position_0_apart_and_rare_places_take_the_nearest(bert, monkeypatch) -> None:
+    monkeypatch.setattr("kcwb.tasks.masked.KNOWN_RANK", 100)
+    subjects = ["w10", "w11", "w12", "w13 w3", "w14 w3", "w15 w3", "w16 w3 w5", "w17 w3 w5 w6 w7"]
+    relation = Relation("r", "factual", "", "", False, ("{} w1",), ("{} w1",), tuple(Fact(s, "w40") for s in subjects))
+    task = make_masked_task(bert, relation, n=4)
+    prompts, at = task.reference, defaultdict(list)
+    every = record_nodes(bert, prompts.tokens, prompts.real)
+    for n, (mask, real) in enumerate(zip(prompts.masks.tolist(), prompts.real.tolist(), strict=True)):
+        for position in range(sum(real)):
+            at["first" if position == 0 else position - mask].append(every["m0"][n, position])
+    enough = [place for place in at if place != "first" and len(at[place]) >= 3]
+    assert len(enough) < len(at) - 1
+    found = _ablated(bert, prompts, "mean", _mean_nodes(bert, prompts))["m0"]
+    for n, (mask, real) in enumerate(zip(prompts.masks.tolist(), prompts.real.tolist(), strict=True)):
+        for position in range(sum(real)):
+            place = "first" if position == 0 else min(enough, key=lambda o, at=position - mask: abs(o - at))
+            torch.testing.assert_close(found[n, position], torch.stack(at[place]).mean(0))
 
 
 def test_resample_takes_the_partners_values(bert, words: Relation) -> None:

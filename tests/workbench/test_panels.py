@@ -112,23 +112,31 @@ def test_roles_colour_the_graph_and_stand_beside_a_head(found, model, relation):
     assert found.roles is None  # other facts
 
 
+def test_a_metric_without_a_gradient_is_refused_in_words_and_nothing_runs(panel):
+    panel.controls.method.value, panel.controls.metric.value = "eap", "kl"
+    panel._run_button.click()
+    panel.wait(SOON)
+    assert "that of kl is zero" in Tags(panel._message.value).text
+    assert not panel.history
+
+
 def test_roles_without_facts_are_refused_in_words(panel):
     panel._roles_button.click()
     assert "press Run" in panel._message.value
 
 
 def test_every_control_reaches_the_function(panel, relation, model):
-    panel.controls.method.value = "eap"
+    panel.controls.method.value = "exact"
     panel.controls.ablation.value = "zero"
     panel.controls.metric.value = "kl"
     panel.controls.n.value, panel.controls.seed.value, panel.controls.edges.value = 3, 5, 40
     panel._run_button.click()
     panel.wait(SOON)
     task = make_task(model, relation, n=3, seed=5)
-    expected = discover(model, task, "eap", ablation="zero", metric="kl", edges=40, progress=False)
+    expected = discover(model, task, "exact", ablation="zero", metric="kl", edges=40, progress=False)
     assert panel.circuit.digest == expected.digest
     assert {key: panel.circuit.provenance[key] for key in ("method", "ablation", "metric", "n", "seed")} == {
-        "method": "eap",
+        "method": "exact",
         "ablation": "zero",
         "metric": "kl",
         "n": 3,
@@ -416,7 +424,7 @@ def test_the_time_is_predicted_without_running(panel, monkeypatch):
     panel._predict_button.click()
     panel.wait(SOON)
     ((_, task), more) = asked[0]
-    assert task is panel._task[1] and more == {"metric": "nll", "ablation": "zero", "within": None}
+    assert task is panel._task[1] and more == {"metric": "nll", "ablation": None, "within": None}
     assert f"{panel.model.graph.n_edges:,} edges and 4 facts takes about 1 min 15 s" in Tags(panel._message.value).text
     assert not panel.history
 

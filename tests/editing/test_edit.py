@@ -59,22 +59,6 @@ def test_it_is_out_after_any_exception(model, made, error):
     assert same_bits(model, before) and model.digest == digest
 
 
-def test_an_interrupt_while_it_goes_in_takes_it_out(model, made, monkeypatch):
-    before, digest = weights(model), model.digest
-    real, calls = module._identify, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        real(*args)
-
-    monkeypatch.setattr(module, "_identify", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        made.apply()
-    assert same_bits(model, before) and model.digest == digest and not made.active
-
-
 @pytest.mark.parametrize("method", ["rome", "ft_m", "ft_l", "memit"])
 def test_an_interrupt_while_it_is_sought_leaves_the_model_alone(model, method):
     before, digest = weights(model), model.digest

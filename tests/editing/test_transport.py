@@ -57,19 +57,13 @@ def test_heads_put_back_is_the_hooked_model(model, task):
 def test_outputs_put_back_everywhere_is_the_unedited_model(model, task):
     tokens = task.val.select([0]).tokens[:, : int(task.val.ends[0]) + 1]
     clean, unedited = trace_blocks(model.network, tokens), model.logits(tokens)
+    before = mlp_outputs(model.network, clean, [0])
     with large_edit(model, task.val.facts[0], "w61") as edited:
-        before = {0: model.network.mlp_output(0, clean[0].hidden) - clean[0].hidden @ _delta(model)}
         everywhere = torch.ones(tokens.shape[1], dtype=torch.bool)
         final = outputs_put_back(model.network, tokens, before, everywhere)
         assert torch.allclose(model.network.logits(final), unedited, atol=2e-4)
         nowhere = outputs_put_back(model.network, tokens, before, ~everywhere)
         assert torch.allclose(model.network.logits(nowhere), edited.logits(tokens), atol=2e-4)
-
-
-def _delta(model) -> torch.Tensor:
-    from kcwb.editing.edit import _stack
-
-    return _stack(model.network)[-1].edit.deltas[0]
 
 
 def test_te_is_the_share_of_the_edits_effect(model, task, found):

@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kcwb.circuits.interchange import load_gv, load_mib, save_mib
     from kcwb.circuits.run import run_circuit
     from kcwb.discovery.baselines import random_circuit
-    from kcwb.discovery.discover import discover, predict, score_edges, tau_path
+    from kcwb.discovery.discover import discover, predict, score_edges, tau_from_kc, tau_path
     from kcwb.discovery.selection import resize
     from kcwb.editing.account import account, compare_edits
     from kcwb.editing.cases import EditCase, edit_cases, load_counterfact
@@ -107,7 +107,7 @@ _HOME = {
     "kcwb.circuits.interchange": ("load_gv", "load_mib", "save_mib"),
     "kcwb.circuits.run": ("run_circuit",),
     "kcwb.discovery.baselines": ("random_circuit",),
-    "kcwb.discovery.discover": ("discover", "predict", "score_edges", "tau_path"),
+    "kcwb.discovery.discover": ("discover", "predict", "score_edges", "tau_from_kc", "tau_path"),
     "kcwb.discovery.selection": ("resize",),
     "kcwb.editing.account": ("account", "compare_edits"),
     "kcwb.editing.cases": ("EditCase", "edit_cases", "load_counterfact"),

@@ -6,18 +6,30 @@ Cutting u -> v changes what v reads by (abl_u - a_u), so that to first order the
 
 (positive: cutting hurts). `eap` takes the gradient at the clean run (Edge Attribution Patching, arXiv 2310.10348).
 `eap-ig` averages it over m points between the ablated and the clean output of `input` (EAP-IG, inputs, arXiv
-2403.17806): abl + k/m (clean - abl) for k = 1..m.
+2403.17806): abl + k/m (clean - abl) for k = 1..m. `eap-ig-activations` (EAP-IG, activations, of the same authors)
+averages it for each sender u over m points between abl_u and a_u, all other senders computed from there; as m
+grows, the scores of u's edges sum to what ablating u altogether costs. It takes one such integral per sender where
+`eap-ig` takes one in all.
+
+Two choices differ from the authors' code (github.com/hannamw/EAP-IG). Their `EAP-IG-inputs` takes k = 0..m-1, with the
+ablated run and without the clean one; we take the paper's k = 1..m, as their own `EAP-IG-activations` does: both are
+sums for one integral, and ours with m = 1 is `eap`. And their `EAP-IG-activations` interpolates all heads of a layer
+together and averages each gradient over the interpolations of all nodes; we interpolate one sender at a time, and its
+edges take the gradients of its own.
 
 It needs an ablation that leaves the stream's scale alone. Under `zero`, abl_u - a_u = -a_u, and a layer norm does not
 feel a change of its input's scale: the scores into one receiver sum to zero, and those of `input` into the first layer
 vanish one by one. So `mean` is attribution's default.
 
 1. Run the clean prompts: every sender's a_u; and take abl_u from the ablation.
-2. Run the interpolated prompts, all steps in one batch; differentiate by every receiver's input.
+2. Run the interpolated prompts, all steps in one batch; differentiate by every receiver's input. For activations: run
+   what lies behind the sender.
 3. One matrix product per layer between the senders' differences and the receivers' gradients.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -25,7 +37,8 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
 from kcwb.errors import SettingError
-from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.forward import Pass, forward, prompt_chunks
+from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.progress import Progress, cancel_point, track
@@ -71,6 +84,52 @@ def attribution_scores(
     return scores.cpu()
 
 
+def activation_scores(
+    model: Model, loss: Loss, ablation: Ablation, *, steps: int, progress: Progress = False
+) -> Float[Tensor, "S R"]:
+    """Score every edge by EAP-IG, activations; parameters as in `attribution_scores`, progress per sender."""
+    network, prompts = model.network, loss.prompts
+    scores = torch.zeros(model.graph.exists.shape, device=model.device)
+    with track(progress, len(prompts) * model.graph.n_senders, "attribution") as step:
+        for rows in prompt_chunks(network, prompts.tokens, copies=_COPIES_PER_STEP * steps):
+            part = loss.select(range(len(prompts))[rows])
+            for sender, found in _activation_chunk(network, part, ablation, steps):
+                scores[sender] += found * (len(part.prompts) / len(prompts))
+                step(len(part.prompts))
+    return scores.cpu()
+
+
+def _activation_chunk(
+    network: Network, loss: Loss, ablation: Ablation, steps: int
+) -> Iterator[tuple[int, Float[Tensor, " R"]]]:
+    """Each sender with the scores of its edges."""
+    graph, prompts = network.graph, loss.prompts
+    ablated = ablation.values(prompts)
+    with torch.no_grad():
+        clean = forward(network, prompts.tokens, senders=True, receivers=True)
+    assert clean.senders is not None and clean.receivers is not None  # asked for in the line above
+    shares = torch.arange(1, steps + 1, device=network.device, dtype=clean.residual.dtype) / steps
+    for sender, output in enumerate(clean.senders):
+        change = -output if ablated is None else ablated[sender] - output
+        first, attention, stream = _behind(graph, sender, clean)
+        points = stream + (1 - shares[:, None, None, None]) * change
+        gradients = _gradients(network, loss, points, first, attention)
+        scores = torch.zeros(graph.n_receivers, device=network.device)
+        for columns, gradient in gradients:
+            scores[columns] = gradient.flatten(1) @ change.flatten().float()
+        yield sender, scores
+
+
+def _behind(graph: Graph, sender: int, clean: Pass) -> tuple[int, bool, Float[Tensor, "N T D"]]:
+    """Where the first readers of a sender are, by layer and whether heads or MLP, and the stream that they read."""
+    assert clean.receivers is not None  # its caller asked for them
+    place = graph.node(graph.sender_names[sender])
+    if place.kind == "head" and not graph.parallel:
+        return place.layer, False, clean.receivers[place.layer][1]
+    first = 0 if place.kind == "input" else place.layer + 1
+    return first, True, clean.receivers[first][0][0] if first < graph.n_layers else clean.residual
+
+
 def _chunk_scores(network: Network, loss: Loss, ablation: Ablation, steps: int) -> Float[Tensor, "S R"]:
     prompts, graph = loss.prompts, network.graph
     ablated = ablation.values(prompts)
@@ -80,39 +139,37 @@ def _chunk_scores(network: Network, loss: Loss, ablation: Ablation, steps: int) 
     start = torch.zeros_like(clean[0]) if ablated is None else ablated[0]
     shares = torch.arange(1, steps + 1, device=network.device, dtype=clean.dtype) / steps
     points = start + shares[:, None, None, None] * (clean[0] - start)
-    attention, mlp, final = _receiver_gradients(network, loss, points)
-
     change = (-clean if ablated is None else ablated - clean).flatten(1).float()
     scores = torch.zeros(graph.exists.shape, device=network.device)
-    for layer in range(graph.n_layers):
-        columns = graph.attention_receivers(layer)
+    for columns, gradient in _gradients(network, loss, points):
         before = graph.senders_before(columns.start)
-        scores[:before, columns] = change[:before] @ attention[layer].flatten(1).T
-        column = graph.mlp_receiver(layer)
-        before = graph.senders_before(column)
-        scores[:before, column] = change[:before] @ mlp[layer].flatten()
-    scores[:, -1] = change @ final.flatten()
+        scores[:before, columns] = change[:before] @ gradient.flatten(1).T
     return scores
 
 
-def _receiver_gradients(
-    network: Network, loss: Loss, points: Float[Tensor, "m N T D"]
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """dM/dx_v averaged over points: per layer of heads `[3H, N, T, D]` and MLP; of logits `[N, T, D]`."""
-    steps, n_prompts = points.shape[:2]
+def _gradients(
+    network: Network, loss: Loss, points: Float[Tensor, "m N T D"], first: int = 0, attention: bool = True
+) -> list[tuple[slice, Float[Tensor, "r N T D"]]]:
+    """dM/dx_v averaged over points of the stream, from a layer on: the columns of each, and their gradients."""
+    graph, (steps, n_prompts) = network.graph, points.shape[:2]
     tokens = loss.prompts.tokens.repeat(steps, 1)
     with torch.enable_grad():
-        run = forward(network, tokens, embedding=points.flatten(0, 1).requires_grad_(), receivers=True)
+        start = points.flatten(0, 1).requires_grad_()
+        run = forward(network, tokens, embedding=start, first=first, attention=attention, receivers=True)
         assert run.receivers is not None  # asked for in the line above
         residual = run.residual.unflatten(0, (steps, n_prompts))
         value = loss(network.logits(at_answers(residual, loss.prompts))).mean()
-        inputs = [x for pair in run.receivers for x in pair]
-        for x in inputs:
+        read: list[tuple[slice, Tensor]] = []
+        for layer, (heads, mlp) in enumerate(run.receivers, first):
+            column = graph.mlp_receiver(layer)
+            read += [(graph.attention_receivers(layer), heads)] if len(heads) else []
+            read.append((slice(column, column + 1), mlp))
+        for _, x in read:
             x.register_hook(lambda _: cancel_point())
-        gradients = torch.autograd.grad(value, [*inputs, run.residual])
+        read.append((slice(graph.n_receivers - 1, graph.n_receivers), run.residual))
+        gradients = torch.autograd.grad(value, [x for _, x in read])
 
     def over_steps(gradient: Tensor) -> Tensor:
-        return gradient.unflatten(-3, (steps, n_prompts)).sum(-4).float()
+        return gradient.unflatten(-3, (steps, n_prompts)).sum(-4).float().reshape(-1, *points.shape[1:])
 
-    *of_layers, final = [over_steps(gradient) for gradient in gradients]
-    return of_layers[::2], of_layers[1::2], final
+    return [(columns, over_steps(gradient)) for (columns, _), gradient in zip(read, gradients, strict=True)]

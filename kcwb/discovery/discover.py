@@ -18,7 +18,7 @@ from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.acdc import Search, acdc, predict_seconds
-from kcwb.discovery.attribution import attribution_scores
+from kcwb.discovery.attribution import activation_scores, attribution_scores
 from kcwb.discovery.baselines import exact_effects
 from kcwb.discovery.checkpoint import checkpoint_folder, fingerprint
 from kcwb.discovery.methods import METHODS, SCORING, check_method, check_size
@@ -27,7 +27,7 @@ from kcwb.discovery.sequential import Pruned
 from kcwb.errors import SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
-from kcwb.tasks.metrics import Loss, make_loss
+from kcwb.tasks.metrics import Loss, kc_scale, make_loss
 from kcwb.tasks.prompts import Task, check_same_weights
 from kcwb.versions import versions
 
@@ -56,8 +56,9 @@ def discover(
     model, task
         The model, and a task made for it.
     method
-        `eap-ig`, `eap`: attribution, then the edges of highest score, without dangling ones. `exact`: the same with
-        the exact effect of each edge (one run per edge, so for tiny models). `acdc`: greedy pruning, one edge at a
+        `eap-ig`, `eap`, `eap-ig-activations` (an integral per sender: minutes on the built-in model): attribution, then
+        the edges of highest score, without dangling ones. `exact`: the same with the exact effect of each edge (one run
+        per edge, so for tiny models). `acdc`: greedy pruning, one edge at a
         time; exact, and minutes on the built-in model.
     metric
         The loss that a cut is judged by: `nll`, `kl` (not for eap: its gradient at the full model is zero) or
@@ -70,9 +71,10 @@ def discover(
     select
         Attribution: `signed` (default), `absolute` or `greedy`, see `kcwb.discovery.selection.select_edges`.
     steps
-        eap-ig: points of the integral, default 5.
+        eap-ig, eap-ig-activations: points of the integral, default 5.
     tau, absolute
-        acdc: the loss increase below which an edge is cut, default 0.01; and whether its absolute value counts.
+        acdc: the loss increase below which an edge is cut, default 0.01 (`tau_from_kc` converts that of the Knowledge
+        Circuits code); and whether its absolute value counts.
     within
         acdc: a circuit whose edges alone are searched, such as an attribution circuit, which takes seconds.
     checkpoint
@@ -145,7 +147,8 @@ def loss_scores(
     settled = check_method(method, loss.metric, steps=steps)
     if method == "exact":
         return exact_effects(model, loss, cuts, progress=progress)
-    return attribution_scores(model, loss, cuts, steps=settled.steps, progress=progress)
+    score = activation_scores if method == "eap-ig-activations" else attribution_scores
+    return score(model, loss, cuts, steps=settled.steps, progress=progress)
 
 
 def tau_path(
@@ -183,10 +186,19 @@ def tau_path(
             "metric": metric,
             "ablation": search.ablation.kind,
             "parameters": {"tau": tau, "absolute": absolute, "within": _origin(within)},
-            **_acdc_report(pruned),
+            **_acdc_report(pruned, search.loss, tau),
         }
         circuits[tau] = Circuit(model.graph, pruned.kept, pruned.increases, provenance)
     return circuits
+
+
+def tau_from_kc(task: Task, tau_kc: float) -> float:
+    """The tau at which `acdc` prunes by nll as the Knowledge Circuits code (arXiv 2405.17969) does at `tau_kc`.
+
+    Its loss divides by all T - 1 positions of prompt and answer, ours by the answer's tokens: tau = tau_kc (T - 1) /
+    tokens, on D_val. A circuit that acdc found by nll records both (`tau` among its parameters, and `tau_kc`).
+    """
+    return tau_kc * kc_scale(task.val)
 
 
 def predict(
@@ -222,8 +234,10 @@ def _checkpoint_path(search: Search, wanted: str | Path | bool) -> Path | None:
     return Path(wanted)
 
 
-def _acdc_report(pruned: Pruned) -> dict[str, Any]:
+def _acdc_report(pruned: Pruned, loss: Loss, tau: float) -> dict[str, Any]:
     report = {"loss": pruned.loss, "evaluations": pruned.evaluations, "near_ties": pruned.near_ties}
+    if loss.metric == "nll":
+        report["tau_kc"] = tau / kc_scale(loss.prompts)
     return {**report, "order": "output to input; heads last to first; v, k, q"}
 
 
@@ -262,7 +276,7 @@ def _run(
         search = Search(model, loss, cuts, within=None if within is None else within.kept, **settings)
         pruned = acdc(search, progress=progress, checkpoint=_checkpoint_path(search, checkpoint))
         parameters["within"] = _origin(within)
-        return pruned.kept, pruned.increases, _acdc_report(pruned)
+        return pruned.kept, pruned.increases, _acdc_report(pruned, loss, search.tau)
     scores = loss_scores(model, loss, cuts, method, parameters.get("steps"), progress)
     selection: dict[str, Any] = {key: parameters.get(key) for key in ("edges", "threshold", "select")}
     kept = select_edges(model.graph, scores, **selection)

@@ -59,6 +59,7 @@ METHODS: dict[str, Method] = {
     for method in (
         _method("eap", "mean", gradient=True, **_SELECTED),
         _method("eap-ig", "mean", gradient=True, **_SELECTED, steps=STEPS),
+        _method("eap-ig-activations", "mean", gradient=True, **_SELECTED, steps=STEPS),
         _method("exact", "mean", **_SELECTED),
         _method("acdc", "zero", tau=0.01, absolute=False, within=None, checkpoint=True),
     )

@@ -47,6 +47,8 @@ def forward(
     kept: Bool[Tensor, "S R"] | None = None,
     ablated: Float[Tensor, "S N T D"] | None = None,
     embedding: Float[Tensor, "N T D"] | None = None,
+    first: int = 0,
+    attention: bool = True,
     senders: bool = False,
     receivers: bool = False,
 ) -> Pass:
@@ -63,7 +65,10 @@ def forward(
     ablated
         What the cut edges deliver; None for zero. Not read when `kept` is None.
     embedding
-        Use this as the output of `input` instead of the tokens' embedding.
+        Use this as the output of `input` instead of the tokens' embedding; or as the residual stream where to begin.
+    first, attention
+        The layer to begin with, and whether with its attention or, in a sequential block, with its MLP: what lies
+        behind some node, without a mask. `receivers` then has fewer layers, and no inputs of the heads passed over.
     senders, receivers
         Record the senders' outputs and the receivers' inputs. Recorded tensors that are part of a gradient's graph
         can be differentiated by (`torch.autograd.grad`).
@@ -84,17 +89,22 @@ def forward(
             outputs.append(output)
 
     write(current)
-    for layer in range(graph.n_layers):
-        x = stream.read(graph.attention_receivers(layer))
-        q, k, v = x.chunk(3) if x.shape[0] > 1 else (x, x, x)
-        heads = network.head_outputs(layer, network.queries(layer, q), network.keys(layer, k), network.values(layer, v))
+    for layer in range(first, graph.n_layers):
         column = graph.mlp_receiver(layer)
-        if graph.parallel:
-            y = stream.read(slice(column, column + 1))[0]
-            write(heads, network.constant(layer))
+        if attention or layer > first:
+            x = stream.read(graph.attention_receivers(layer))
+            q, k, v = x.chunk(3) if x.shape[0] > 1 else (x, x, x)
+            qkv = network.queries(layer, q), network.keys(layer, k), network.values(layer, v)
+            heads = network.head_outputs(layer, *qkv)
+            if graph.parallel:
+                y = stream.read(slice(column, column + 1))[0]
+                write(heads, network.constant(layer))
+            else:
+                write(heads, network.constant(layer))
+                y = stream.read(slice(column, column + 1))[0]
         else:
-            write(heads, network.constant(layer))
             y = stream.read(slice(column, column + 1))[0]
+            x = y[None][:0]
         write(network.mlp(layer, y)[None])
         if receivers:
             inputs.append((x, y))

@@ -98,6 +98,16 @@ def make_loss(model: Model, prompts: Prompts, metric: str = "nll") -> Loss:
         return Loss(metric, prompts, model.network.logits(at_answers(residual, prompts)).float().log_softmax(-1))
 
 
+def kc_scale(prompts: Prompts) -> float:
+    """What the Knowledge Circuits code's MatchNLL is multiplied by to give our nll on the same prompts.
+
+    Its sum over the answers' tokens is divided by all T - 1 positions of the padded batch (a prompt and its answer have
+    up to T tokens), ours by each answer's own tokens: (T - 1) / tokens, or their mean where answers differ in length.
+    """
+    tokens = prompts.answer_mask.sum(1)
+    return float((prompts.lengths + tokens - 1).max() / tokens.float().mean())
+
+
 def at_answers(residual: Float[Tensor, "... N T D"], prompts: Prompts) -> Float[Tensor, "... N A D"]:
     """The residual stream at the positions that predict the answer's tokens."""
     rows = torch.arange(len(prompts), device=residual.device)[:, None]

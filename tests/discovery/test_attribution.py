@@ -7,8 +7,9 @@ import torch
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
 
 from kcwb.circuits.ablation import make_ablation
+from kcwb.circuits.run import run_circuit
 from kcwb.discovery import attribution
-from kcwb.discovery.attribution import attribution_scores
+from kcwb.discovery.attribution import activation_scores, attribution_scores
 from kcwb.errors import SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
@@ -116,17 +117,99 @@ def test_integrated_gradients_average_the_gradient_over_points(tiny, words: Rela
     one_by_one = torch.zeros_like(batched)
     for step in range(1, steps + 1):
         point = ablated[0] + step / steps * (clean[0] - ablated[0])
-        heads, mlps, final = attribution._receiver_gradients(model.network, loss, point[None])
-        for row, column in model.graph.exists.nonzero().tolist():
-            place = model.graph.node(model.graph.receiver_names[column].partition("<")[0])
-            if place.kind == "logits":
-                gradient = final
-            elif place.kind == "mlp":
-                gradient = mlps[place.layer]
-            else:
-                gradient = heads[place.layer][column - model.graph.attention_receivers(place.layer).start]
-            one_by_one[row, column] += ((ablated[row] - clean[row]) * gradient).sum() / steps
+        for columns, gradients in attribution._gradients(model.network, loss, point[None]):
+            for column, gradient in zip(range(columns.start, columns.stop), gradients, strict=True):
+                for row in model.graph.exists[:, column].nonzero()[:, 0].tolist():
+                    one_by_one[row, column] += ((ablated[row] - clean[row]) * gradient).sum() / steps
     torch.testing.assert_close(batched, one_by_one, atol=1e-5, rtol=1e-4)
+
+
+class Replaced:
+    """A network one of whose senders puts out what it is told, as a plain pass through all of it."""
+
+    def __init__(self, model: Model, sender: int, output: torch.Tensor) -> None:
+        self.network, self.place, self.output = (
+            model.network,
+            model.graph.node(model.graph.sender_names[sender]),
+            output,
+        )
+
+    def __getattr__(self, name: str):
+        return getattr(self.network, name)
+
+    def embed(self, tokens):
+        return self.output if self.place.kind == "input" else self.network.embed(tokens).requires_grad_()
+
+    def head_outputs(self, layer, *qkv):
+        outputs = self.network.head_outputs(layer, *qkv)
+        if (self.place.kind, self.place.layer) != ("head", layer):
+            return outputs
+        here = torch.arange(len(outputs)) == self.place.head
+        return torch.where(here[:, None, None, None], self.output, outputs)
+
+    def mlp(self, layer, x):
+        return self.output if (self.place.kind, self.place.layer) == ("mlp", layer) else self.network.mlp(layer, x)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "gemma2"])
+@pytest.mark.parametrize("ablation", ["mean", "zero"])
+def test_activations_interpolate_one_sender_at_a_time(tiny, words: Relation, architecture: str, ablation: str) -> None:
+    model, steps = tiny(architecture), 3
+    task = make(model, words)
+    cuts, loss = make_ablation(model, task, ablation), make_loss(model, task.val)
+    prompts = loss.prompts
+    clean = forward(model.network, prompts.tokens, senders=True).senders
+    assert clean is not None
+    ablated = cuts.values(prompts)
+    ablated = torch.zeros_like(clean) if ablated is None else ablated
+    slow = torch.zeros(model.graph.exists.shape)
+    for row in range(len(clean)):
+        for step in range(1, steps + 1):
+            point = (ablated[row] + step / steps * (clean[row] - ablated[row])).requires_grad_()
+            run = forward(Replaced(model, row, point), prompts.tokens, receivers=True)  # type: ignore[arg-type]
+            value = loss(model.network.logits(at_answers(run.residual, prompts)))
+            read = [x for pair in run.receivers for x in pair] + [run.residual]
+            found = torch.autograd.grad(value, read, allow_unused=True, materialize_grads=True)
+            gradients = torch.cat([x.reshape(-1, *point.shape) for x in found])
+            slow[row] += torch.einsum("rntd,ntd->r", gradients, ablated[row] - clean[row]).detach() / steps
+    slow = slow.masked_fill(~model.graph.exists, 0.0)
+    assert slow.abs().max() > 0.01
+    torch.testing.assert_close(activation_scores(model, loss, cuts, steps=steps), slow, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "neox"])
+def test_activation_scores_of_a_sender_sum_to_what_ablating_it_costs(tiny, words: Relation, architecture: str) -> None:
+    model = tiny(architecture)
+    task = make(model, words)
+    cuts, loss = make_ablation(model, task, "mean"), make_loss(model, task.val)
+    scores = activation_scores(model, loss, cuts, steps=200)
+    full = float(loss(run_circuit(model, None, task.val, cuts)))
+    costs = []
+    for row in range(model.graph.n_senders):
+        kept = model.graph.exists.clone()
+        kept[row] = False
+        costs.append(float(loss(run_circuit(model, kept, task.val, cuts))) - full)
+    assert max(map(abs, costs)) > 0.05
+    torch.testing.assert_close(scores.sum(1), torch.tensor(costs), atol=5e-3, rtol=2e-2)
+
+
+def test_activation_scores_with_one_step_are_eap_and_chunks_change_nothing(tiny, words: Relation, monkeypatch) -> None:
+    model = tiny("qwen2")
+    task = make(model, words, n=5)
+    cuts, loss = make_ablation(model, task, "mean"), make_loss(model, task.val)
+    whole = activation_scores(model, loss, cuts, steps=2)
+    torch.testing.assert_close(
+        activation_scores(model, loss, cuts, steps=1), attribution_scores(model, loss, cuts), atol=1e-6, rtol=1e-4
+    )
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        attribution,
+        "prompt_chunks",
+        lambda network, tokens, copies: (slice(i, i + 2) for i in range(0, len(tokens), 2)),
+    )
+    again = activation_scores(model, loss, cuts, steps=2, progress=lambda done, total, _: seen.append((done, total)))
+    torch.testing.assert_close(again, whole, atol=1e-6, rtol=1e-4)
+    assert seen[-1][0] == seen[-1][1] == len(task.val) * model.graph.n_senders
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from kcwb.analysis.stability import bootstrap_stability, template_stability
-from kcwb.discovery.discover import discover, score_edges, tau_path
+from kcwb.circuits.ablation import Ablation
+from kcwb.circuits.run import run_circuit
+from kcwb.discovery.discover import discover, score_edges, tau_from_kc, tau_path
 from kcwb.discovery.methods import METHODS, check_method
 from kcwb.discovery.selection import resize
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import cancellable
-from kcwb.tasks.prompts import Task, make_task
+from kcwb.tasks.metrics import make_loss
+from kcwb.tasks.prompts import Prompts, Task, encode, make_task
 from kcwb.tasks.relations import Fact, Relation
+from tests.tiny import word_relation
 
 
 @pytest.fixture
@@ -169,6 +174,44 @@ def test_every_verb_of_acdc_takes_its_defaults_from_one_place(model, task) -> No
     assert (found.ablation, found.provenance["parameters"]["tau"]) == ("zero", usual)
     along = tau_path(model, task, [usual], progress=False)[usual]
     assert along.ablation == "zero" and torch.equal(along.kept, found.kept)
+
+
+def kc_match_nll(model: Model, prompts: Prompts) -> float:
+    """The mean over prompts and all T - 1 positions of minus the log-probability of the answer's tokens, else 0."""
+    sequences = [
+        [*tokens[: int(length)], *answer[: int(size)]]
+        for tokens, length, answer, size in zip(
+            prompts.tokens.tolist(),
+            prompts.lengths.tolist(),
+            prompts.answers.tolist(),
+            prompts.answer_mask.sum(1).tolist(),
+            strict=True,
+        )
+    ]
+    total, longest = 0.0, max(map(len, sequences))
+    for sequence, length in zip(sequences, prompts.lengths.tolist(), strict=True):
+        logs = model.logits(torch.tensor([sequence]))[0].log_softmax(-1)
+        total -= sum(float(logs[i - 1, sequence[i]]) for i in range(length, len(sequence)))
+    return total / (len(sequences) * (longest - 1))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_tau_converts_from_the_scale_of_knowledge_circuits_and_both_are_recorded(model, size: int) -> None:
+    subjects = ["w10", "w11 w3", "w12", "w13 w3 w5", "w14"]
+    facts = [Fact(subject, " ".join(f"w{40 + i + j}" for j in range(size))) for i, subject in enumerate(subjects)]
+    prompts = encode(model, facts, "w1 {} w2", [fact.object for fact in facts])
+    task = replace(make_task(model, word_relation(), n=3), val=prompts)
+    ratio = float(make_loss(model, prompts)(run_circuit(model, None, prompts, Ablation("zero", model.network))))
+    assert tau_from_kc(task, 1.0) == pytest.approx(ratio / kc_match_nll(model, prompts), rel=1e-4)
+    assert tau_from_kc(task, 1.0) == pytest.approx((5 + size - 1) / size)  # w1, a subject of three, w2, the answer
+    tau = tau_from_kc(task, 0.02)
+    for found in (
+        discover(model, task, "acdc", tau=tau, progress=False, checkpoint=False),
+        *tau_path(model, task, [tau], progress=False).values(),
+    ):
+        assert found.provenance["parameters"]["tau"] == tau
+        assert found.provenance["tau_kc"] == pytest.approx(0.02)
+    assert "tau_kc" not in discover(model, task, "acdc", metric="kl", progress=False, checkpoint=False).provenance
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])

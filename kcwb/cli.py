@@ -185,7 +185,8 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
 def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     """Run a circuit alone, beside the full model, the empty circuit and random circuits.
 
-    Hit@k and its 95% interval, on the facts that the circuit was found on (D_val) and on others (D_test).
+    Hit@k and its 95% interval (Wilson's, of the share of facts; of random circuits the bootstrap's, of the mean), on
+    the facts that the circuit was found on (D_val) and on others (D_test).
     """
     from kcwb.analysis.completeness import completeness
     from kcwb.circuits.circuit import Circuit
@@ -293,7 +294,7 @@ def world(args: argparse.Namespace) -> tuple[Any, str]:
         facts.save(args.relations)
     data = []
     for name, folder in folders.items():
-        known = world_knowledge(load_world(folder, device="cpu"), facts, seed=args.seed)
+        known = world_knowledge(load_world(folder, device="cpu"), facts)
         data.append({"architecture": name, "folder": str(folder), "known": _records(known)})
     rows = [[one["architecture"], *(kind["known"] for kind in one["known"]), one["folder"]] for one in data]
     table = _table(("model", *(kind["kind"] for kind in data[0]["known"]), "folder"), rows)

@@ -8,16 +8,17 @@ A role read from contributions is a claim. Here it is tried on the model itself,
   *generic tokens* gain; without a mixture head the answer should fall; without a suppressor it should gain.
 - **Path patching.** Only what the head delivers directly to the logits is replaced, by what it delivers there on the
   paired prompt with another subject. A mover brings another object then; a relation head brings the same.
-- **Against chance.** Each effect stands beside that of the 50 heads nearest by layer of which nothing is claimed, and
-  each role's mean effect beside that of random sets of such heads. A late head moves any answer more than an early
-  one, so that heads of far layers would prove nothing; where a layer has too few, those of its neighbours stand in.
+- **Against chance.** Each effect stands beside that of 50 heads of which nothing is claimed, out of the fewest nearest
+  layers that have so many, and each role's mean effect beside that of random sets of such heads
+  (`kcwb.statistics.matched_head_sets`). A late head moves any answer more than an early one, so that heads of far
+  layers would prove nothing.
 - **The story.** `faithful_story` keeps only the named heads and MLPs, and asks for the facts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kcwb.analysis.completeness import proportion_interval
 from kcwb.analysis.dla import named_heads
 from kcwb.analysis.ends import at_end, logits_without, patched_answers
 from kcwb.analysis.heads import TOO_FEW, circuit_heads
@@ -38,6 +38,7 @@ from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import chance_range, matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights, object_tokens
 
@@ -70,9 +71,10 @@ class RoleCheck:
         `verdict`: `holds` if every claimed effect has p <= .05, else `fails` ("too few to say" where the model has
         fewer than 19 heads to compare with, and no p can be so small).
     roles
-        One row per role: `heads`; `holds`, the share of them, with its 95% interval `low`, `high`; and for every
-        effect its mean, `random_...`, the mean over random sets that have a comparable head in the place of each, and
-        `p_...` (not below one in the number of such sets).
+        One row per role: `heads`; `holds`, the share of them, with its 95% Wilson interval `low`, `high`; and for every
+        effect its mean, `random_...`, the mean over random sets of as many comparable heads, and `p_...`, the share of
+        such sets (the role's own counted in) whose mean is as far out in the direction of the claim; NaN where there
+        are fewer heads without a role than heads with this one.
     every
         The effects of every head that took part, those of the random ones included.
     generic
@@ -108,7 +110,7 @@ def check_roles(
     random_heads
         With how many heads each is compared; all that have no role, where there are fewer.
     draws
-        Random sets that each role is compared with.
+        Random sets that each role is compared with; all that can be made, where there are fewer.
     seed
         Of the sets, and of which heads of a layer are taken where not all are.
     progress
@@ -128,14 +130,20 @@ def check_roles(
     prompts = split_of(task, split)
     check_prompts(prompts)
     prompts = without_copies(model, told_at_end(prompts))
-    random = np.random.default_rng(seed)
-    matched = {node: _nearest(model, set(named["node"]), node, random_heads, random) for node in named["node"]}
-    wanted = {*named["node"], *(node for nodes in matched.values() for node in nodes)}
-    if not all(matched.values()):
+    if len(named) == model.graph.n_layers * model.graph.n_heads:
         raise DataError("Every head has a role: there is none to compare with. Check some of the roles at a time.")
-    every, generic = _effects(model, task, prompts, sorted(wanted, key=model.graph.sender_index), progress)
+    names, comparable = named["node"].tolist(), {"least": random_heads, "taken": named["node"]}
+    alone = {node: matched_head_sets(model.graph, [node], random_heads, seed, **comparable) for node in names}
+    matched = {node: [other for (other,) in sets] for node, sets in alone.items()}
+    by_role = {
+        role: matched_head_sets(model.graph, named.loc[named["role"] == role, "node"], draws, seed, **comparable)
+        for role in PREDICTIONS
+    }
+    drawn = (node for sets in (*alone.values(), *by_role.values()) for heads in sets for node in heads)
+    wanted = sorted({*names, *drawn}, key=model.graph.sender_index)
+    every, generic = _effects(model, task, prompts, wanted, progress)
     heads = _judge(model, named, every, matched)
-    return RoleCheck(heads, _by_role(heads, every, matched, draws, random, seed), every, generic)
+    return RoleCheck(heads, _by_role(heads, every, by_role), every, generic)
 
 
 def faithful_story(
@@ -164,19 +172,22 @@ def faithful_story(
     split
         `val` or `test`.
     draws
-        Random sets of as many heads from the same layers.
+        Random sets of as many other heads from the same layers (`kcwb.statistics.matched_head_sets`).
     seed
-        Of those sets and of the bootstrap.
+        Of those sets, and of the bootstrap of their interval.
     progress
         Reported per run.
 
     Returns
     -------
     DataFrame
-        One row per run: `heads`, `edges`, `facts`, `hit` (Hit@10), `low`, `high` (its 95% interval), `nll` (nats). The
-        runs: `full model`; `circuit`; `story`, those of the circuit's edges that lie on a path of named heads and
+        One row per run: `heads`, `edges`, `facts`, `hit` (Hit@10), `low`, `high`, `nll` (nats). `low` and `high`
+        are the 95% Wilson interval of the share of facts; for the random heads the 95% bootstrap interval of the mean
+        over facts of a mean over draws (NaN where it is the same for all facts). The runs:
+        `full model`; `circuit`; `story`, those of the circuit's edges that lie on a path of named heads and
         MLPs; `named heads and MLPs`, all the model's edges between them; `random heads and MLPs`, the same with as
-        many heads drawn from the same layers, mean over draws; `MLPs alone`; `empty circuit`.
+        many other heads drawn from the same layers, mean over draws (left out if there are too few others);
+        `MLPs alone`; `empty circuit`.
 
     Raises
     ------
@@ -198,8 +209,7 @@ def faithful_story(
     check_prompts(prompts)
     nodes = circuit.nodes
     mlps = nodes.loc[nodes["kind"] == "mlp", "node"].tolist()
-    random = np.random.default_rng(seed)
-    others = [_random_heads(model, named, random) for _ in range(draws)]
+    others = matched_head_sets(model.graph, named, draws, seed)
     between = _between(model, [*named, *mlps])
     runs: list[tuple[str, list[Circuit | None], int]] = [
         ("full model", [None], model.graph.n_layers * model.graph.n_heads),
@@ -210,6 +220,7 @@ def faithful_story(
         ("MLPs alone", [_between(model, mlps)], 0),
         ("empty circuit", [Circuit.empty(model.graph)], 0),
     ]
+    runs = [run for run in runs if run[1]]
     loss, rows = make_loss(model, prompts, "nll"), []
     with track(progress, sum(len(some) for _, some, _ in runs), "story") as step:
         for name, circuits, heads in runs:
@@ -221,7 +232,7 @@ def faithful_story(
                 step()
             hit = np.mean(hits, axis=0)
             edges = np.mean([model.graph.n_edges if one is None else one.n_edges for one in circuits])
-            low, high = proportion_interval(hit, seed)
+            low, high = mean_interval(hit, seed) if name == "random heads and MLPs" else proportion_interval(hit)
             rows.append((name, heads, round(float(edges)), len(prompts), hit.mean(), low, high, np.mean(losses)))
     return pd.DataFrame(rows, columns=["run", "heads", "edges", "facts", "hit", "low", "high", "nll"])
 
@@ -237,24 +248,6 @@ def _with_a_role(roles: pd.DataFrame) -> pd.DataFrame:
     if named.empty:
         raise DataError(f"No head of {len(roles)} has a role ({', '.join(PREDICTIONS)}): there is nothing to check.")
     return named[["node", "layer", "head", "role"]].reset_index(drop=True)
-
-
-def _nearest(model: Model, named: set[str], node: str, most: int, random: np.random.Generator) -> list[str]:
-    """Up to `most` heads that are not named, of the same layer first, then of layers ever further away."""
-    own = model.graph.node(node).layer
-    others = [name for name in circuit_heads(model, None) if name not in named]
-    order = random.permutation(len(others))
-    return sorted((others[i] for i in order), key=lambda name: abs(model.graph.node(name).layer - own))[:most]
-
-
-def _random_heads(model: Model, named: Sequence[str], random: np.random.Generator) -> list[str]:
-    """As many heads of each layer as are named there, drawn from all heads of that layer."""
-    layers = [model.graph.node(name).layer for name in named]
-    return [
-        f"a{layer}.h{head}"
-        for layer in sorted(set(layers))
-        for head in random.choice(model.graph.n_heads, layers.count(layer), replace=False)
-    ]
 
 
 def _between(model: Model, nodes: Sequence[str]) -> Circuit:
@@ -359,33 +352,22 @@ def _verdict(p: Sequence[float], n_comparable: int) -> str:
 
 def _p(own: float, chance: np.ndarray, sign: int | None) -> float:
     """The share of effects, the own one counted in, that are as large in the direction of `sign` (NaN for none)."""
-    if sign is None or math.isnan(own):
-        return math.nan
-    return float((1 + (sign * chance >= sign * own).sum()) / (1 + len(chance)))
+    return math.nan if sign is None else p_value(sign * own, sign * chance)
 
 
-def _by_role(
-    heads: pd.DataFrame,
-    every: pd.DataFrame,
-    matched: dict[str, list[str]],
-    draws: int,
-    random: np.random.Generator,
-    seed: int,
-) -> pd.DataFrame:
-    """Each role's mean effects beside those of random sets: one comparable head in the place of each."""
+def _by_role(heads: pd.DataFrame, every: pd.DataFrame, sets: Mapping[str, list[list[str]]]) -> pd.DataFrame:
+    """Each role's mean effects beside those of its random sets."""
     effects = every.set_index("node")
     rows = {}
     for role in (role for role in PREDICTIONS if role in set(heads["role"])):
         some = heads[heads["role"] == role]
-        sets = np.stack([random.choice(matched[node], draws) for node in some["node"]])
-        held = (some["verdict"] == "holds").to_numpy(dtype=float)
-        low, high = proportion_interval(held, seed)
+        held = some["verdict"] == "holds"
+        low, high = proportion_interval(held)
         row = {"heads": len(some), "holds": held.mean(), "low": low, "high": high}
-        signs, least = _signs(role), 1 / (1 + math.prod(len(matched[node]) for node in some["node"]))
+        drawn = effects.index.get_indexer(pd.Index(np.ravel(sets[role]))).reshape(len(sets[role]), len(some))
         for name in EFFECTS:
-            chance = effects[name].loc[sets.ravel()].to_numpy().reshape(sets.shape).mean(0)
-            row[name], row[f"random_{name}"] = some[name].mean(), chance.mean()
-            p = _p(row[name], chance, signs.get(name))
-            row[f"p_{name}"] = max(p, least)  # NaN stays NaN
+            chance = effects[name].to_numpy()[drawn].mean(1)
+            row[name], row[f"random_{name}"] = some[name].mean(), chance_range(chance)[0]
+            row[f"p_{name}"] = _p(row[name], chance, _signs(role).get(name))
         rows[role] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("role")

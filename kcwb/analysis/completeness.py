@@ -11,8 +11,6 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation, make_ablation
@@ -22,10 +20,9 @@ from kcwb.discovery.baselines import random_circuit
 from kcwb.errors import KcwbError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights
-
-_RESAMPLES = 9999
 
 
 def completeness(
@@ -53,7 +50,7 @@ def completeness(
         Random connected circuits, each with as many edges as the circuit; their Hit@k is the mean over draws. With 0
         the row is left out.
     seed
-        Of the random circuits and the bootstrap.
+        Of the random circuits, and of the bootstrap of their interval.
     progress
         Reported per run.
 
@@ -62,7 +59,9 @@ def completeness(
     DataFrame
         One row per run (`full model`, `circuit`, `empty circuit`, `random circuits`) and split (`D_val`, `D_test`, and
         `D_test, known`: those of D_test that the full model knows): `edges`, `nodes`, number of facts `n`, `hit`
-        (Hit@k), `low` and `high` (its 95% interval, see `proportion_interval`), `nll` (mean, nats).
+        (Hit@k), `low` and `high`, `nll` (mean, nats). `low` and `high` are the 95% Wilson interval of the share of
+        facts; for `random circuits`, where each fact's hit is a mean over draws, the 95% bootstrap interval of the mean
+        over facts, given these circuits (NaN where it is the same for all facts).
     """
     check_same_model(model, circuit)
     check_same_weights(model, task)
@@ -94,7 +93,8 @@ def completeness(
                     step()
                 hits, losses = (torch.stack(column).mean(0) for column in zip(*scored, strict=True))
                 for label, chosen in _subsets(split, prompts):
-                    rows.append({"run": name, **size, "split": label, **_summary(hits[chosen], losses[chosen], seed)})
+                    some = _summary(hits[chosen], losses[chosen], seed if name == "random circuits" else None)
+                    rows.append({"run": name, **size, "split": label, **some})
     return pd.DataFrame(rows)
 
 
@@ -114,37 +114,9 @@ def _subsets(split: str, prompts: Prompts) -> Iterator[tuple[str, Tensor]]:
         yield "D_test, known", prompts.known.cpu()
 
 
-def _summary(hits: Tensor, losses: Tensor, seed: int) -> dict[str, float]:
+def _summary(hits: Tensor, losses: Tensor, seed: int | None) -> dict[str, float]:
+    """One row; `seed` is that of the bootstrap where hits are means over draws."""
     if not len(hits):
         return {"n": 0, "hit": np.nan, "low": np.nan, "high": np.nan, "nll": np.nan}
-    low, high = proportion_interval(hits.numpy(), seed)
+    low, high = proportion_interval(hits) if seed is None else mean_interval(hits, seed)
     return {"n": len(hits), "hit": float(hits.mean()), "low": low, "high": high, "nll": float(losses.mean())}
-
-
-def proportion_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """A 95% interval of a mean of values in [0, 1], over facts.
-
-    The percentile bootstrap (9,999 resamples). Where all values are equal the bootstrap knows no spread and would claim
-    certainty; then, and for a single value, it is Wilson's interval for that proportion instead.
-    """
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2 or bool((values == values[0]).all()):
-        share, n, z = float(values[0]), len(values), float(stats.norm.ppf(0.975))
-        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, centre - half), min(1.0, centre + half)
-    return _bootstrap(values, seed)
-
-
-def mean_interval(values: Float[np.ndarray, " n"], seed: int = 0) -> tuple[float, float]:
-    """A 95% interval of a mean: `proportion_interval` for shares, else the percentile bootstrap (NaN for one value)."""
-    values = np.asarray(values, dtype=float)
-    if bool(((values >= 0) & (values <= 1)).all()):
-        return proportion_interval(values, seed)
-    return _bootstrap(values, seed) if len(values) > 1 else (np.nan, np.nan)
-
-
-def _bootstrap(values: np.ndarray, seed: int) -> tuple[float, float]:
-    draw = np.random.default_rng(seed)
-    found = stats.bootstrap((values,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=draw)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)

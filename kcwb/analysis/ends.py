@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kcwb.analysis.dla import attribute, head_outputs
 from kcwb.models.forward import forward
+from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.tasks.prompts import Prompts
@@ -97,10 +98,13 @@ def logits_with(
             yield network.logits(part).float()
 
 
-def matched_sets(chosen: Bool[Tensor, "L H"], draws: int, seed: int) -> Bool[Tensor, "s L H"]:
-    """Random sets of heads with as many in each layer as the chosen ones, drawn from all heads of the layer."""
-    order = torch.rand(draws, *chosen.shape, generator=torch.Generator().manual_seed(seed)).argsort(-1).argsort(-1)
-    return order < chosen.sum(-1)[None, :, None]
+def head_masks(graph: Graph, sets: Sequence[Sequence[str]]) -> Bool[Tensor, "s L H"]:
+    """Which heads of the model are in each set of names."""
+    masks = torch.zeros(len(sets), graph.n_layers, graph.n_heads, dtype=torch.bool)
+    for mask, heads in zip(masks, sets, strict=True):
+        for place in map(graph.node, heads):
+            mask[place.layer, place.head] = True
+    return masks
 
 
 def _with_end(clean: Float[Tensor, "H N T K"], new: Float[Tensor, "H c N 1 K"], prompts: Prompts) -> Tensor:

@@ -31,6 +31,7 @@ from kcwb.errors import CircuitError, DataError, KcwbError, SettingError, choose
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import statistic_interval
 from kcwb.tasks.metrics import METRICS, Loss, make_loss
 from kcwb.tasks.prompts import Prompts, Task
 
@@ -85,8 +86,9 @@ def faithfulness_curve(
     DataFrame
         One row per fraction: `fraction`; `asked`, the whole edges in that share (rounded down, as MIB does);
         `edges`, those left after dropping dangling ones; `m`, `m_full`, `m_empty`; `faithfulness`, and `low` and
-        `high`, its 95% percentile bootstrap interval over facts (9,999 resamples, the same facts for circuit, full
-        model and empty circuit; NaN for a single fact).
+        `high`, the 95% bootstrap interval of that ratio of means over facts (9,999 resamples, the same facts for
+        circuit, full model and empty circuit; NaN for a single fact, and where all resamples agree, as those of the
+        full model do).
 
     Raises
     ------
@@ -114,8 +116,9 @@ def faithfulness_curve(
             asked = int(fraction * model.graph.n_edges)
             circuit = _cut(model.graph, scores, asked, select)
             values = _per_prompt(model, circuit, loss, cuts)
-            share = (values - empty).mean() / (full - empty).mean()
-            low, high = _interval(values, full, empty, seed)
+            gained, possible = values - empty, full - empty
+            share = _share(gained, possible)
+            low, high = statistic_interval([gained, possible], _share, seed)
             rows.append((fraction, asked, circuit.n_edges, values.mean(), full.mean(), empty.mean(), share, low, high))
             step()
     columns = ["fraction", "asked", "edges", "m", "m_full", "m_empty", "faithfulness", "low", "high"]
@@ -314,15 +317,9 @@ def _cut(graph: Graph, scores: Float[Tensor, "S R"], edges: int, select: str) ->
     return Circuit(graph, select_edges(graph, scores, edges=edges, select=select)).without_dangling()
 
 
-def _interval(values: np.ndarray, full: np.ndarray, empty: np.ndarray, seed: int) -> tuple[float, float]:
-    """The percentile bootstrap of a ratio of means over facts."""
-    n = len(values)
-    if n < 2:
-        return np.nan, np.nan
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
-    gained, possible = counts @ (values - empty), counts @ (full - empty)
-    low, high = np.percentile(gained[possible != 0] / possible[possible != 0], [2.5, 97.5])
-    return float(low), float(high)
+def _share(gained: np.ndarray, possible: np.ndarray, axis: int = -1) -> np.ndarray:
+    """How much of what can be gained over the empty circuit is gained, in the mean over facts."""
+    return gained.mean(axis) / possible.mean(axis)
 
 
 def _points(curve: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

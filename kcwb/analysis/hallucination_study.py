@@ -24,8 +24,8 @@ How they are tried:
 3. **Intervals**: 95% by a bootstrap of two stages, relations and then prompts within them (wrong and right apart). The
    claim is about relations not seen before, so relations are what varies; with few of them intervals are wide. The gain
    over confidence is paired: both from the same resamples. The fits are not repeated in them.
-4. **Random heads**: the same with as many heads drawn from each of the movers' layers; `p` is the share of draws, the
-   movers counted in, that do as well.
+4. **Random heads**: the same with as many other heads of the movers' layers (`kcwb.statistics.matched_head_sets`); `p`
+   is the share of draws, the movers counted in, that do as well.
 """
 
 from __future__ import annotations
@@ -35,17 +35,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from kcwb.analysis.answers import FEWEST_FACTS, KINDS, Measured, check_labels, measure_answers
-from kcwb.analysis.completeness import proportion_interval
-from kcwb.analysis.ends import matched_sets
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import chance_range, matched_head_sets, p_value, statistic_interval
 from kcwb.tasks.relations import Relation
 
 CONFIDENCE = ("max_probability", "entropy")
@@ -90,8 +88,9 @@ class HallucinationStudy:
         `feature`, `mean`, `least`, `most` over the relations left out.
     recall
         By `kind` of answer, and for `wrong` as a whole: `prompts`; `recalled`, the share whose right answer is among
-        the ten likeliest tokens at one of the subject's tokens, with its 95% interval `low`, `high`. Of wrong answers,
-        these are failures of selection, the rest of enrichment.
+        the ten likeliest tokens at one of the subject's tokens, with `low`, `high`, the 95% bootstrap interval of that
+        share over relations (prompts of one relation go together; NaN for one relation, or where all shares agree). Of
+        wrong answers, these are failures of selection, the rest of enrichment.
     predictions
         One row per prompt: `relation`, `subject`, `wrong`, and the probability of being wrong by every set.
     measured
@@ -173,19 +172,19 @@ def predict_wrong(
     place = pd.Categorical(measured.prompts["relation"], categories=names).codes.astype(int)
     check_labels({name: wrong[place == i] for i, name in enumerate(names)})
     chosen = [_strongest(measured, i, movers) for i in range(len(names))]
-    random = [_random_sets(measured, heads, draws, seed + i) for i, heads in enumerate(chosen)]
+    random = _random_sets(measured, chosen, draws, seed)
     some = {name: FEATURE_SETS[name] for name in _CONTROLLED}
-    with track(progress, 1 + draws, "leaving relations out") as step:
+    with track(progress, 1 + len(random), "leaving relations out") as step:
         found, weights = _out_of_relation(measured, place, wrong, chosen, FEATURE_SETS)
         step()
         chance = []
-        for sets in zip(*random, strict=True):
-            chance.append(_out_of_relation(measured, place, wrong, sets, some)[0])
+        for sets in random:
+            chance.append(np.stack(list(_out_of_relation(measured, place, wrong, sets, some)[0].values())))
             step()
     pairs = _pairs(np.stack(list(found.values())), place, wrong)
-    by_chance = _pairs(np.concatenate([np.stack(list(one.values())) for one in chance]), place, wrong)
+    by_chance = _auroc(_pairs(np.concatenate(chance), place, wrong)) if chance else np.empty(0)
     return HallucinationStudy(
-        scores=_scores(found, wrong, pairs, _auroc(by_chance).reshape(draws, -1), resamples, seed),
+        scores=_scores(found, wrong, pairs, by_chance.reshape(len(random), len(some)), resamples, seed),
         relations=_by_relation(measured, list(found), pairs, chosen),
         weights=weights,
         recall=_recall(measured.prompts, seed),
@@ -220,12 +219,17 @@ def _strongest(measured: Measured, left_out: int, most: int) -> Int[np.ndarray, 
     return order
 
 
-def _random_sets(measured: Measured, heads: Int[np.ndarray, " k"], draws: int, seed: int) -> list[np.ndarray]:
-    """As many heads of each layer, drawn from all heads of that layer."""
+def _random_sets(
+    measured: Measured, chosen: Sequence[Int[np.ndarray, " k"]], draws: int, seed: int
+) -> list[list[Int[np.ndarray, " k"]]]:
+    """Draws of random heads in the place of each relation's movers; where one has fewer sets, they come round again."""
     graph = measured.graph
-    chosen = torch.zeros(graph.n_layers * graph.n_heads, dtype=torch.bool)
-    chosen[torch.from_numpy(heads)] = True
-    return [np.flatnonzero(one) for one in matched_sets(chosen.view(graph.n_layers, -1), draws, seed).numpy()]
+    every = pd.Index([name for name in graph.sender_names if graph.node(name).kind == "head"])
+    sets = [
+        [every.get_indexer(pd.Index(one)) for one in matched_head_sets(graph, every[heads], draws, seed + i)]
+        for i, heads in enumerate(chosen)
+    ]
+    return [[some[draw % len(some)] for some in sets] for draw in range(max(map(len, sets)))] if all(sets) else []
 
 
 def _out_of_relation(
@@ -315,20 +319,12 @@ def _scores(
         row["pooled"] = roc_auc_score(wrong, found[name])
         if name in _CONTROLLED:
             drawn = chance[:, _CONTROLLED.index(name)]
-            row["p"] = (1 + int((drawn >= values[i] - 1e-12).sum())) / (1 + len(drawn))
+            row["p"] = p_value(values[i], drawn)
         rows.append(row)
         if name in _CONTROLLED:
-            low, high = np.quantile(drawn, [0.025, 0.975])
-            rows.append(
-                {
-                    "features": name.replace("movers", "random heads"),
-                    "deployable": True,
-                    "auroc": drawn.mean(),
-                    "low": low,
-                    "high": high,
-                    "gain": drawn.mean() - values[base],
-                }
-            )
+            mean, low, high = chance_range(drawn)
+            row = {"features": name.replace("movers", "random heads"), "deployable": True, "auroc": mean}
+            rows.append({**row, "low": low, "high": high, "gain": mean - values[base]})
     columns = ["features", "deployable", "auroc", "low", "high", "gain", "gain_low", "gain_high", "pooled", "p"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -352,13 +348,19 @@ def _recall(prompts: pd.DataFrame, seed: int) -> pd.DataFrame:
     groups = {kind: prompts["kind"] == kind for kind in KINDS} | {"wrong": prompts["wrong"]}
     rows = []
     for name in (KINDS[0], "wrong", *KINDS[1:]):
-        some = prompts.loc[groups[name], "recalled"].to_numpy(dtype=float)
+        some = prompts[groups[name]]
         row = {"answer": name, "prompts": len(some)}
         if len(some):
-            low, high = proportion_interval(some, seed)
-            row |= {"recalled": some.mean(), "low": low, "high": high}
+            by_relation = some.groupby("relation")["recalled"]
+            low, high = statistic_interval([by_relation.sum(), by_relation.size()], _share, seed)
+            row |= {"recalled": some["recalled"].mean(), "low": low, "high": high}
         rows.append(row)
     return pd.DataFrame(rows, columns=["answer", "prompts", "recalled", "low", "high"])
+
+
+def _share(recalled: np.ndarray, prompts: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Of the prompts of all relations."""
+    return recalled.sum(axis) / prompts.sum(axis)
 
 
 # --- what is refused ---

@@ -1,4 +1,4 @@
-"""Many sets of heads at once: random ones of the same layers, and the model's answers without each set.
+"""Many sets of heads at once: the model's answers without each of them.
 
 The outputs of a set's heads are set to zero at every position, as Knowledge Circuits (arXiv 2405.17969) ablates heads.
 It is the run of the full graph in which all edges out of those heads are cut (`kcwb.analysis.nodes.ablate_nodes`), done
@@ -13,7 +13,6 @@ for a hundred sets in the time of a few:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kcwb.errors import CircuitError, DataError
+from kcwb.errors import CircuitError
 from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
@@ -32,39 +31,6 @@ from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.ranks import rank_of
 
 _ROWS, _LOGITS = 2**12, 2**24  # tokens, and logits, of a batch of ablated runs
-
-
-def random_sets(model: Model, heads: Sequence[str], draws: int, seed: int = 0) -> tuple[list[list[str]], float]:
-    """Sets of as many heads of the same layers, none of them in `heads`, and how many such sets there are.
-
-    Where a layer has too few others, those of the nearest layers stand in.
-    """
-    graph, taken = model.graph, set(heads)
-    layers = sorted(graph.node(name).layer for name in heads)
-    free = {
-        layer: [f"a{layer}.h{i}" for i in range(graph.n_heads) if f"a{layer}.h{i}" not in taken]
-        for layer in range(graph.n_layers)
-    }
-    if sum(map(len, free.values())) < len(layers):
-        raise DataError(
-            f"{len(heads)} of the model's {graph.n_layers * graph.n_heads} heads are taken: too few are left to draw "
-            "as many others."
-        )
-    counts = dict.fromkeys(range(graph.n_layers), 0)
-    for layer in layers:
-        near = sorted(free, key=lambda other: abs(other - layer))
-        counts[next(other for other in near if counts[other] < len(free[other]))] += 1
-    ways = math.prod(math.comb(len(free[layer]), count) for layer, count in counts.items())
-    generator = np.random.default_rng(seed)
-    sets = [
-        [free[layer][i] for layer, count in counts.items() if count for i in _choose(generator, free[layer], count)]
-        for _ in range(draws)
-    ]
-    return sets, float(ways)
-
-
-def _choose(generator: np.random.Generator, heads: Sequence[str], count: int) -> list[int]:
-    return sorted(generator.choice(len(heads), count, replace=False).tolist())
 
 
 @torch.no_grad()

@@ -37,7 +37,6 @@ from jaxtyping import Float, Int
 from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 
-from kcwb.analysis.completeness import proportion_interval
 from kcwb.analysis.dla import (
     Attribution,
     attribute,
@@ -52,6 +51,7 @@ from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import proportion_interval
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights
 
 #: Roles that say how a head helps the answer, and all roles that a head can have.
@@ -182,7 +182,7 @@ def strongest_movers(model: Model, task: Task, n: int = 10, seed: int = 0) -> li
     return names[:n]
 
 
-def role_agreement(roles: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+def role_agreement(roles: pd.DataFrame) -> pd.DataFrame:
     """How often contribution and attention give a head the same name.
 
     Parameters
@@ -190,21 +190,19 @@ def role_agreement(roles: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     roles
         A table of `head_roles`. Only its movers, relation and mixture heads take part: attention knows no suppressors,
         and heads that do not count have no role to agree on.
-    seed
-        Of the bootstrap.
 
     Returns
     -------
     DataFrame
         One row for `all` and one for each role by contribution: `heads`, `agree` (share of them with the same name by
-        attention), `low` and `high` (95%, over heads), and for `all` `kappa`, Cohen's agreement beyond chance (NaN
-        where it is not defined).
+        attention), `low` and `high` (Wilson's 95% interval of that share of heads; NaN for no heads), and for `all`
+        `kappa`, Cohen's agreement beyond chance (NaN where it is not defined).
     """
     counted = roles[roles["role"].isin(NAMED)]
     rows = {}
     for name, some in [("all", counted), *((role, counted[counted["role"] == role]) for role in NAMED)]:
         same = (some["role"] == some["role_attention"]).to_numpy(dtype=float)
-        low, high = proportion_interval(same, seed) if len(same) else (math.nan, math.nan)
+        low, high = proportion_interval(same)
         rows[name] = {"heads": len(same), "agree": same.mean() if len(same) else math.nan, "low": low, "high": high}
     several = len(set(counted["role"]) | set(counted["role_attention"])) > 1
     rows["all"]["kappa"] = cohen_kappa_score(counted["role"], counted["role_attention"]) if several else math.nan

@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kcwb.analysis.completeness import proportion_interval
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
@@ -30,6 +29,7 @@ from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import mean_interval, p_value
 from kcwb.tasks.hops import HOPS, Hops
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import Task, check_same_weights
@@ -174,13 +174,14 @@ def hop_overlap(
         One row per `level`, `circuit` and `part` (`edges`, `nodes`, `heads`; nodes are heads and MLPs):
 
         - `share`, |two-hop and circuit| / |circuit|, with its 95% interval `low`, `high`;
-        - `random`, the mean of the same between random ones, and `p`, the share of those (itself counted in) in which
-          it is at least as large;
+        - `random`, the mean of the same between random ones, and `p`, the share of random pairs (itself counted in) in
+          which it is at least as large: one pair each, so that p is cautious where `share` is a mean over chains;
         - `jaccard`, those of both over those of either, and `jaccard_low`, `jaccard_high`, `random_jaccard`;
         - `size_two_hop`, `size`: how many parts they have (means, at the level of facts); `facts`.
 
         The level `one fact` compares circuits of one chain at a time, as the paper does, and takes the mean; its
-        interval is the bootstrap over chains. The level `all facts` compares the circuits of all chains together; its
+        interval is the bootstrap's of the mean over chains (NaN where all are alike). The level `all facts`
+        compares the circuits of all chains together; its
         interval is that of the circuits of resampled chains, whose overlap is lower than that of the circuits
         themselves where resampling blurs them: it may lie below the value.
     """
@@ -364,10 +365,10 @@ def _beside(
     row: dict[str, float] = {}
     for i, (name, prefix) in enumerate((("share", ""), ("jaccard", "jaccard_"))):
         if level == "one fact":
-            low, high = proportion_interval(own[:, i], seed)
+            low, high = mean_interval(own[:, i], seed)
         else:
             low, high = (float(x) for x in np.quantile(spread[:, i], [0.025, 0.975]))
         row |= {name: float(own[:, i].mean()), f"{prefix}low": low, f"{prefix}high": high}
-    p = (1 + (chance[:, 0] >= row["share"]).sum()) / (1 + len(chance))
-    row |= {"random": float(chance[:, 0].mean()), "p": float(p), "random_jaccard": float(chance[:, 1].mean())}
+    p = p_value(row["share"], chance[:, 0])
+    row |= {"random": float(chance[:, 0].mean()), "p": p, "random_jaccard": float(chance[:, 1].mean())}
     return row

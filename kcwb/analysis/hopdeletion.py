@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
-from kcwb.analysis.completeness import mean_interval, proportion_interval
 from kcwb.analysis.hopcircuits import INTEGRATED, HopCircuits, usable_chains
 from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
@@ -25,6 +24,7 @@ from kcwb.circuits.run import run_circuit
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import mean_interval, p_value, proportion_interval
 from kcwb.tasks.hops import HOPS
 from kcwb.tasks.metrics import answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts
@@ -61,8 +61,9 @@ def delete_first_hop(
         One row per `cut` and question `asked`. The cuts: `hop 1 only`, the edges of hop 1's circuit without those of
         hop 2's; `hop 2 only`, the other way round, which should spoil hop 2; and each control's without those of both
         hops, the strongest of them, as many as in `hop 1 only` where there are as many. `edges`, how many; `facts`;
-        `hit_before` and `hit`, the share of answers of rank k or better, the interval `hit_low`, `hit_high`; `cost`,
-        the increase of the answer's loss (nll, nats), with its 95% interval `low`, `high` over chains; and for `hop 1
+        `hit_before` and `hit`, the share of answers of rank k or better, its 95% Wilson interval (of the share of
+        chains) `hit_low`, `hit_high`; `cost`, the increase of the answer's loss (nll, nats), with the 95% bootstrap
+        interval of its mean over chains `low`, `high`; and for `hop 1
         only`, but for the question hop 1, `random_cost`, `random_hit` (means over draws) and `p`, the share of draws
         (itself counted in) that cost as much. The question `two-hop less hop 2` holds the difference of the costs,
         chain by chain.
@@ -176,12 +177,12 @@ def _costs(
     hits = math.nan, math.nan, math.nan, math.nan
     if not difference:
         right = after[question][1]
-        hits = float(before[question][1].mean()), float(right.mean()), *proportion_interval(right, seed)
+        hits = float(before[question][1].mean()), float(right.mean()), *proportion_interval(right)
     row |= dict(zip(("hit_before", "hit", "hit_low", "hit_high"), hits, strict=True))
     null = np.array([cost(one).mean() for one in chance])
     row["random_cost"] = float(null.mean()) if len(null) else math.nan
     row["random_hit"] = (
         float(np.mean([one[question][1].mean() for one in chance])) if len(null) and not difference else math.nan
     )
-    row["p"] = float((1 + (null >= own.mean()).sum()) / (1 + len(null))) if len(null) else math.nan
+    row["p"] = p_value(own.mean(), null)
     return row

@@ -12,8 +12,9 @@ random heads (its Table 2). Here, step by step and with what chance gives:
 3. **Ablation** in the k-shot prompts of D_test: the heads' outputs are set to zero at every position, as in the paper;
    a mean would have to be taken over prompts, and would give each head what it brings on those. Accuracy is Hit@1, the
    share of facts whose answer's first token is the model's first choice; Hit@10 and the loss stand beside it. What
-   they are compared with are sets of as many heads drawn from the same layers, new ones excepted. `p` is the share of
-   draws (the new heads counted in) that do at least as much harm.
+   they are compared with are sets of as many heads drawn from the same layers, new ones excepted
+   (`kcwb.statistics.matched_head_sets`). `p` is the share of draws (the new heads counted in) that do at least as much
+   harm.
 4. **What they read**: END's attention to the demonstrations' objects, subjects and line breaks, and the induction and
    previous-token scores of `kcwb.analysis.heads`, beside the circuit's other heads and random ones of the same layers.
 """
@@ -30,8 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.analysis.completeness import proportion_interval
-from kcwb.analysis.head_sets import answers_without, head_place, random_sets
+from kcwb.analysis.head_sets import answers_without, head_place
 from kcwb.analysis.heads import circuit_heads, pattern_scores
 from kcwb.analysis.positions import split_of, told_at_end
 from kcwb.circuits.ablation import make_ablation
@@ -44,6 +44,7 @@ from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import chance_range, matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import check_same_weights
 from kcwb.tasks.relations import Relation
@@ -170,22 +171,22 @@ def in_context(
     heads = demonstration_attention(model, task)
     heads["status"] = heads["node"].map(nodes.set_index("node")["status"]).fillna("in neither")
     reading = reading_summary(model, heads, draws=draws, seed=seed)
-    return InContext(tasks, shot_accuracy(tasks.values(), seed), circuits, nodes, ablation, heads, reading)
+    return InContext(tasks, shot_accuracy(tasks.values()), circuits, nodes, ablation, heads, reading)
 
 
-def shot_accuracy(tasks: Iterable[ShotTask], seed: int = 0) -> pd.DataFrame:
+def shot_accuracy(tasks: Iterable[ShotTask]) -> pd.DataFrame:
     """How often the model answers the questions of D_test, after each context.
 
     Returns
     -------
     DataFrame
         One row per task: `k`, `kind`, `facts`, `hit_1` (the share whose answer's first token is the first choice) with
-        its 95% interval `low` to `high`, `hit_10` with `low_10` to `high_10`.
+        the 95% Wilson interval of that share of facts, `low` to `high`; `hit_10` with `low_10` to `high_10`.
     """
     rows = []
     for task in tasks:
         if len(task.test):
-            rows.append({"k": task.k, "kind": task.kind, **_accuracy(task.test.ranks.cpu().numpy()[None], seed)})
+            rows.append({"k": task.k, "kind": task.kind, **_accuracy(task.test.ranks.cpu().numpy()[None])})
     columns = ["k", "kind", "facts", "hit_1", "low", "high", "hit_10", "low_10", "high_10"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -384,9 +385,9 @@ def ablate_new(
         `val` or `test`.
     draws
         Random sets of as many heads of the same layers, `new` ones excepted (of the nearest layers, where a layer has
-        no more). Where fewer sets are possible, equal ones are run once.
+        no more), no two alike; all that are possible, where there are fewer.
     seed
-        Of the sets and the bootstrap.
+        Of the sets, and of the bootstrap of their interval.
     progress
         Reported per set of heads.
 
@@ -394,15 +395,17 @@ def ablate_new(
     -------
     DataFrame
         One row per arm (`intact`, `new heads`, `random heads`, `shared heads`): `heads` (how many), `facts`, `hit_1`
-        with its 95% interval over facts `low` to `high`, `hit_10` with `low_10` to `high_10`, `nll` of the answer's
-        first token (nats). For `random heads` these are means over the draws. In the row of the new heads `p_hit_1`,
-        `p_hit_10` and `p_nll`: the share of random sets (the new heads counted in) that do at least as much harm, not
-        below one in the number of sets that are possible. NaN elsewhere.
+        with `low` to `high`, `hit_10` with `low_10` to `high_10`, `nll` of the answer's first token (nats). The
+        intervals are the 95% Wilson interval of the share of facts; for `random heads`, all of whose numbers are means
+        over the draws, the 95% bootstrap interval of the mean over facts (NaN where it is the same for all). In the row
+        of the new heads `p_hit_1`, `p_hit_10` and `p_nll`: the share of random sets (the new heads counted in) that do
+        at least as much harm. NaN elsewhere, and if there are too few other heads to draw; the row of `random heads` is
+        left out then, with a warning.
 
     Raises
     ------
     DataError
-        If the split has no facts, or there are no other heads to draw.
+        If the split has no facts.
     CircuitError
         If a name is not a head of the model.
     SettingError
@@ -415,10 +418,11 @@ def ablate_new(
         raise DataError(f"D_{split} of {task.relation.name} has no facts to ask; make the task with n_test >= 1.")
     prompts = told_at_end(prompts)
     arms: list[tuple[str, list[Sequence[str]]]] = [("intact", [()])]
-    ways = 1.0
+    random = matched_head_sets(model.graph, new, draws, seed)
     if new:
-        random, ways = random_sets(model, new, draws, seed)
-        arms += [("new heads", [new]), ("random heads", [*random])]
+        arms.append(("new heads", [new]))
+    if random:
+        arms.append(("random heads", [*random]))
     if shared:
         arms.append(("shared heads", [shared]))
     every = list(dict.fromkeys(tuple(sorted(heads)) for _, sets in arms for heads in sets))
@@ -428,7 +432,8 @@ def ablate_new(
     for arm, sets in arms:
         index = [place[tuple(sorted(heads))] for heads in sets]
         of_arm[arm] = ranks[index], losses[index]
-        rows.append({"arm": arm, "heads": len(sets[0]), **_accuracy(ranks[index], seed), "nll": losses[index].mean()})
+        accuracy = _accuracy(ranks[index], seed if arm == "random heads" else None)
+        rows.append({"arm": arm, "heads": len(sets[0]), **accuracy, "nll": losses[index].mean()})
     table = pd.DataFrame(rows)
     for name, harm in {
         "hit_1": lambda ranks, _: -(ranks == 1).mean(-1),
@@ -436,10 +441,9 @@ def ablate_new(
         "nll": lambda _, losses: losses.mean(-1),
     }.items():
         table[f"p_{name}"] = math.nan
-        if new:
-            own, chance = harm(*of_arm["new heads"])[0], harm(*of_arm["random heads"])
-            p = max((1 + (chance >= own - 1e-9).sum()) / (1 + len(chance)), 1 / (1 + ways))
-            table.loc[table["arm"] == "new heads", f"p_{name}"] = float(p)
+        if random:
+            p = p_value(harm(*of_arm["new heads"])[0], harm(*of_arm["random heads"]))
+            table.loc[table["arm"] == "new heads", f"p_{name}"] = p
     return table
 
 
@@ -507,35 +511,33 @@ def reading_summary(model: Model, heads: pd.DataFrame, *, draws: int = 1000, see
     DataFrame
         One row per quantity of `demonstration_attention`: its mean over `new heads`, over the `other heads` of the
         circuits, over `random heads`, with `low` and `high`, 95% of the random sets, and `p`, the share of random sets
-        (the new heads counted in) whose mean is at least as large, not below one in the number of possible sets. Empty
-        where no head is new.
+        (the new heads counted in) whose mean is at least as large. Empty where no head is new.
     """
     table = heads.set_index("node")
     new = table.index[table["status"] == "new"].tolist()
     columns = ["quantity", "new heads", "other heads", "random heads", "low", "high", "p"]
     if not new:
         return pd.DataFrame(columns=columns)
-    sets, ways = random_sets(model, new, draws, seed)
-    drawn = np.stack([table.index.get_indexer(pd.Index(some)) for some in sets])
+    sets = matched_head_sets(model.graph, new, draws, seed)
+    drawn = table.index.get_indexer(pd.Index(np.ravel(sets))).reshape(len(sets), len(new))
     others = table[~table["status"].isin(["new", "in neither"])]
     rows = []
     for name in _READING:
         own, chance = table.loc[new, name].mean(), table[name].to_numpy()[drawn].mean(1)
-        low, high = np.quantile(chance, [0.025, 0.975])
-        p = max((1 + (chance >= own - 1e-12).sum()) / (1 + len(chance)), 1 / (1 + ways))
-        rows.append((name, own, others[name].mean() if len(others) else math.nan, chance.mean(), low, high, float(p)))
+        beside = others[name].mean() if len(others) else math.nan
+        rows.append((name, own, beside, *chance_range(chance), p_value(own, chance)))
     return pd.DataFrame(rows, columns=columns)
 
 
 # --- shared ---
 
 
-def _accuracy(ranks: Int[np.ndarray, "sets N"], seed: int) -> dict[str, float]:
-    """Hit@1 and Hit@10, means over sets, with intervals over facts."""
+def _accuracy(ranks: Int[np.ndarray, "sets N"], seed: int | None = None) -> dict[str, float]:
+    """Hit@1 and Hit@10 with intervals over facts; with the seed of a bootstrap, as means over sets."""
     found: dict[str, float] = {"facts": ranks.shape[1]}
     for k, end in ((1, ""), (10, "_10")):
         hits = (ranks <= k).mean(0)
-        low, high = proportion_interval(hits, seed)
+        low, high = proportion_interval(hits) if seed is None else mean_interval(hits, seed)
         found |= {f"hit_{k}": float(hits.mean()), f"low{end}": low, f"high{end}": high}
     return found
 

@@ -20,18 +20,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kcwb.analysis.completeness import proportion_interval
 from kcwb.analysis.positions import split_of, told_at_end, without_copies
 from kcwb.errors import DataError, nearest
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, answer_tokens, check_same_weights
 from kcwb.tasks.ranks import rank_of
 
 #: What is looked for, and where.
 WHO = ("object", "subject", "object, subject's tokens")
-_RESAMPLES = 9999
 
 
 def lens(
@@ -63,7 +62,8 @@ def lens(
     -------
     DataFrame
         One row per layer, quantity and `who` (see the top of this module): `layer`, `quantity`, `who`, `value`, `low`,
-        `high` (95% bootstrap interval over facts, 9,999 resamples; NaN for a single fact), `facts`. The quantities:
+        `high`, `facts`. `low` and `high` are the 95% bootstrap interval of the mean over facts, and for `hit_10`
+        Wilson's of the share of facts; NaN for a single fact. The quantities:
 
         - `rank`: the geometric mean of the ranks, from 1 (ranks run from 1 to the size of the vocabulary, and one fact
           at rank 30,000 would outweigh all others in a plain mean);
@@ -80,11 +80,11 @@ def lens(
     rows = []
     for (layer, who), some in table.groupby(["layer", "who"], sort=False):
         logs = np.log(some["rank"].to_numpy(dtype=float))
-        rows.append((layer, "rank", who, *(math.exp(x) for x in _mean(logs, seed)), len(some)))
-        for quantity in ("probability", "hit_10"):
-            values = some[quantity].to_numpy(dtype=float)
-            low, high = proportion_interval(values, seed) if len(values) > 1 else (math.nan, math.nan)
-            rows.append((layer, quantity, who, values.mean(), low, high, len(some)))
+        ends = {"rank": [math.exp(x) for x in (logs.mean(), *mean_interval(logs, seed))]}
+        ends["probability"] = [some["probability"].mean(), *mean_interval(some["probability"], seed)]
+        hits = proportion_interval(some["hit_10"]) if len(some) > 1 else (math.nan, math.nan)
+        ends["hit_10"] = [some["hit_10"].mean(), *hits]
+        rows += [(layer, quantity, who, *values, len(some)) for quantity, values in ends.items()]
     found = pd.DataFrame(rows, columns=["layer", "quantity", "who", "value", "low", "high", "facts"])
     return found.sort_values(["quantity", "who", "layer"], kind="stable").reset_index(drop=True)
 
@@ -173,12 +173,3 @@ def _standing(logits: Float[Tensor, "n V"], tokens: Int[Tensor, " n"]) -> pd.Dat
     """Ranks and probabilities of tokens."""
     probability = logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
     return pd.DataFrame({"rank": rank_of(logits, tokens).tolist(), "probability": probability.tolist()})
-
-
-def _mean(values: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """A mean and its 95% percentile bootstrap interval (NaN for a single value)."""
-    if len(values) < 2:
-        return float(values.mean()), math.nan, math.nan
-    draws = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)

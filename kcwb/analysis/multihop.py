@@ -22,12 +22,12 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from kcwb.analysis.completeness import mean_interval, proportion_interval
 from kcwb.analysis.positions import rows_told_at_end
 from kcwb.errors import SettingError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.compose import Wording, reverse
 from kcwb.tasks.hops import Hops
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts, answer_tokens, check_same_weights, encode, encode_one
@@ -94,18 +94,19 @@ def lens_summary(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row per `place`, `quantity`, `who` and `layer`: `value`, `low`, `high` (95% bootstrap over chains), `facts`.
-        The quantities are `rank`, the geometric mean, and `hit_10`, the share.
+        One row per `place`, `quantity`, `who` and `layer`: `value`, `low`, `high`, `facts`. The quantities are `rank`,
+        the geometric mean, and `hit_10`, the share. `low` and `high` are the 95% bootstrap interval of the mean over
+        chains; for `hit_10` of a chain's own bridge or object, the 95% Wilson interval of the share of chains.
     """
     rows = []
     for (place, who, layer), some in table.groupby(["place", "who", "layer"], sort=False):
         logs = np.log(some["rank"].to_numpy(dtype=float))
         hits = some["hit_10"].to_numpy(dtype=float)
-        ends = mean_interval(logs, seed) if len(logs) > 1 else (math.nan, math.nan)
-        rank = [math.exp(value) for value in (logs.mean(), *ends)]
+        ends = mean_interval(hits, seed) if str(who).startswith("other") else proportion_interval(hits)
+        rank = [math.exp(value) for value in (logs.mean(), *mean_interval(logs, seed))]
         rows += [
             (place, "rank", who, layer, *rank, len(some)),
-            (place, "hit_10", who, layer, hits.mean(), *proportion_interval(hits, seed), len(some)),
+            (place, "hit_10", who, layer, hits.mean(), *ends, len(some)),
         ]
     columns = ["place", "quantity", "who", "layer", "value", "low", "high", "facts"]
     return pd.DataFrame(rows, columns=columns).sort_values(["place", "quantity"], kind="stable", ignore_index=True)
@@ -189,15 +190,16 @@ def both_ways(
     return pd.DataFrame(facts, columns=["subject", "object"]).assign(**ranks)
 
 
-def reversal(table: pd.DataFrame, k: int = 1, seed: int = 0) -> pd.DataFrame:
+def reversal(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
     """How many facts of the table of `both_ways` are known each way.
 
     Returns
     -------
     DataFrame
         Rows `forward`, `backward`, `both`, `backward, of those known forward` and `forward, of those known backward`:
-        `known`, `of`, `share` with its 95% interval `low`, `high` (NaN of none). `p`, in the first row: that of
-        McNemar's exact test, two-sided, for as many facts known one way only being known forward as backward.
+        `known`, `of`, `share` of facts with its 95% Wilson interval `low`, `high` (NaN of none). `p`, in the first
+        row: that of McNemar's exact test, two-sided, for as many facts known one way only being known forward as
+        backward.
     """
     if k < 1:
         raise SettingError(f"k={k}: it must be at least 1.")
@@ -213,9 +215,9 @@ def reversal(table: pd.DataFrame, k: int = 1, seed: int = 0) -> pd.DataFrame:
         ("backward, of those known forward", both, forward_),
         ("forward, of those known backward", both, backward),
     ):
-        values = known[among].astype(float)
-        interval = proportion_interval(values, seed) if len(values) else (math.nan, math.nan)
-        rows.append((name, int(values.sum()), len(values), values.mean() if len(values) else math.nan, *interval))
+        values = known[among]
+        share = values.mean() if len(values) else math.nan
+        rows.append((name, int(values.sum()), len(values), share, *proportion_interval(values)))
     found = pd.DataFrame(rows, columns=["asked", "known", "of", "share", "low", "high"])
     found["p"] = [p] + [math.nan] * (len(found) - 1)
     return found

@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kcwb.analysis.completeness import proportion_interval
 from kcwb.analysis.dla import final_scale
 from kcwb.circuits.ablation import ABLATIONS, Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
@@ -32,6 +31,7 @@ from kcwb.models.forward import Pass, forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.progress import Progress, track
+from kcwb.statistics import proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights
 
@@ -291,21 +291,21 @@ def ablate_nodes(
     return pd.concat(tables, ignore_index=True)[columns]
 
 
-def ablation_summary(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+def ablation_summary(table: pd.DataFrame) -> pd.DataFrame:
     """Means of the table of `ablate_nodes` over facts.
 
     Returns
     -------
     DataFrame
-        One row per run, split and state, in the table's order: number of facts `n`, `hit` with its 95% interval `low`
-        to `high` (see `kcwb.analysis.completeness.proportion_interval`), median `rank`, mean `probability` and `loss`.
+        One row per run, split and state, in the table's order: number of facts `n`; `hit`, the share of them, with its
+        95% Wilson interval `low` to `high`; median `rank`, mean `probability` and `loss`.
     """
     groups = dict(iter(table.groupby(["run", "split", "state"])))
     order = [dict.fromkeys(table[name]) for name in ("run", "split", "state")]
     rows = []
     for run, split, state in itertools.product(*order):
         part = groups[run, split, state]
-        low, high = proportion_interval(part["hit"].to_numpy(float), seed)
+        low, high = proportion_interval(part["hit"])
         middle = {"rank": part["rank"].median(), "probability": part["probability"].mean(), "loss": part["loss"].mean()}
         key = {"run": run, "split": split, "state": state, "n": len(part)}
         rows.append({**key, "hit": part["hit"].mean(), "low": low, "high": high, **middle})

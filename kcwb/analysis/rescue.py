@@ -9,9 +9,10 @@ come back:
 - `rescued`: the right answer is the likeliest token now;
 - `rise`: by how much its logit has risen over that of the wrong answer (logits).
 
-Beside them stand random sets with as many heads in each layer (drawn from all heads of the layer), with p the share of
-draws, the movers counted in, that do as well; and all heads at once, the most that heads at END can do. The movers of a
-relation are found on facts that are in no pair. Each fact is in one pair, and facts are what intervals are over.
+Beside them stand random sets of as many other heads of the same layers (`kcwb.statistics.matched_head_sets`), with p
+the share of draws, the movers counted in, that do as well; and all heads at once, the most that heads at END can do.
+The movers of a relation are found on facts that are in no pair. Each fact is in one pair, and facts are what intervals
+are over: they speak of further facts of these relations, not of other relations.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kcwb.analysis.answers import FEWEST_FACTS, sample_facts, task_of
-from kcwb.analysis.completeness import mean_interval
 from kcwb.analysis.dla import attribute, head_outputs, named_heads
-from kcwb.analysis.ends import at_end, logits_with, matched_sets
+from kcwb.analysis.ends import at_end, head_masks, logits_with
 from kcwb.analysis.heads import strongest_movers
 from kcwb.analysis.positions import check_prompts, rows_told_at_end, says_its_object, token_text
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Relation, load_relation
@@ -55,7 +56,9 @@ class Rescue:
     ----------
     summary
         One row for each of `RUNS`, and `movers - random heads`: `facts`; `rescued`, a share of them, and `rise`, each
-        with its 95% interval over facts; `p_rescued`, `p_rise` of the movers. Of random heads, means over draws.
+        with `..._low` and `..._high`; `p_rescued`, `p_rise` of the movers. Of random heads, means over draws. The
+        intervals are 95%: Wilson's of the share of facts that movers, or all heads, rescue; the bootstrap's of the mean
+        over facts for all else (the difference is paired, fact by fact). NaN where there are too few other heads.
     pairs
         One row per fact: `relation`, `subject`, `object`, `right_in`, `wrong_in` (templates), `predicted` in the wrong
         one; `gap`, the logit of the right answer there minus the wrong one's; and `rescued` and `rise` of each run.
@@ -99,7 +102,7 @@ def rescue(
         How many mover heads of each relation are put in, those with the largest D_S on facts in no pair; or the names
         of heads, for all relations.
     draws
-        Random sets of heads.
+        Random sets of heads; where no relation has so many, as many as there are.
     seed
         Of all draws.
     progress
@@ -133,7 +136,7 @@ def rescue(
     if not rows:
         raise DataError(_nothing(counted))
     table = pd.concat([one.table for one in rows], ignore_index=True)
-    chance = {name: np.concatenate([getattr(one, name) for one in rows], 1) for name in ("rescued", "rise")}
+    chance = {name: _side_by_side([getattr(one, name) for one in rows]) for name in ("rescued", "rise")}
     shares = table.groupby("relation")[[f"rescued, {run}" for run in RUNS]].mean()
     return Rescue(_summary(table, chance, seed), table, counted.merge(shares, on="relation", how="left"))
 
@@ -224,11 +227,9 @@ def _patch_relation(
     model: Model, asked: _Asked, pairs: Sequence[_Pair], movers: Sequence[str], draws: int, seed: int
 ) -> _Patched:
     graph = model.graph
-    chosen = torch.zeros(graph.n_layers, graph.n_heads, dtype=torch.bool)
-    for head in named_heads(model, movers):
-        chosen[head.layer, head.head] = True
-    sets = torch.cat([chosen[None], matched_sets(chosen, draws, seed)])
-    every = torch.ones_like(chosen)[None]
+    names = [head.node for head in named_heads(model, movers)]
+    sets = head_masks(graph, [names, *matched_head_sets(graph, names, draws, seed)])
+    every = torch.ones_like(sets[:1])
     parts = []
     for (right, wrong), some in itertools.groupby(sorted(pairs, key=lambda one: one[1:]), key=lambda one: one[1:]):
         rows = [one.row for one in some]
@@ -279,12 +280,20 @@ def _gap(logits: Float[Tensor, "*c N V"], gold: Int[Tensor, " N"], rival: Int[Te
 def _tabulate(table: pd.DataFrame, sets: Float[np.ndarray, "2 s N"], every: Float[np.ndarray, "2 1 N"]) -> _Patched:
     """Columns for each run; the first of the sets are the movers."""
     for name, own, one in zip(("rescued", "rise"), sets, every, strict=True):
-        for run, values in zip(RUNS, (own[0], own[1:].mean(0), one[0]), strict=True):
+        random = own[1:].mean(0) if len(own) > 1 else np.full(own.shape[1], np.nan)
+        for run, values in zip(RUNS, (own[0], random, one[0]), strict=True):
             table[f"{name}, {run}"] = values
     return _Patched(table, sets[0, 1:], sets[1, 1:])
 
 
 # --- tables ---
+
+
+def _side_by_side(chance: Sequence[Float[np.ndarray, "draws n"]]) -> Float[np.ndarray, "draws N"]:
+    """The draws of several relations as draws of all; where one has fewer, they come round again (NaN for none)."""
+    most = max(map(len, chance))
+    rows = [one if len(one) else np.full((1, one.shape[1]), np.nan) for one in chance]
+    return np.concatenate([one.take(range(most), axis=0, mode="wrap") for one in rows], 1)
 
 
 def _summary(table: pd.DataFrame, chance: Mapping[str, Float[np.ndarray, "draws n"]], seed: int) -> pd.DataFrame:
@@ -296,9 +305,11 @@ def _summary(table: pd.DataFrame, chance: Mapping[str, Float[np.ndarray, "draws 
             own, other = (table[f"{name}, {one}"].to_numpy(dtype=float) for one in RUNS[:2])
             values = own - other if run not in RUNS else table[f"{name}, {run}"].to_numpy(dtype=float)
             row[name] = values.mean()
-            row[f"{name}_low"], row[f"{name}_high"] = mean_interval(values, seed)
+            hits = name == "rescued" and run in ("movers", "all heads")
+            ends = proportion_interval(values) if hits else mean_interval(values, seed)
+            row[f"{name}_low"], row[f"{name}_high"] = ends
             if run == RUNS[0]:
-                row[f"p_{name}"] = (1 + int((drawn.mean(1) >= own.mean() - 1e-9).sum())) / (1 + len(drawn))
+                row[f"p_{name}"] = p_value(own.mean(), drawn.mean(1))
         rows.append(row)
     spread = [f"{name}{end}" for name in chance for end in ("", "_low", "_high")]
     return pd.DataFrame(rows, columns=["heads", "facts", *spread, *(f"p_{name}" for name in chance)])

@@ -5,7 +5,7 @@ overlap by themselves, and are taken off here: late layers hold most of the head
 compared with others *of its layer*; and large circuits overlap more than small ones, so that a pair of circuits is
 compared with random ones *of the same sizes*. With H heads in a layer, of which relation r uses n_r, a head that is
 drawn at random serves r with probability n_r / H: the number of relations that it serves is a sum of such draws, whose
-distribution (Poisson binomial) is summed exactly.
+distribution is the Poisson binomial.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kcwb.discovery.baselines import random_circuit
 from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.progress import Progress, track
+from kcwb.statistics import p_value
 
 _SERVING = (*NAMED, "suppressor")
 
@@ -110,7 +111,8 @@ def shared_heads(graph: Graph, tables: Mapping[str, pd.DataFrame]) -> pd.DataFra
                 "relations": len(some),
                 "of": len(tables),
                 "expected": chances.sum(),
-                "p": _at_least(chances, len(some)),
+                # summed from the tail: 1 - cdf would round small ones to 0
+                "p": float(stats.poisson_binom.pmf(np.arange(len(some), len(tables) + 1), chances).sum()),
                 "roles": ", ".join(f"{role} {counts[role]}" for role in _SERVING if role in counts),
                 "names": ", ".join(some["relation"]),
             }
@@ -125,14 +127,6 @@ def shared_heads(graph: Graph, tables: Mapping[str, pd.DataFrame]) -> pd.DataFra
     found["q"] = stats.false_discovery_control(np.concatenate([found["p"], idle]))[: len(found)]
     order = found.sort_values(["relations", "p", "layer", "head"], ascending=[False, True, True, True], kind="stable")
     return order[columns].reset_index(drop=True)
-
-
-def _at_least(chances: np.ndarray, count: int) -> float:
-    """The probability of `count` or more successes among independent draws with these chances."""
-    distribution = np.ones(1)
-    for chance in chances:
-        distribution = np.convolve(distribution, [1 - chance, chance])
-    return float(min(1.0, distribution[count:].sum()))
 
 
 def circuit_overlap(
@@ -223,5 +217,4 @@ def _jaccard(both: np.ndarray, left: int, right: int) -> np.ndarray:
 
 
 def _beside(what: str, own: float, chance: np.ndarray) -> dict[str, float]:
-    p = (1 + (chance >= own).sum()) / (1 + len(chance))
-    return {what: own, f"random_{what}": float(chance.mean()), f"p_{what}": float(p)}
+    return {what: own, f"random_{what}": float(chance.mean()), f"p_{what}": p_value(own, chance)}

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from kcwb.analysis.completeness import mean_interval
 from kcwb.analysis.heads import strongest_movers
 from kcwb.editing.cases import EditCase
 from kcwb.editing.compare import compare_edit
@@ -17,6 +16,7 @@ from kcwb.editing.edit import EditError, edit
 from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import mean_interval
 from kcwb.tasks.prompts import Task, make_task
 
 
@@ -99,8 +99,10 @@ def account(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row per claim: `claim`, what is measured (`quantity`, a mean over edits), `mean`, `low`, `high` (95%), `n`,
-        and `holds`: `yes` if the interval lies above `least`, `no` if below, else `undecided`.
+        One row per claim: `claim`, what is measured (`quantity`, a mean over edits), `mean`, `low`, `high` (the
+        95% bootstrap interval of the mean over edits, taken as independent, though those of one relation share its
+        mover heads; NaN for fewer than two), `n`, and `holds`: `yes` if the interval lies above `least`, `no` if below,
+        else `undecided`.
     """
     claims = {
         "the edit is written at the subject": ("te_subject", table["te_subject"], 0.5),
@@ -130,7 +132,7 @@ def account(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     rows = []
     for claim, (quantity, values, least) in claims.items():
         found = values.dropna().to_numpy(float)
-        low, high = mean_interval(found, seed) if len(found) else (math.nan, math.nan)
+        low, high = mean_interval(found, seed)
         holds = "yes" if low > least else "no" if high < least else "undecided"
         mean = float(found.mean()) if len(found) else math.nan
         rows.append((claim, quantity, least, mean, low, high, len(found), holds))

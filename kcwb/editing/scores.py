@@ -25,18 +25,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kcwb.analysis.completeness import mean_interval
 from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import Edit, EditError, edit
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.statistics import mean_interval, proportion_interval, statistic_interval
 from kcwb.tasks.prompts import padded
 
 #: What `edit_scores` reports of each edit.
 SCORES = ("ES", "PS", "NS", "EM", "PM", "NM", "bleed_subject", "bleed_other", "portability")
-_RESAMPLES = 9_999
 
 
 def generate(model: Model, text: str, tokens: int = 12) -> str:
@@ -243,12 +242,14 @@ def layer_sweep(
 
 
 def score_summary(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Means over cases of the scores of `edit_scores`, with 95% bootstrap intervals over cases.
+    """Means over cases of the scores of `edit_scores`, with 95% intervals over cases.
 
     Returns
     -------
     DataFrame
-        One row per `run` and `score` (S first): `n` (cases that have it), `mean`, `low`, `high`.
+        One row per `run` and `score` (S first): `n` (cases that have it), `mean`, `low`, `high`. The interval of ES,
+        one hit or miss per case, is Wilson's of the share of cases. Others are the bootstrap's: of the mean over cases,
+        and for S of the harmonic mean of the three means, cases resampled whole (NaN where all cases agree).
     """
     rows = []
     for run, part in table.groupby("run", sort=False):
@@ -258,7 +259,7 @@ def score_summary(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             values = part[score].dropna().to_numpy(float)
             row: dict[str, Any] = {"run": run, "score": score, "n": len(values)}
             if len(values):
-                low, high = mean_interval(values, seed)
+                low, high = proportion_interval(values) if score == "ES" else mean_interval(values, seed)
                 row |= {"mean": float(values.mean()), "low": low, "high": high}
             rows.append(row)
     return pd.DataFrame(rows, columns=["run", "score", "n", "mean", "low", "high"])
@@ -266,13 +267,11 @@ def score_summary(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 def _harmonic(shares: Float[np.ndarray, "cases 3"], seed: int) -> dict[str, float]:
     """The harmonic mean of three means, and its bootstrap interval over cases; NaN where a score is missing."""
-    draws = np.random.default_rng(seed).integers(len(shares), size=(_RESAMPLES, len(shares)))
 
-    def of(means: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore"):
-            return 3 / (1 / means).sum(-1)
+    def mean(*scores: np.ndarray, axis: int = -1) -> np.ndarray:
+        return 3 / np.sum([1 / np.nanmean(score, axis) for score in scores], axis=0)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a resample of cases that all lack a score
-        low, high = np.nanquantile(of(np.nanmean(shares[draws], 1)), [0.025, 0.975])
-        return {"mean": float(of(np.nanmean(shares, 0))), "low": float(low), "high": float(high)}
+    low, high = statistic_interval([*shares.T], mean, seed)
+    with warnings.catch_warnings(), np.errstate(divide="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # all cases lack a score
+        return {"mean": float(mean(*shares.T)), "low": low, "high": high}

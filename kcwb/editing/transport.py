@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.analysis.ends import logits_with, matched_sets
+from kcwb.analysis.ends import head_masks, logits_with
 from kcwb.editing.edit import Edit
 from kcwb.editing.passes import Block, run_block
 from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
+from kcwb.statistics import chance_range, matched_head_sets, p_value
 from kcwb.tasks.prompts import Prompts
 
 
@@ -63,17 +64,13 @@ def transport(
     def effect(logits: Float[Tensor, "B V"]) -> Float[np.ndarray, " B"]:
         return (after - difference(logits)).cpu().numpy() / moved
 
-    chosen = torch.zeros(graph.n_layers, graph.n_heads, dtype=torch.bool)
-    for name in movers:
-        place = graph.node(name)
-        chosen[place.layer, place.head] = True
-    sets = torch.cat([chosen[None], matched_sets(chosen, draws, seed)]).to(model.device)
+    sets = head_masks(graph, [movers, *matched_head_sets(graph, movers, draws, seed)]).to(model.device)
     outputs = head_outputs_at_end(network, ids, clean)[:, :, None]
     through = effect(torch.cat(list(logits_with(model, prompt, outputs, sets)))[:, 0])
-    low, high = np.quantile(through[1:], [0.025, 0.975])
+    chance, low, high = chance_range(through[1:])
     rows: list[dict[str, Any]] = [
         {"what": "mover heads", "TE": float(through[0])},
-        {"what": "random heads", "TE": float(through[1:].mean()), "low": float(low), "high": float(high)},
+        {"what": "random heads", "TE": chance, "low": low, "high": high},
     ]
     positions = torch.arange(ids.shape[1], device=model.device)
     subject = (positions >= prompt.subject_start[0]) & (positions < prompt.subject_stop[0])
@@ -81,8 +78,7 @@ def transport(
     for what, where in (("subject", subject & ~end), ("END", end), ("elsewhere", ~subject & ~end)):
         final = outputs_put_back(network, ids, written, where)
         rows.append({"what": f"edited MLP, {what}", "TE": float(effect(network.logits(final[:, -1]))[0])})
-    p = (1 + int((through[1:] >= through[0]).sum())) / (1 + draws)
-    return pd.DataFrame(rows, columns=["what", "TE", "low", "high"]), p
+    return pd.DataFrame(rows, columns=["what", "TE", "low", "high"]), p_value(float(through[0]), through[1:])
 
 
 @torch.no_grad()

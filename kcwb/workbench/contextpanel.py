@@ -204,7 +204,7 @@ def ablation_plot(table: pd.DataFrame, title: str | None = None) -> Plot:
 
 
 def _accuracy(found: InContext) -> str:
-    words = "Answers of D_test after each context, with 95% intervals over facts."
+    words = "Answers of D_test after each context, with the 95% Wilson intervals of these shares of facts."
     return (
         picture(accuracy_plot(found.accuracy), "Hit@1 and Hit@10 after each context")
         + tables.table(found.accuracy)

@@ -346,8 +346,8 @@ class HopPanel(Panel):
             tables.table(self.overlap[[*shown_columns, "size_two_hop", "size"]], scroll=True),
             tables.muted(
                 "Integrated: the union of the two hops' circuits. One fact: circuits of one chain at a time, mean over "
-                "chains with its 95% interval. The control has nothing to do with either hop: what it shares is shared "
-                "by all."
+                "chains with its 95% bootstrap interval. The control has nothing to do with either hop: what it shares "
+                "is shared by all."
             ),
             view._repr_html_(),
         )

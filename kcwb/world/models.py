@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.analysis.completeness import proportion_interval
 from kcwb.errors import KcwbError, ModelError, SettingError, choose
 from kcwb.models.cache import build_folder, model_cache, read_manifest, save_model
 from kcwb.models.encoder import Encoder, load_encoder, run_encoder
 from kcwb.models.families import ENCODERS
 from kcwb.models.loading import Model, load_model
 from kcwb.progress import Progress, track
+from kcwb.statistics import proportion_interval
 from kcwb.tasks.masked import at_masks
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.ranks import rank_of
@@ -291,7 +291,6 @@ def world_knowledge(
     *,
     template: int | None = None,
     by: Sequence[str] = ("kind",),
-    seed: int = 0,
 ) -> pd.DataFrame:
     """How many facts of a world a model knows.
 
@@ -301,18 +300,17 @@ def world_knowledge(
         As in `known_facts`.
     by
         Columns of its table: a row for each of their combinations.
-    seed
-        Of the intervals.
 
     Returns
     -------
     DataFrame
-        `facts`, the share `known`, `low` and `high` (95%, over facts), and `chance`, that of the answer which stands
+        `facts`, the share `known`, `low` and `high` (Wilson's 95% interval of that share), and `chance`, that
+        of the answer which stands
         most often in the facts of the row's relations, in the mean over these.
     """
     rows = []
     for key, some in known_facts(model, world, template).groupby([*by], observed=True):
-        low, high = proportion_interval(some["known"].to_numpy(), seed)
+        low, high = proportion_interval(some["known"])
         commonest = (
             some.groupby("relation", observed=True)["object"].agg(lambda objects: objects.value_counts().iloc[0]).sum()
         )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kcwb.analysis.head_sets import answers_without, random_sets
+from kcwb.analysis.head_sets import answers_without
 from kcwb.analysis.heads import pattern_scores
 from kcwb.analysis.in_context import (
     ResampledCircuit,
@@ -32,6 +32,7 @@ from kcwb.discovery.selection import select_edges
 from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import load_model
+from kcwb.statistics import matched_head_sets, mean_interval, proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss
 from kcwb.tasks.relations import Fact, Relation
 from kcwb.tasks.shots import GROUPS, make_shots, shot_tasks
@@ -257,28 +258,25 @@ def test_the_table_is_that_of_ablated_nodes(made):
     for arm, state in (("intact", "before"), ("new heads", "after")):
         assert table.loc[arm, "hit_1"] == (slow.get_group(state) == 1).mean()
         assert table.loc[arm, "hit_10"] == (slow.get_group(state) <= 10).mean()
-    sets, ways = random_sets(model, new, 20)
+    sets = matched_head_sets(model.graph, new, 20)
     each = []
     for heads in sets:
         ranks = ablate_nodes(model, None, task, heads, ablation="zero", progress=False)
-        each.append((ranks[(ranks["split"] == "D_test") & (ranks["state"] == "after")]["rank"] == 1).mean())
-    assert table.loc["random heads", "hit_1"] == pytest.approx(np.mean(each)) and ways == 9
-    harm = sum(hit <= table.loc["new heads", "hit_1"] for hit in each)
-    assert table.loc["new heads", "p_hit_1"] == pytest.approx(max((1 + harm) / 21, 1 / 10))
+        each.append(ranks[(ranks["split"] == "D_test") & (ranks["state"] == "after")]["rank"].to_numpy() == 1)
+    assert table.loc["random heads", "hit_1"] == pytest.approx(np.mean(each)) and len(sets) == 9
+    harm = sum(hits.mean() <= table.loc["new heads", "hit_1"] for hits in each)
+    assert table.loc["new heads", "p_hit_1"] == pytest.approx((1 + harm) / 10)
+    ends = {arm: tuple(table.loc[arm, ["low", "high"]]) for arm in ("new heads", "random heads")}
+    assert ends["random heads"] == pytest.approx(mean_interval(np.mean(each, axis=0)), nan_ok=True)
+    assert ends["new heads"] == proportion_interval(slow.get_group("after") == 1)
 
 
-def test_random_sets_are_matched_by_layer_and_leave_the_new_heads_out(made):
-    model, _ = made("llama")
-    sets, ways = random_sets(model, ["a0.h0", "a1.h1", "a1.h2"], 200)
-    assert ways == 3 * 1 and len(sets) == 200
-    for heads in sets:
-        assert [name[:2] for name in heads] == ["a0", "a1", "a1"] and len(set(heads)) == 3
-        assert not {"a0.h0", "a1.h1", "a1.h2"} & set(heads)
-    full = [f"a1.h{i}" for i in range(3)]
-    sets, ways = random_sets(model, full, 50)  # a single other head in the layer: two come from the next one
-    assert ways == math.comb(4, 2) and all(sorted(name[:2] for name in heads) == ["a0", "a0", "a1"] for heads in sets)
-    with pytest.raises(DataError, match="5 of the model's 8 heads"):
-        random_sets(model, ["a0.h0", *(f"a1.h{i}" for i in range(4))], 1)
+def test_without_other_heads_to_draw_the_other_arms_are_still_run(made):
+    model, task = made("llama")
+    new = ["a0.h0", *(f"a1.h{i}" for i in range(4))]
+    with pytest.warns(UserWarning, match="5 of the model's 8 heads"):
+        table = ablate_new(model, task, new, ["a0.h1"], draws=3, progress=False)
+    assert table["arm"].tolist() == ["intact", "new heads", "shared heads"] and table["p_nll"].isna().all()
 
 
 # --- circuits and new heads ---

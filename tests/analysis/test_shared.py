@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from kcwb.analysis.heads import TOO_FEW, head_roles
-from kcwb.analysis.shared import _at_least, circuit_overlap, relation_matrix, shared_heads
+from kcwb.analysis.shared import circuit_overlap, relation_matrix, shared_heads
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.baselines import random_circuit
 from kcwb.errors import CircuitError, DataError, SettingError
@@ -51,15 +51,18 @@ def test_in_a_layer_where_all_heads_serve_a_head_that_serves_says_nothing():
     assert (found["relations"] == 2).all() and found["p"].to_numpy() == pytest.approx(1.0)
 
 
-def test_the_exact_tail_equals_enumeration():
-    chances = np.array([0.1, 0.5, 0.9, 0.25])
-    for count in range(5):
-        by_hand = sum(
-            np.prod([p if hit else 1 - p for p, hit in zip(chances, hits, strict=True)])
-            for hits in product([0, 1], repeat=4)
-            if sum(hits) >= count
-        )
-        assert _at_least(chances, count) == pytest.approx(by_hand)
+def test_p_is_the_tail_over_all_ways_to_draw_the_heads():
+    """Relations with 1, 2, 3 of a layer's four heads: every choice of them counted."""
+    uses = [("a0h0",), ("a0h0", "a0h1"), ("a0h0", "a0h1", "a0h2")]
+    found = shared_heads(GRAPH, {str(i): table(**dict.fromkeys(heads, "mover")) for i, heads in enumerate(uses)})
+    ways = [sum(hits) for hits in product(*([True] * n + [False] * (4 - n) for n in (1, 2, 3)))]
+    for row in found.itertuples():
+        assert row.p == pytest.approx(np.mean([count >= row.relations for count in ways]))
+
+
+def test_a_p_that_is_tiny_is_not_zero():
+    found = shared_heads(Graph(1, 1000), {str(i): table(a0h0="mover") for i in range(12)})
+    assert found["p"].tolist() == [pytest.approx(1e-36)]
 
 
 def test_p_is_uniform_for_heads_drawn_at_random():

@@ -36,10 +36,11 @@ def test_many_edits_are_the_single_ones(model, relation, monkeypatch):
 def test_the_account_says_yes_no_or_undecided():
     n = 40
     draw = np.random.default_rng(0)
-    table = pd.DataFrame({"te_subject": 0.9 + 0.02 * draw.standard_normal(n), "te_end": 0.1, "edge_iou": 0.5})
+    table = pd.DataFrame({"te_subject": 0.9 + 0.02 * draw.standard_normal(n), "edge_iou": 0.5})
+    table["te_end"] = 0.1 + 0.02 * draw.standard_normal(n)
     table["te_movers"], table["te_random"] = 0.5 + 0.4 * draw.standard_normal(n), 0.2
     table["edge_iou_paraphrase"] = table["edge_iou_answer"] = 0.5 + 0.01 * draw.standard_normal(n)
-    table["edited_share"], table["node_share"] = 0.02, 0.03
+    table["edited_share"], table["node_share"] = 0.02 + 0.001 * draw.standard_normal(n), 0.03
     rows = account(table).set_index("quantity")
     assert rows["holds"].to_dict() == {
         "te_subject": "yes",
@@ -51,3 +52,10 @@ def test_the_account_says_yes_no_or_undecided():
         "edited_share - node_share": "no",
     }
     assert (rows["n"] == n).all() and (rows["low"] <= rows["mean"]).all()
+
+
+def test_one_edit_or_edits_that_are_all_alike_decide_nothing():
+    names = ("te_subject", "te_end", "te_movers", "te_random", "edge_iou", "edge_iou_paraphrase", "edge_iou_answer")
+    for n in (1, 30):
+        rows = account(pd.DataFrame(dict.fromkeys((*names, "edited_share", "node_share"), [0.6] * n)))
+        assert (rows["holds"] == "undecided").all() and rows[["low", "high"]].isna().all(axis=None)

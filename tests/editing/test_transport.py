@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kcwb.analysis.ends import logits_with, matched_sets
+from kcwb.analysis.ends import logits_with
 from kcwb.editing.transport import head_outputs_at_end, mlp_outputs, outputs_put_back, trace_blocks, transport
 from kcwb.errors import DataError
 from kcwb.models.loading import load_model
@@ -105,12 +105,3 @@ def test_all_that_the_edited_mlp_wrote_is_its_whole_effect_in_half_precision_too
     assert (final - clean[-1].after).abs().max() <= 0.02 * clean[-1].after.abs().max()
     kept = {layer: output - clean[layer].hidden @ made.deltas[layer] for layer, output in written.items()}
     assert all((kept[layer] - written[layer]).abs().max() > 0.1 for layer in written)
-
-
-def test_random_sets_have_as_many_heads_in_each_layer():
-    chosen = torch.zeros(3, 8, dtype=torch.bool)
-    chosen[0, 2], chosen[2, [1, 5, 6]] = True, True
-    sets = matched_sets(chosen, 200, seed=0)
-    assert (sets.sum(-1) == torch.tensor([1, 0, 3])).all()
-    assert (sets.float().mean(0)[0] > 0.05).all()  # every head has its turn
-    assert torch.equal(sets, matched_sets(chosen, 200, 0)) and not torch.equal(sets, matched_sets(chosen, 200, 1))

@@ -91,7 +91,8 @@ def rescue(
     model
         The full model is run.
     relations
-        One or more. Those without a fact that is right here and wrong there are passed over, and counted.
+        One or more. Those without a fact that is right here and wrong there are passed over, and counted. Facts whose
+        object begins with a token of the subject, or with the same token as another object, are left out.
     templates
         The indices of two or more zero-shot templates.
     n

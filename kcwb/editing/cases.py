@@ -11,7 +11,7 @@ from typing import Any
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.tasks.prompts import encode
+from kcwb.tasks.prompts import encode, object_tokens
 from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations, read_json, readable
 from kcwb.tasks.subjects import blank
 
@@ -152,14 +152,20 @@ def _cases_of(
     apart = [one for one in everything if one.name != relation.name]
     facts = draw.sample(relation.facts, len(relation.facts))
     facts = [fact for fact in facts if any(one.object == fact.object and one != fact for one in relation.facts)]
+    tokens = object_tokens(model, templates[template], relation.facts[0].subject, relation.objects)
     for start in range(0, len(facts), _AT_ONCE):
         part = facts[start : start + _AT_ONCE]
         prompts = encode(model, part, templates[template], relation.objects)
         for fact, known in zip(part, (prompts.ranks <= rank).tolist(), strict=True):
-            targets = [one for one in relation.objects if one != fact.object]
+            targets = [one for one in relation.objects if _differ(tokens[one], tokens[fact.object])]
             if known and targets:
                 case = _case(relation, fact, draw.choice(targets), template, apart, draw, neighbours, others)
                 yield case
+
+
+def _differ(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether some token tells two objects apart: neither begins the other."""
+    return any(a != b for a, b in zip(one, other, strict=False))
 
 
 def _case(

@@ -171,7 +171,10 @@ class HopPanel(Panel):
             except DataError as error:  # that nothing is left is a finding
                 return _Found(answers, left, note=str(error))
             self._enter("Looking for the bridge", progress)
-            found = _Found(answers, left, hops, hop_lens(self.model, hops, progress=progress))
+            try:
+                found = _Found(answers, left, hops, hop_lens(self.model, hops, progress=progress))
+            except DataError as error:  # first tokens that tell nothing apart; the rest can be looked at
+                found = _Found(answers, left, hops, note=str(error))
             return self._study(found, progress) if compare else found
 
         self._start("hops", job, self._show_found)
@@ -290,7 +293,7 @@ class HopPanel(Panel):
 
     def _draw_case(self) -> None:
         page = self._pages["Case"]
-        if self.hops is None or self.lens is None or self.answers is None or self._case.value is None:
+        if self.hops is None or self.answers is None or self._case.value is None:
             page.value = tables.styled(tables.muted("No chain is left."))
             return
         chain = self.hops.chains.iloc[int(self._case.value)]
@@ -305,20 +308,23 @@ class HopPanel(Panel):
                 "the model's rank of it": [int(ranks[name][row]) for name in ASKED],
             }
         )
-        some = self.lens[self.lens["subject"] == chain["subject"]].rename(columns={"rank": "value"})
-        curves = some.assign(quantity="rank", low=math.nan, high=math.nan)
+        curves = []
+        if self.lens is not None:
+            some = self.lens[self.lens["subject"] == chain["subject"]].rename(columns={"rank": "value"})
+            curves = _by_place(some.assign(quantity="rank", low=math.nan, high=math.nan))
         page.value = tables.styled(
             tables.table(said),
             *(
                 picture(plot_lens(part, ["rank"], title=f"{chain['subject']}, read at: {place}"), f"Lens at {place}")
-                for place, part in _by_place(curves)
+                for place, part in curves
             ),
         )
 
     def _draw_bridge(self) -> None:
         page = self._pages["Bridge"]
         if self.lens is None:
-            page.value = tables.styled(tables.muted("No chain is left."))
+            words = "No chain is left." if self.hops is None else "Objects or bridges begin alike: see above."
+            page.value = tables.styled(tables.muted(words))
             return
         summary = lens_summary(self.lens, self._seed)
         page.value = tables.styled(

@@ -7,7 +7,7 @@ import pytest
 from kcwb.analysis.knowledge import knowledge_table
 from kcwb.errors import SettingError
 from kcwb.tasks.relations import Fact, Relation, load_relations
-from tests.tasks import answer_ids, unpadded_logits
+from tests.tasks import answer_ids, slow_rank, unpadded_logits
 
 
 def rank_alone(model, fact, template) -> int:
@@ -33,6 +33,19 @@ def test_answers_counts_different_first_tokens(tiny):
     facts = (Fact("w1", "w7 w8"), Fact("w2", "w7 w9"), Fact("w3", "w5"), Fact("w4", "w5"))
     relation = Relation("few", "bias", "word", "word", False, ("{} w80",), ("{} w80",), facts)
     assert knowledge_table(tiny("llama"), [relation], progress=False).loc[0, "answers"] == 2
+
+
+def test_hits_and_shares_where_objects_begin_alike(tiny):
+    """w42 begins another object, so that no token tells whether it is meant; the shares are of the other facts."""
+    model, objects = tiny("llama"), ["w40 w1", "w40 w2", "w41", "w42", "w42 w7", "w43 w8"]
+    facts = tuple(Fact(f"w{10 + i}", objects[i % 6]) for i in range(24))
+    relation = Relation("alike", "bias", "word", "word", False, ("{} w80",), ("{} w80",), facts)
+    with pytest.warns(UserWarning, match=r"4 of 24 facts of alike .*'w42'"):
+        row = knowledge_table(model, [relation], progress=False).iloc[0]
+    ranks = [slow_rank(model, fact, objects, "{} w80") for fact in facts if fact.object != "w42"]
+    assert (row["facts"], row["answers"]) == (20, 4) and row["first_tells"] == pytest.approx(2 / 6)
+    assert row["hit_10"] == pytest.approx(sum(rank <= 10 for rank in ranks) / 20)
+    assert row["hit_1"] == pytest.approx(sum(rank == 1 for rank in ranks) / 20)
 
 
 def test_a_sample_is_drawn_by_seed_and_never_larger_than_the_relation(tiny, words):

@@ -24,7 +24,7 @@ from kcwb.tasks.hops import ask_hops, make_hops
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Fact
-from tests.tasks import prompt_ids, relation_of
+from tests.tasks import prompt_ids, relation_of, slow_rank
 from tests.tasks.test_hops import rank, word_chains
 from tests.twohop import two_hop_model
 
@@ -351,6 +351,18 @@ def test_a_fact_is_asked_both_ways(tiny):
     for row in found.itertuples():
         assert row.forward == rank(model, f"w1 {row.subject} w2", row.object)
         assert row.backward == rank(model, f"w4 {row.object} w5", row.subject)
+
+
+def test_answers_both_ways_are_told_apart_from_all_objects(tiny):
+    model = tiny("llama")
+    facts = [Fact("w1", "w40 w1"), Fact("w2", "w40 w2"), Fact("w3", "w41"), Fact("w4", "w40 w2"), Fact("w5", "w42")]
+    found = both_ways(
+        model, relation_of(facts, "w1 {} w2"), reverse(relation_of(facts), templates=["w4 {} w5"]), progress=False
+    )
+    assert found["subject"].tolist() == ["w1", "w3", "w5"]  # w40 w2 has two subjects
+    for row in found.itertuples():
+        fact = Fact(row.subject, row.object)
+        assert row.forward == slow_rank(model, fact, ["w40 w1", "w40 w2", "w41", "w42"], "w1 {} w2")
 
 
 def test_reversal_counts_by_hand():

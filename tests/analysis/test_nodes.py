@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from kcwb.analysis.answers import task_of as task_with
 from kcwb.analysis.nodes import (
     ablate_nodes,
     ablation_summary,
@@ -25,9 +26,18 @@ from kcwb.discovery.discover import discover
 from kcwb.errors import CircuitError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.relations import Fact
 from tests.handmade import copying_head, key_value_lookup
-from tests.tasks import known_relation, unpadded_tokens
+from tests.tasks import (
+    TEMPLATE,
+    answer_ids,
+    known_relation,
+    relation_of,
+    slow_rank,
+    unpadded_logits,
+    unpadded_tokens,
+)
 
 ARCHITECTURES = ["llama", "gpt2", "neox", "qwen2", "opt", "mistral-window", "llama-biases"]
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -290,6 +300,19 @@ def test_ablating_equals_running_without_the_nodes_edges(llama, ablation):
                     assert math.isclose(fact.probability, float(logp[0, answer[0]].exp()), rel_tol=1e-3, abs_tol=1e-6)
                     assert math.isclose(fact.loss, loss, rel_tol=1e-3, abs_tol=1e-4)
                     assert fact.hit == (fact.rank <= 10)
+
+
+def test_rank_and_probability_reach_to_the_token_that_decides(llama):
+    facts = [Fact(f"w{10 + i}", name) for i, name in enumerate(["w40 w1", "w40 w2 w3", "w40 w2 w4", "w41"])]
+    prompts = encode(llama, facts, TEMPLATE, [fact.object for fact in facts])
+    task = task_with(llama, relation_of(facts), TEMPLATE, prompts, range(4), 0)
+    table = ablate_nodes(llama, None, task, ["m1"], progress=False)
+    for row, fact in zip(table[table["state"] == "before"].itertuples(), facts, strict=True):
+        logits = unpadded_logits(llama, fact)
+        stop = {"w40 w1": 2, "w41": 1}.get(fact.object, 3)
+        each = [logits[i].softmax(-1)[token] for i, token in enumerate(answer_ids(llama, fact)[:stop])]
+        assert row.probability == pytest.approx(float(torch.stack(each).prod()), rel=1e-4)
+        assert row.rank == slow_rank(llama, fact, [one.object for one in facts])
 
 
 def test_ablating_the_mover_of_a_handmade_model_loses_the_facts_and_a_decoy_does_not():

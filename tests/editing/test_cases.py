@@ -42,6 +42,18 @@ def test_only_known_facts_are_edited(model):
         edit_cases(model, [relation_of([Fact("w1", "w2"), Fact("w3", "w4")])], n=2)
 
 
+def test_no_target_begins_the_true_object_or_with_it(model):
+    """An edit from w60 to w60 w1 could not be told from none by any token."""
+    objects = ["w60", "w60 w1", "w61", "w62 w2 w3", "w62 w2"]
+    facts = [Fact(f"w{10 + i}", objects[i % 5]) for i in range(20)]
+    cases = edit_cases(model, [relation_of(facts)], n=20, rank=10**8)
+    assert {case.fact.object for case in cases} == {"w60 w1", "w61", "w62 w2 w3"}  # the others are never known
+    for case in cases:
+        true, new = case.fact.object.split(), case.target.split()
+        assert true != new and any(a != b for a, b in zip(true, new, strict=False))
+    assert len({case.target for case in cases}) > 2
+
+
 def test_a_composed_fact_follows_from_the_new_object_in_the_relations():
     from kcwb.editing.cases import _compositions
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as T
+from tokenizers.normalizers import Lowercase
 
 from kcwb.analysis.encoders import _ablated, _mean_nodes, ablate_encoder
 from kcwb.errors import DataError, ModelError, SettingError
@@ -96,6 +97,19 @@ def test_a_task_asks_at_the_mask_and_leaves_longer_objects_out(bert, words: Rela
     assert torch.equal((logits >= own).sum(1), prompts.ranks) and bool((prompts.ranks <= 10).all())
     for fact, answer, text in zip(prompts.facts, prompts.answers.tolist(), prompts.texts, strict=True):
         assert bert.tokenizer.decode(answer) == fact.object and fact.subject in text
+
+
+def test_objects_that_are_one_token_together_are_left_out(words: Relation) -> None:
+    """An uncased tokenizer does not tell w41 from W41."""
+    uncased = tokenizer()
+    uncased.mask_token = "w89"
+    uncased.backend_tokenizer.normalizer = Lowercase()
+    encoder = load_encoder(tiny_hf("bert"), uncased, device="cpu")
+    facts = tuple(replace(fact, object=fact.object.upper()) if i == 2 else fact for i, fact in enumerate(words.facts))
+    facts = tuple(replace(fact, object="w42") if i == 3 else fact for i, fact in enumerate(facts))
+    task = make_masked_task(encoder, replace(words, facts=facts), n=12, template=0)
+    assert facts[2].object == "W42" and task.n_facts == 16 and task.n_left_out == 8
+    assert not {facts[2], facts[3]} & {*task.val.facts, *task.test.facts, *task.reference.facts}
 
 
 def by_hand(encoder: Encoder, node: str, prompts) -> torch.Tensor:

@@ -10,7 +10,7 @@ from kcwb.errors import DataError, SettingError
 from kcwb.tasks.compose import Composition, compose
 from kcwb.tasks.hops import ASKED, HOPS, ask_hops, funnel, make_hops
 from kcwb.tasks.relations import Fact, Relation
-from tests.tasks import prompt_ids
+from tests.tasks import prompt_ids, slow_rank
 from tests.twohop import two_hop_model
 
 
@@ -58,6 +58,30 @@ def test_ranks_are_those_of_one_prompt_at_a_time(tiny, name):
         ]
     assert list(found.columns) == ["subject", "bridge", "object", *ASKED]
     assert steps[-1] == (15 + 5 + 15 + 15 + 5, 15 + 5 + 15 + 15 + 5)  # what chains share is asked once
+
+
+def test_answers_are_told_apart_from_all_objects_of_their_relation_also_those_in_no_chain(tiny):
+    """Only w50 w1 is in a chain; w50 w2 tells that its first token decides nothing."""
+    templates = ("w80 {} w81",)
+    first, second = (
+        Relation(name, "factual", "word", "word", False, templates, templates, tuple(facts))
+        for name, facts in (
+            ("one", [Fact("w10", "w30"), Fact("w11", "w31 w1"), Fact("w12", "w31 w2")]),
+            ("two", [Fact("w30", "w50 w1"), Fact("w33", "w50 w2"), Fact("w31 w1", "w51")]),
+        )
+    )
+    model = tiny("llama")
+    found = ask_hops(model, compose(first, second, wordings=[("w70 {}", "{} w71")]), progress=False).ranks
+    for row in found.itertuples(index=False):
+        subject, bridge, answer = row[:3]
+        assert list(row[3:]) == [
+            slow_rank(model, Fact(subject, bridge), first.objects, "w80 {} w81"),
+            slow_rank(model, Fact(bridge, answer), second.objects, "w80 {} w81"),
+            slow_rank(model, Fact(subject, answer), second.objects, "w70 {} w71"),
+            slow_rank(model, Fact(subject, answer), second.objects, "w80 {} w81"),
+            slow_rank(model, Fact("w70 w71", answer), second.objects, "{}"),
+        ]
+    assert len(found) == 2 and (found["hop 2"] > [rank(model, "w80 w30 w81", "w50 w1"), 0]).all()
 
 
 def test_the_funnel_counts_what_a_slow_search_counts():

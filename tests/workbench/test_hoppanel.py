@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from kcwb.analysis.hopcircuits import hop_circuits, hop_overlap
-from kcwb.errors import KcwbError, SettingError
+from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.tasks.compose import compose
 from kcwb.tasks.hops import ask_hops, make_hops
 from kcwb.workbench.hoppanel import HopPanel
@@ -53,6 +53,20 @@ def test_the_panel_finds_what_plain_functions_find(panel, planted):
     ):
         assert words in page
     assert page.count("<img") >= 5
+
+
+def test_where_the_lens_has_nothing_to_tell_the_rest_is_shown(panel, monkeypatch):
+    def alike(*_, **__):
+        raise DataError("All objects begin alike.")
+
+    monkeypatch.setattr("kcwb.workbench.hoppanel.hop_lens", alike)
+    panel._compare.value = False
+    panel.run()
+    panel.wait(SOON)
+    page = panel.to_html()
+    assert panel.lens is None and len(panel.hops.chains) == 4
+    assert "All objects begin alike." in page and "the model&#x27;s rank of it" in page.replace("&#39;", "&#x27;")
+    assert "Lens of the bridge" not in page
 
 
 def test_a_case_can_be_chosen(panel):

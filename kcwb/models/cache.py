@@ -2,15 +2,19 @@
 
 1. A folder is built in a hidden sibling and renamed at its end, under a lock that the system frees when its holder
    dies: processes may race, and a kill leaves no half folder under the final name.
-2. `kcwb.json`, written last, lists the size of each file; a folder that disagrees with it is rebuilt.
+2. `kcwb.json`, written last, lists size and SHA-256 of each file; a folder whose sizes disagree with it is rebuilt, and
+   one whose content does is taken away by `discard_damaged`, for whoever reads large files and can hash them meanwhile.
+3. A folder that is replaced is renamed first: who is reading it keeps the files that are open.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,12 +33,56 @@ def model_cache() -> Path:
     return (Path(override).expanduser().absolute() if override else user_cache_path("kcwb")) / "models"
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether the folder's manifest can be read and every file it lists is there in its size."""
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def is_whole(folder: Path, hashed: bool = False) -> bool:
+    """Whether the folder's manifest can be read and every file it lists is there in its size.
+
+    With `hashed`, it must list digests too, which earlier versions did not, unless the cache cannot be written.
+    """
     try:
-        return all((folder / name).stat().st_size == size for name, size in read_manifest(folder)["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = read_manifest(folder)
+        sizes = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        return sizes and (not hashed or "sha256" in manifest or not os.access(folder.parent, os.W_OK))
+    except _UNREADABLE:
         return False
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """The files of a folder whose content is not what its manifest says; reads them all, half a second per GB or so."""
+    try:
+        digests = dict(read_manifest(folder).get("sha256", {}))
+    except _UNREADABLE:
+        return [MANIFEST]
+    return [name for name, digest in digests.items() if _file_digest(folder / name) != digest]
+
+
+def _file_digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def discard_damaged(folder: Path) -> None:
+    """Take a folder away whose content is not what its manifest says, unless another process has replaced it already.
+
+    Raises
+    ------
+    OSError
+        If the cache cannot be written.
+    """
+    with _lock(folder.with_name(f".{folder.name}.lock"), ""):
+        if folder.exists() and damaged_files(folder):
+            _discard(folder)
+
+
+def _discard(folder: Path) -> None:
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -42,7 +90,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
-def build_folder(folder: Path, build: Callable[[Path], dict[str, Any]], waiting: str = "") -> Path:
+def build_folder(
+    folder: Path, build: Callable[[Path], dict[str, Any]], waiting: str = "", hashed: bool = False
+) -> Path:
     """Return a folder of the cache, which is built first if it is not whole.
 
     Parameters
@@ -54,17 +104,19 @@ def build_folder(folder: Path, build: Callable[[Path], dict[str, Any]], waiting:
         What it raises is passed on; then nothing is left.
     waiting
         What to say on stderr while another process builds the same folder; nothing if empty.
+    hashed
+        As in `is_whole`.
 
     Raises
     ------
     OSError
         If the cache cannot be written.
     """
-    if is_whole(folder):
+    if is_whole(folder, hashed):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder.with_name(f".{folder.name}.lock"), waiting):
-        if not is_whole(folder):
+        if not is_whole(folder, hashed):
             _build(folder, build)
     return folder
 
@@ -83,14 +135,18 @@ def _lock(path: Path, waiting: str) -> Any:
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     """Build in a hidden sibling, then rename. The lock is held: what lies there is of a dead run."""
     partial = folder.with_name(f".{folder.name}.partial")
-    for leftover in (partial, folder):
+    for leftover in (partial, *folder.parent.glob(f".{folder.name}.*.old")):
         if leftover.exists():
             shutil.rmtree(leftover)
     partial.mkdir()
     try:
         manifest = build(partial)
-        manifest["files"] = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        files = sorted(partial.iterdir())
+        manifest["files"] = {path.name: path.stat().st_size for path in files}
+        manifest["sha256"] = {path.name: _file_digest(path) for path in files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            _discard(folder)
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

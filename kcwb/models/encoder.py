@@ -27,7 +27,7 @@ from kcwb.errors import ModelError, SettingError, choose
 from kcwb.models.digest import weights_digest
 from kcwb.models.families import ENCODERS
 from kcwb.models.loading import known_device, known_dtype
-from kcwb.models.reading import read_pretrained, require_fast
+from kcwb.models.reading import UNFORESEEN, not_run, read_pretrained, require_fast, require_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,7 +114,7 @@ def load_encoder(
         if tokenizer is not None:
             raise SettingError("A tokenizer is only taken beside a model in memory; a named model brings its own.")
         name = str(model)
-        module, tokenizer = read_pretrained(name, precision, masked=True)
+        module, tokenizer = read_pretrained(name, precision, _covered_family, masked=True)
     else:
         if tokenizer is None:
             raise SettingError("A model in memory needs its tokenizer: load_encoder(model, tokenizer).")
@@ -124,15 +124,26 @@ def load_encoder(
     assert tokenizer is not None  # a named model brings its own; one in memory was checked
     if tokenizer.mask_token_id is None:
         raise ModelError(f"The tokenizer of {name} has no mask token, which a masked-token task asks at.")
+    require_fit(tokenizer, module.get_input_embeddings().weight.shape[0], name, tokenizer.all_special_ids)
     module = module.to(place).eval().requires_grad_(False)
+    try:
+        module(input_ids=torch.tensor([[tokenizer.mask_token_id]], device=place))
+    except UNFORESEEN as error:
+        raise not_run(error, module, name) from error
     return Encoder(module, tokenizer, name, weights_digest(module), place, module.dtype)
 
 
-def _covered(module: Any) -> None:
-    family, config = module.config.model_type, module.config
+def _covered_family(config: Any) -> str:
+    """The family of a configuration; ModelError if it is no encoder that is covered."""
+    family = config.model_type
     if family not in ENCODERS:
         names = ", ".join(one.name for one in ENCODERS.values())
         raise ModelError(f"{family!r} is no encoder that is covered. Covered: {names}. Decoders: load_model.")
+    return family
+
+
+def _covered(module: Any) -> None:
+    family, config = _covered_family(module.config), module.config
     if config.is_decoder or config.add_cross_attention or not hasattr(module, "get_output_embeddings"):
         raise ModelError(f"This {ENCODERS[family].name} is set up as a decoder. Load it as a masked language model.")
     if module.get_output_embeddings() is None:

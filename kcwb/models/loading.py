@@ -18,7 +18,7 @@ from kcwb.models.digest import state_digest, weights_digest
 from kcwb.models.graph import Graph
 from kcwb.models.network import Network, covered_family
 from kcwb.models.plain import plain_copy
-from kcwb.models.reading import read_pretrained, require_fast
+from kcwb.models.reading import UNFORESEEN, not_run, read_pretrained, require_fast, require_fit
 from kcwb.models.selfcheck import self_check
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def load_model(
         if tokenizer is not None:
             raise SettingError("A tokenizer is only taken beside a model in memory; a named model brings its own.")
         name = str(model)
-        module, tokenizer = read_pretrained(name, dtype, device_map=device_map)
+        module, tokenizer = read_pretrained(name, dtype, covered_family, device_map=device_map)
         if name == BUILTIN_NAME and module.dtype == torch.float32:
             digest = builtin_digest()
     else:
@@ -155,6 +155,9 @@ def load_model(
         name = str(model.config.name_or_path or type(model).__name__)
     covered_family(module.config)
     require_fast(tokenizer, name)
+    bos = _prepends_bos(tokenizer, name, prepend_bos)
+    needed = [tokenizer.bos_token_id] if bos else []
+    require_fit(tokenizer, module.get_input_embeddings().weight.shape[0], name, needed)
     if getattr(module, "hf_device_map", None) is None:
         module = module.to(device)
     _require_in_place(module, name)
@@ -162,11 +165,7 @@ def load_model(
     if module is model:
         module = plain_copy(module)
     digest = digest or weights_digest(module)
-    bridge = _wrap(module.eval(), tokenizer, name)
-    module.requires_grad_(False)  # once more: the bridge makes parameters of its own for fused weights
-    network = Network(bridge)
-    self_check(bridge, network, name)
-    bos = _prepends_bos(tokenizer, name, prepend_bos)
+    bridge, network = _checked(module.eval(), tokenizer, name)
     assert tokenizer is not None  # a named model brings its own; one in memory was checked
     return Model(bridge, tokenizer, network, name, digest, network.device, network.dtype, bos)
 
@@ -212,6 +211,18 @@ def _require_in_place(module: Any, name: str) -> None:
         )
 
 
+def _checked(module: Any, tokenizer: Any, name: str) -> tuple[Any, Network]:
+    """A bridge around a module in memory and its functions of nodes, which compute what it computes."""
+    try:
+        bridge = _wrap(module, tokenizer, name)
+        module.requires_grad_(False)  # once more: the bridge makes parameters of its own for fused weights
+        network = Network(bridge)
+        self_check(bridge, network, name)
+    except UNFORESEEN as error:
+        raise not_run(error, module, name) from error
+    return bridge, network
+
+
 def _wrap(module: Any, tokenizer: Any, name: str) -> Any:
     """A TransformerBridge around a module in memory, with the settings without which it reads the hub or misreports."""
     from transformer_lens.model_bridge import TransformerBridge
@@ -222,16 +233,9 @@ def _wrap(module: Any, tokenizer: Any, name: str) -> Any:
     tokenizer.init_kwargs["add_bos_token"] = True
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    try:
-        return TransformerBridge.boot_transformers(
-            f"local/{Path(name).name}",
-            hf_model=module,
-            tokenizer=tokenizer,
-            device=str(module.device),
-            dtype=module.dtype,
-        )
-    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
-        raise ModelError(f"transformer_lens cannot wrap {name} ({type(module).__name__}): {error}") from error
+    return TransformerBridge.boot_transformers(
+        f"local/{Path(name).name}", hf_model=module, tokenizer=tokenizer, device=str(module.device), dtype=module.dtype
+    )
 
 
 def _prepends_bos(tokenizer: Any, name: str, wanted: bool | None) -> bool:

@@ -125,17 +125,17 @@ class Network:
         self.family = covered_family(config)
         cfg = bridge.cfg
         self.d_model: int = cfg.d_model
-        self.n_ctx: int = cfg.n_ctx
+        self.n_ctx: int = _context(cfg.n_ctx, config)
         self.graph = Graph(cfg.n_layers, cfg.n_heads, parallel=bool(cfg.parallel_attn_mlp))
         self.layers = [_layer(bridge, config, index) for index in range(cfg.n_layers)]
         #: Whether a norm follows the attention, so that the heads of a layer share a scale.
         self.post_norms: bool = any(layer.norm_heads is not None for layer in self.layers)
         #: Whether what one norm gives is normed again before it is used: queries and keys, or outputs.
-        self.norm_final = _norm(bridge.ln_final.original_component)
         #: A bound on the logits, c tanh(x / c), or None.
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.W_E: Float[Tensor, "V D"] = _detached(bridge.embed.original_component.weight)
         self.W_U: Float[Tensor, "D V"] = _detached(bridge.unembed.original_component.weight).T
+        self.norm_final = _norm(bridge.ln_final.original_component, self.W_U)
         self.b_U: Float[Tensor, " V"] | None = _detached(bridge.unembed.original_component.bias)
         if self.b_U is not None and not self.b_U.any():
             self.b_U = None
@@ -438,12 +438,20 @@ def covered_family(config: Any) -> str:
         problem = f"architecture {family!r}"
     elif family == "opt" and (not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size):
         problem = "OPT with post-layer-norm or projected embeddings (opt-350m)"
+    elif family == "opt" and config._remove_final_layer_norm:
+        problem = "OPT without a final layer norm"
     elif family == "gpt2" and config.add_cross_attention:
         problem = "GPT-2 with cross-attention"
+    elif family == "gpt2" and not config.scale_attn_weights:  # which the bridge scales all the same
+        problem = "GPT-2 with unscaled attention"
+    elif family == "gpt_neox" and not config.attention_bias:
+        problem = "GPT-NeoX without attention biases"
     elif family == "phi" and config.qk_layernorm:
         problem = "Phi with query and key norms"
     elif family in ("gemma2", "gemma3_text") and config.attention_bias:
         problem = "Gemma 2 or 3 with attention biases"
+    elif family == "gemma3_text" and config.attn_logit_softcapping is not None:  # Hugging Face's own code ignores it
+        problem = "Gemma 3 with a bound on attention scores"
     elif getattr(config, "use_bidirectional_attention", None):
         problem = "a Gemma that reads in both directions (EmbeddingGemma)"
     if problem is not None:
@@ -452,20 +460,23 @@ def covered_family(config: Any) -> str:
     return family
 
 
-def _norm(module: Any) -> Norm:
-    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
-    if not isinstance(eps, float):
+def _norm(module: Any, like: Tensor) -> Norm:
+    """A norm; `like` says device and precision of the gain of one that has none."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, (int, float)):
         raise ModelError(f"The norm {type(module).__name__} is not covered: it has no eps.")
     rms = not isinstance(module, torch.nn.LayerNorm)
     weight = _detached(module.weight)
+    if weight is None:
+        weight = like.new_ones(module.normalized_shape)
     if type(module).__name__.startswith("Gemma"):
         weight = 1.0 + weight.float()
     return Norm(weight, _detached(getattr(module, "bias", None)), eps, rms)
 
 
-def _norm_of(bridge: Any, name: str) -> Norm | None:
+def _norm_of(bridge: Any, name: str, like: Tensor) -> Norm | None:
     """The norm of this name in a part of a bridge, or None."""
-    return _norm(getattr(bridge, name).original_component) if name in dict(bridge.named_children()) else None
+    return _norm(getattr(bridge, name).original_component, like) if name in dict(bridge.named_children()) else None
 
 
 def _layer(bridge: Any, config: Any, index: int) -> Layer:
@@ -473,18 +484,19 @@ def _layer(bridge: Any, config: Any, index: int) -> Layer:
     attention = {name: _detached(getattr(block.attn, name, None)) for name in _ATTENTION_WEIGHTS}
     mlp = {name: _detached(getattr(block.mlp, name, None)) for name in _MLP_WEIGHTS}
     # W_in and friends are reported as [in, out] by the bridge; mlp.b_* are vectors everywhere.
-    norm = _norm(block.ln1.original_component)
+    like = attention["W_Q"]
+    norm = _norm(block.ln1.original_component, like)
     return Layer(
         norm_attention=norm,
-        norm_mlp=_norm_of(block, "ln2") or norm,  # GPT-J and Phi read both through one
+        norm_mlp=_norm_of(block, "ln2", like) or norm,  # GPT-J and Phi read both through one
         scale=_scale(config, index, attention["W_Q"].shape[-1]),
         window=_window(config, index),
         softcap=getattr(config, "attn_logit_softcapping", None),
         rope=config.layer_types[index] if config.model_type == "gemma3_text" else None,
-        norm_query=_norm_of(block.attn, "q_norm"),
-        norm_key=_norm_of(block.attn, "k_norm"),
-        norm_heads=_norm_of(block, "ln1_post"),
-        norm_mlp_output=_norm_of(block, "ln2_post"),
+        norm_query=_norm_of(block.attn, "q_norm", like),
+        norm_key=_norm_of(block.attn, "k_norm", like),
+        norm_heads=_norm_of(block, "ln1_post", like),
+        norm_mlp_output=_norm_of(block, "ln2_post", like),
         **attention,
         **mlp,
     )
@@ -541,7 +553,18 @@ def _rotary(bridge: Any, config: Any) -> Callable[..., tuple[Tensor, Tensor]] | 
 def _activation(config: Any) -> Callable[[Tensor], Tensor]:
     from transformers.activations import ACT2FN
 
-    for key in ("hidden_activation", "hidden_act", "activation_function"):
+    own = ("hidden_activation",) if config.model_type in ("gemma2", "gemma3_text") else ()  # Gemma 1 does not read it
+    for key in (*own, "hidden_act", "activation_function"):
         if getattr(config, key, None) is not None:
             return ACT2FN[getattr(config, key)]
     raise ModelError(f"The configuration of this {config.model_type} model names no MLP activation.")
+
+
+def _context(n_ctx: int, config: Any) -> int:
+    """The longest prompt: what the model reads, or that up to which its rotation is the same for every length."""
+    if n_ctx < 1:
+        raise ModelError(f"The configuration of this {config.model_type} model says that it reads {n_ctx} tokens.")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return n_ctx
+    return min(n_ctx, rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)

@@ -6,14 +6,16 @@ Nothing that a folder brings is run: weights and settings are read, Python is no
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+import zipfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from kcwb.errors import ModelError
-from kcwb.models.builtin import BUILTIN_NAME, builtin_folder
+from kcwb.errors import KcwbError, ModelError
+from kcwb.models.builtin import BUILTIN_NAME, with_builtin
+from kcwb.models.families import ENCODERS, FAMILIES
 
 #: Tensors of published files that are no weights of the model: masks that older versions kept, and the heads of BERT
 #: that predict no masked token. What Hugging Face itself declares to be so comes on top.
@@ -21,38 +23,75 @@ _SURPLUS = re.compile(
     r"(attn|attention)\.(masked_)?bias$|(^|\.)pooler\.|^cls\.seq_relationship\.|rotary_emb\.inv_freq$"
 )
 
+#: How configurations name the number of layers, and the fewest tensors that a layer has.
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_LEAST = 4
+#: Entries of tables that are computed, not stored (rotations, masks), beside twice the bytes of the weights.
+_TABLES = 10**7
+#: The largest graph: that of 80 layers of 64 heads has 8 * 10**7 pairs.
+_EDGES = 10**9
+
 
 def read_pretrained(
     name: str,
     dtype: torch.dtype,
+    covered: Callable[[Any], Any],
     masked: bool = False,
     device_map: str | Mapping[str, str | int] | None = None,
 ) -> tuple[Any, Any]:
     """The Hugging Face module and tokenizer of a name; only a name of the hub may reach the network.
 
-    `masked` reads a masked language model; otherwise the model is a causal one. `device_map` says where its parts go.
+    Parameters
+    ----------
+    name, dtype
+        What is read, and in which precision.
+    covered
+        Raises ModelError for a configuration that is not covered; asked before anything is built.
+    masked
+        Whether it is a masked language model; otherwise a causal one.
+    device_map
+        Where its parts go.
 
     Raises
     ------
     ModelError
-        If it cannot be found or read, or its weights are not those that its configuration describes.
+        If it cannot be found or read, is not covered, or its weights are not those that its configuration describes.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    if name == BUILTIN_NAME:
+        return with_builtin(lambda folder: _read(str(folder), name, dtype, covered, masked, device_map), dtype)
+    return _read(name, name, dtype, covered, masked, device_map)
+
+
+def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], masked: bool, device_map: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
     from transformers.utils import logging
 
-    local = name == BUILTIN_NAME or Path(name).is_dir()
-    source = builtin_folder() if name == BUILTIN_NAME else name
+    local = Path(source).is_dir()
+    safe: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    more = {} if device_map is None else {"device_map": device_map}
     shown = logging.is_progress_bar_enabled()
     if local:
         logging.disable_progress_bar()
     try:
-        kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        safe: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-        more = {} if device_map is None else {"device_map": device_map}
+        stored = stored_weights(Path(source)) if local and name != BUILTIN_NAME else None
+        _require_plain(source, local, stored)
+        config = AutoConfig.from_pretrained(source, **safe)
+        covered(config)
+        if stored is not None:
+            _require_room(config, kind, stored)
         module, found = kind.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **safe, **more
+            source,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **safe,
+            **more,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+    except ModelError:
+        raise
     except Exception as error:  # a cut or foreign file fails in many ways
         reason = f"{' '.join(str(error).split()):.300}"
         if "trust_remote_code" in str(error):
@@ -66,6 +105,76 @@ def read_pretrained(
             logging.enable_progress_bar()
     _require_whole(found, name)
     return module, tokenizer
+
+
+class Stored(NamedTuple):
+    """What the files of weights of a folder hold."""
+
+    tensors: int
+    size: int
+
+
+def stored_weights(folder: Path) -> Stored:
+    """How many tensors and bytes a folder's files hold; their headers are read, nothing else."""
+    from safetensors import safe_open
+
+    tensors = size = 0
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
+        size += path.stat().st_size
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                tensors += len(file.keys())
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                tensors += len(archive.namelist())
+        else:  # the format of torch before 1.6
+            tensors += path.stat().st_size // 64
+    return Stored(tensors, size)
+
+
+def _require_plain(source: str | Path, local: bool, stored: Stored | None) -> None:
+    """Raise ModelError for a configuration that asks for foreign code, or for more layers than there are weights.
+
+    It is looked at before Hugging Face makes an object of it, which writes out a list entry for each layer.
+    """
+    from transformers import PreTrainedConfig
+
+    raw, _ = PreTrainedConfig.get_config_dict(source, local_files_only=local)
+    kind = raw.get("model_type")
+    if "auto_map" in raw and kind not in FAMILIES and kind not in ENCODERS:
+        raise ModelError(f"The model {str(source)!r} comes with Python code of its own, which kcwb never runs.")
+    for key, value in raw.items():
+        if "attn_implementation" in key and "/" in str(value):
+            raise ModelError(
+                f"config.json of {str(source)!r} asks for code of the hub ({key}: {value!r:.60}); remove it."
+            )
+    layers = max([raw[key] for key in _LAYERS if isinstance(raw.get(key), int)], default=0)
+    for _, times in raw.get("attention_types") or ():  # GPT-Neo
+        layers = max(layers, times)
+    if stored is not None and layers * _LEAST > stored.tensors:
+        raise ModelError(
+            f"config.json of {str(source)!r} describes {layers:,} layers, but its files of weights hold "
+            f"{stored.tensors:,} tensors. Get the files again, or correct config.json."
+        )
+
+
+def _require_room(config: Any, kind: Any, stored: Stored) -> None:
+    """Raise ModelError for a configuration of more weights than the files can hold, before any memory is taken."""
+    with torch.device("meta"):
+        empty = kind.from_config(config, trust_remote_code=False)
+    weights = sum(parameter.numel() for parameter in empty.parameters())
+    tables = sum(buffer.numel() for buffer in empty.buffers())
+    if weights > 2 * stored.size or tables > 2 * stored.size + _TABLES:  # two weights in a byte: 4-bit quantisation
+        raise ModelError(
+            f"The configuration describes a {config.model_type} model of {weights:,} weights and {tables:,} entries of "
+            f"tables, but its files hold {stored.size:,} bytes. Get the files again, or correct config.json."
+        )
+    edges = config.num_hidden_layers**2 * (config.num_attention_heads + 1) * (3 * config.num_attention_heads + 1)
+    if edges > _EDGES:
+        raise ModelError(
+            f"The configuration describes {config.num_hidden_layers:,} layers of {config.num_attention_heads:,} heads: "
+            f"a graph of {edges:,} pairs of sender and receiver; {_EDGES:,} at most are covered."
+        )
 
 
 def _require_whole(found: Mapping[str, Collection[Any]], name: str) -> None:
@@ -90,6 +199,21 @@ def _require_whole(found: Mapping[str, Collection[Any]], name: str) -> None:
         )
 
 
+def require_fit(tokenizer: Any, rows: int, name: str, needed: Collection[int | None] = ()) -> None:
+    """Raise ModelError if a tokenizer gives ids beyond the rows of the embedding.
+
+    Tokens that were added to its vocabulary count only where they are `needed`: some published models have more of
+    them than rows, for pictures, and no text has them.
+    """
+    added = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id, *needed}
+    highest = max(set(tokenizer.get_vocab().values()) - added, default=0)
+    if highest >= rows:
+        raise ModelError(
+            f"The tokenizer of {name} has {len(tokenizer):,} tokens, with ids up to {highest:,}, but the model's "
+            f"embedding has {rows:,} rows. Load it with its own tokenizer, or enlarge it (resize_token_embeddings)."
+        )
+
+
 def require_fast(tokenizer: Any, name: str) -> None:
     """Raise ModelError if a tokenizer reports no character offsets."""
     if not getattr(tokenizer, "is_fast", False):
@@ -97,3 +221,18 @@ def require_fast(tokenizer: Any, name: str) -> None:
             f"The tokenizer of {name} reports no character offsets, which are needed to find a subject's tokens. "
             "Load the model with its fast tokenizer (tokenizer.json)."
         )
+
+
+#: What options of a configuration raise that the code which runs a model does not foresee; a cancel is none of them.
+UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def not_run(error: Exception, module: Any, name: str) -> KcwbError:
+    """The error in one clear line; one of ours as it is."""
+    if isinstance(error, KcwbError):
+        return error
+    reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}".removesuffix(": ")
+    return ModelError(
+        f"{name} ({type(module).__name__}) cannot be run node by node ({reason}). An option of its configuration is "
+        "not covered, or it does not fit into memory."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,10 +11,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from kcwb.errors import ModelError
 from kcwb.models import builtin
-from kcwb.models.builtin import builtin_digest, builtin_folder
+from kcwb.models.builtin import builtin_digest, builtin_folder, with_builtin
 from kcwb.models.cache import model_cache
 from kcwb.models.digest import weights_digest
 from kcwb.models.loading import load_model
@@ -57,9 +59,9 @@ def tiny(cache, monkeypatch):
     """Reading the GGUF gives a tiny tied Llama; counts how often it is read."""
     reads = []
 
-    def read(gguf):
+    def read(gguf, dtype=None):
         reads.append(gguf)
-        return tiny_hf("llama-tied"), tokenizer()
+        return tiny_hf("llama-tied").to(dtype or torch.float32), tokenizer()
 
     monkeypatch.setattr(builtin, "_read_gguf", read)
     return reads
@@ -170,8 +172,81 @@ def test_damaged_folder_is_rebuilt(tiny, cache, damage):
     load(folder)
 
 
+def zero(path: Path, length: int = 64) -> None:
+    """Overwrite the last bytes by zeros; the size stays."""
+    with path.open("r+b") as file:
+        file.seek(-length, os.SEEK_END)
+        file.write(bytes(length))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_zeros_inside_a_file_are_noticed_and_the_folder_is_converted_again(tiny, cache, name, dtype):
+    digest = load_model(dtype=dtype).digest
+    zero(builtin_folder() / name)
+    with pytest.warns(UserWarning, match=rf"damaged \({name}\)"):
+        model = load_model(dtype=dtype)
+    assert model.digest == digest == weights_digest(tiny_hf("llama-tied").to(getattr(torch, dtype)))
+    assert len(tiny) == 2 and len(names(cache)) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_model(dtype=dtype).digest == digest and len(tiny) == 2
+
+
+def test_a_folder_of_an_earlier_version_which_has_no_digests_is_converted_again_once(tiny):
+    path = builtin_folder() / "kcwb.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
+    assert builtin_folder() == builtin_folder() and len(tiny) == 2
+
+
+def test_who_reads_a_folder_that_is_converted_again_keeps_what_is_open(tiny):
+    folder = builtin_folder()
+    with (folder / "model.safetensors").open("rb") as file:
+        start = file.read(8)
+        zero(folder / "tokenizer.json")
+        with pytest.warns(UserWarning, match="damaged"):
+            load_model()
+        file.seek(0)
+        assert file.read(8) == start
+
+
+def test_a_reader_whose_folder_is_replaced_meanwhile_reads_once_more(tiny):
+    calls = []
+
+    def read(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise ModelError("a file is not there")
+        return load(folder)
+
+    module, _ = with_builtin(read, torch.float32)
+    assert len(calls) == 2 and weights_digest(module) == builtin_digest()
+    with pytest.raises(ModelError, match="never"):
+        with_builtin(lambda folder: (_ for _ in ()).throw(ModelError("never")), torch.float32)
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("trouble", ["no folder", "full disk", "damaged and full"])
+def test_a_cache_that_cannot_be_written_does_not_stop_loading(tiny, cache, tmp_path, monkeypatch, trouble, dtype):
+    if trouble == "no folder":
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("KCWB_CACHE", str(tmp_path / "file"))
+    if trouble == "damaged and full":
+        zero(builtin_folder() / "model.safetensors")
+    monkeypatch.setattr(builtin, "save_model", full)
+    with pytest.warns(UserWarning, match=r"not used, since it cannot be written.*in memory"):
+        model = load_model(dtype=dtype)
+    assert model.digest == weights_digest(tiny_hf("llama-tied").to(getattr(torch, dtype)))
+    assert trouble == "no folder" or names(cache) == []
+
+
 def test_failed_conversion_leaves_nothing(cache, monkeypatch):
-    def read(gguf):
+    def read(gguf, dtype=None):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(builtin, "_read_gguf", read)

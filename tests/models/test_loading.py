@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as T
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kcwb.errors import ModelError, SettingError
+from kcwb.models.encoder import load_encoder
+from kcwb.models.forward import forward
 from kcwb.models.loading import Model, load_model
 from tests.tiny import tiny_hf, tokenizer
 
@@ -96,6 +100,109 @@ def test_the_builtin_model_knows_paris(smollm2: Model) -> None:
     probabilities = smollm2.logits(ids)[0, -1].softmax(-1)
     assert smollm2.tokenizer.decode(probabilities.argmax()) == " Paris"
     assert probabilities.max().item() == pytest.approx(0.77, abs=0.01)
+
+
+# --- options of a configuration ---
+
+# What each family's own code gives with them is what the nodes give, beside the tiny models of tests.tiny.
+ODD = {
+    "gpt2": [{"tie_word_embeddings": False}, {"n_inner": 20}, {"n_head": 1}, {"layer_norm_epsilon": 0}],
+    "llama": [{"head_dim": 6}, {"num_key_value_heads": 1}, {"rms_norm_eps": 0}],
+    "mistral-window": [{"sliding_window": None}, {"head_dim": 12}, {"tie_word_embeddings": True}],
+    "qwen2": [{"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}],
+    "qwen3": [{"attention_bias": True, "head_dim": 8}],
+    "neox": [{"rotary_pct": 1.0}, {"tie_word_embeddings": True}, {"hidden_act": "relu"}],
+    "opt": [
+        {"layer_norm_elementwise_affine": False},
+        {"enable_bias": False},
+        {"layer_norm_elementwise_affine": False, "enable_bias": False},
+        {"tie_word_embeddings": False},
+    ],
+    "gptj": [{"rotary_dim": 2}, {"tie_word_embeddings": True}],
+    "gpt-neo": [{"attention_types": [[["local"], 2]]}, {"tie_word_embeddings": False}],
+    "phi": [{"partial_rotary_factor": 1.0}, {"tie_word_embeddings": True}],
+    "phi3": [{"sliding_window": None}, {"partial_rotary_factor": 0.5}],
+    "gemma": [{"hidden_activation": "relu"}, {"attention_bias": True}, {"head_dim": 12}],
+    "gemma2": [{"tie_word_embeddings": False}, {"hidden_activation": "relu"}],
+    "gemma3": [{"final_logit_softcapping": 3.0}, {"head_dim": 12}],
+}
+
+
+@pytest.mark.parametrize(("name", "more"), [(name, more) for name, options in ODD.items() for more in options], ids=str)
+def test_the_odd_options_of_a_family_are_computed_as_hugging_face_computes_them(name: str, more: dict) -> None:
+    module = tiny_hf(name, **more)
+    module.set_attn_implementation("eager")
+    tokens = torch.randint(94, (2, 7))
+    right = module(tokens).logits
+    model = load_model(module, tokenizer(), device="cpu")
+    ours = model.network.logits(forward(model.network, tokens).residual)
+    torch.testing.assert_close(ours, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("neox", {"attention_bias": False}, "without attention biases"),
+        ("gpt2", {"scale_attn_weights": False}, "unscaled attention"),
+        ("gpt2", {"add_cross_attention": True}, "cross-attention"),
+        ("opt", {"do_layer_norm_before": False}, "post-layer-norm"),
+        ("opt", {"word_embed_proj_dim": 16}, "projected embeddings"),
+        ("opt", {"_remove_final_layer_norm": True}, "final layer norm"),
+        ("phi", {"qk_layernorm": True}, "query and key norms"),
+        ("gemma2", {"attention_bias": True}, "attention biases"),
+        ("gemma3", {"attn_logit_softcapping": 2.0}, "bound on attention scores"),
+        ("gemma", {"use_bidirectional_attention": True}, "both directions"),
+    ],
+)
+def test_options_that_are_not_covered_are_refused_by_name(name: str, more: dict, words: str) -> None:
+    with pytest.raises(ModelError, match=rf"{words}.* is not covered"):
+        load_model(tiny_hf(name, **more), tokenizer(), device="cpu")
+
+
+def test_an_option_that_nobody_foresaw_is_refused_in_one_line() -> None:
+    module = tiny_hf("llama")
+    module.config.num_attention_heads = 3
+    with pytest.raises(ModelError, match=r"cannot be run node by node \(\w+: .*\)\. An option"):
+        load_model(module, tokenizer(), device="cpu")
+
+
+def test_prompts_end_where_a_rotation_depends_on_their_length() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    long = tiny_hf("llama", rope_parameters={**rope, "factor": 2.0, "original_max_position_embeddings": 32})
+    assert load_model(long, tokenizer(), device="cpu").network.n_ctx == 32
+
+
+# --- tokenizers ---
+
+
+def larger(added: bool) -> T.PreTrainedTokenizerFast:
+    """A tokenizer of 96 tokens, two more than the tiny models have."""
+    if added:
+        words = tokenizer()
+        words.add_special_tokens({"additional_special_tokens": ["<picture>", "<sound>"]})
+        return words
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return T.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w2", mask_token="w1")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_sizes(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"96 tokens, with ids up to 95, .* has 94 rows"):
+        load_model(tiny_hf("llama"), larger(added=False))
+    with pytest.raises(ModelError, match=r"ids up to 95, .* has 94 rows"):
+        load_encoder(tiny_hf("bert"), larger(added=False))
+    tiny_hf("llama").save_pretrained(tmp_path)
+    larger(added=False).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"ids up to 95, .* has 94 rows"):
+        load_model(tmp_path)
+
+
+def test_added_tokens_that_no_text_has_may_lie_beyond_the_embedding() -> None:
+    words = larger(added=True)
+    assert load_model(tiny_hf("llama"), words, device="cpu").tokenizer is words
+    words.bos_token = "<sound>"
+    with pytest.raises(ModelError, match=r"ids up to 95"):
+        load_model(tiny_hf("llama"), words, device="cpu", prepend_bos=True)
 
 
 # --- several devices ---

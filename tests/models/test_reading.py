@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,57 @@ def test_an_encoder_with_missing_weights_is_refused_and_one_with_other_heads_is_
 def test_a_damaged_file_of_weights_is_refused_in_words(damage: str, tmp_path: Path) -> None:
     path = write(tmp_path) / "model.safetensors"
     path.write_bytes({"cut": path.read_bytes()[:-100], "empty": b"", "text": b"hello " * 50}[damage])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(tmp_path)
+
+
+# --- configurations that ask for too much ---
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("gpt2", {"n_layer": 10**7}, r"10,000,000 layers, but its files of weights hold \d+ tensors"),
+        ("llama", {"num_hidden_layers": 10**9}, r"1,000,000,000 layers, but"),
+        ("gpt-neo", {"num_layers": 10**8, "attention_types": [[["global", "local"], 10**8]]}, "100,000,000 layers"),
+        ("gpt-neo", {"attention_types": [[["global", "local"], 10**9]]}, "1,000,000,000 layers"),
+        ("neox", {"hidden_size": 4 * 10**7, "num_attention_heads": 4}, r"[\d,]{15,} weights"),
+        ("llama", {"intermediate_size": 10**10}, r"[\d,]{15,} weights"),
+        ("opt", {"vocab_size": 10**12}, r"[\d,]{15,} weights"),
+        ("qwen3", {"head_dim": 10**8}, r"[\d,]{14,} weights"),
+        ("gptj", {"n_positions": 10**7}, r"entries of tables"),
+        ("llama", {"hidden_size": 0}, "cannot be loaded|cannot be run|describes"),
+        ("llama", {"max_position_embeddings": -1}, "reads -1 tokens"),
+        ("llama", {"attn_implementation": "someone/kernel"}, "code of the hub"),
+    ],
+)
+def test_a_configuration_of_more_than_the_files_hold_is_refused_at_once(
+    name: str, settings: dict, words: str, tmp_path: Path
+) -> None:
+    configure(write(tmp_path, name), **settings)
+    started = time.process_time()
+    with pytest.raises(ModelError, match=words):
+        load_model(tmp_path)
+    assert time.process_time() - started < 5
+
+
+def test_the_weights_of_a_folder_in_the_old_format_are_counted_too(tmp_path: Path) -> None:
+    (write(tmp_path) / "model.safetensors").unlink()
+    torch.save(tiny_hf("llama").state_dict(), tmp_path / "pytorch_model.bin")
+    configure(tmp_path, num_hidden_layers=10**7)
+    with pytest.raises(ModelError, match="10,000,000 layers"):
+        load_model(tmp_path)
+
+
+def test_an_encoder_of_too_many_layers_is_refused_at_once(tmp_path: Path) -> None:
+    configure(write(tmp_path, "bert"), num_hidden_layers=10**7)
+    with pytest.raises(ModelError, match="10,000,000 layers"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "{", "[" * 100_000, '{"n_layer": 1e999}'], ids=range(6))
+def test_a_config_that_is_no_configuration_is_refused(text: str, tmp_path: Path) -> None:
+    (write(tmp_path) / "config.json").write_text(text)
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_model(tmp_path)
 

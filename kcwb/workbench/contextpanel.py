@@ -183,8 +183,10 @@ def summary(found: InContext) -> str:
     if new:
         words += (
             f" Hit@1 on {len(task.test)} facts of D_test is {arms['intact']:.2f}, without the new heads "
-            f"{arms['new heads']:.2f}, without random ones of the same layers {arms['random heads']:.2f}."
+            f"{arms['new heads']:.2f}"
         )
+        beside = "random heads" in arms  # not where too few others are left
+        words += f", without random ones of the same layers {arms['random heads']:.2f}." if beside else "."
     return words
 
 

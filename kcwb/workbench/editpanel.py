@@ -6,6 +6,7 @@ from `kcwb.editing`, and is kept in attributes, so that a notebook can go on wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -283,7 +284,8 @@ class EditPanel(Panel):
             tables.table(found.transport),
             tables.muted(
                 "TE: the share of the edit's effect that goes when these outputs are put back to what they were; for "
-                f"random heads the mean and 95% of the draws. p = {found.p:.3f}."
+                "random heads the mean and 95% of the draws. "
+                + ("Too few heads are left to draw from." if math.isnan(found.p) else f"p = {found.p:.3f}.")
             ),
         )
         pages["Roles"].value = tables.styled(tables.table(found.roles, scroll=True))

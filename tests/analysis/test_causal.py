@@ -225,6 +225,32 @@ def test_the_story_keeps_exactly_the_edges_between_its_nodes():
     assert table.loc["story", "edges"] == table.loc["named heads and MLPs", "edges"] == count
 
 
+def test_a_storys_random_heads_are_all_others_of_the_layer():
+    """Each of the other three heads as a story of its own; the mean over them."""
+    found, task, roles = handmade(additive)
+    circuit = replace(Circuit.full(found.model.graph), provenance={"ablation": "zero"})
+    row = roles[roles["node"] == "a1.h1"]
+    run = "named heads and MLPs"
+    alone = {
+        node: faithful_story(found.model, circuit, row.assign(node=node), task, draws=9, progress=False).set_index(
+            "run"
+        )
+        for node in (f"a1.h{head}" for head in range(4))
+    }
+    others = [one.loc[run] for node, one in alone.items() if node != "a1.h1"]
+    chance = alone["a1.h1"].loc["random heads and MLPs"]
+    assert chance["nll"] == pytest.approx(np.mean([one["nll"] for one in others]), abs=1e-5)
+    assert chance["hit"] == pytest.approx(np.mean([one["hit"] for one in others]))
+
+
+def test_more_heads_with_a_role_than_without_leave_the_role_without_p():
+    found, task, roles = handmade(copying_head)
+    with pytest.warns(UserWarning, match="5 of the model's 8 heads"):
+        check = check_roles(found.model, roles.head(5).assign(role="mover"), task, progress=False)
+    assert check.heads["random_heads"].tolist() == [3] * 5
+    assert np.isnan(check.roles.loc["mover", "p_answer"]) and np.isfinite(check.roles.loc["mover", "answer"])
+
+
 # --- what is refused ---
 
 

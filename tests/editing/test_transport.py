@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kcwb.analysis.ends import logits_with
+from kcwb.editing.compare import compare_edit
 from kcwb.editing.transport import head_outputs_at_end, mlp_outputs, outputs_put_back, trace_blocks, transport
 from kcwb.errors import DataError
 from kcwb.models.loading import load_model
 from tests.editing.conftest import large_edit
 from tests.tasks import prompt_ids
 from tests.tiny import tiny_hf, tokenizer
+
+HEADS = [f"a1.h{head}" for head in range(4)]
 
 
 def hooked(model, tokens: torch.Tensor, heads: dict[tuple[int, int], torch.Tensor]) -> torch.Tensor:
@@ -81,6 +85,26 @@ def test_te_is_the_share_of_the_edits_effect(model, task, found):
     assert found.transport.set_index("what").loc["mover heads", "TE"] == pytest.approx(te, abs=1e-3)
     assert found.summary["te_movers"] == pytest.approx(te, abs=1e-3)
     assert 1 / 26 <= found.p <= 1
+
+
+def test_random_heads_are_all_others_of_the_layer_and_never_the_mover(model, task, found):
+    """Of a layer of four heads a mover leaves three: their mean, and p, from the TE of each alone."""
+    more = {"edges": 40, "draws": 25, "progress": False}
+    alone = {name: compare_edit(model, found.edit, task, movers=[name], **more) for name in HEADS}
+    te = {name: one.transport.set_index("what").loc["mover heads", "TE"] for name, one in alone.items()}
+    for name, one in alone.items():
+        others = [te[other] for other in HEADS if other != name]
+        chance = one.transport.set_index("what").loc["random heads"]
+        assert chance["TE"] == pytest.approx(np.mean(others), abs=1e-5)
+        assert one.p == (1 + sum(other >= te[name] for other in others)) / 4
+
+
+def test_without_other_heads_there_is_no_p_and_all_else_is_there(model, task, found):
+    every = [f"a{layer}.h{head}" for layer in range(2) for head in range(4)]
+    with pytest.warns(UserWarning, match="8 of the model's 8 heads"):
+        whole = compare_edit(model, found.edit, task, movers=every, edges=40, draws=25, progress=False)
+    table = whole.transport.set_index("what")["TE"]
+    assert np.isnan(whole.p) and np.isnan(table["random heads"]) and table.drop("random heads").notna().all()
 
 
 def test_an_edit_without_effect_has_no_te(model, task):

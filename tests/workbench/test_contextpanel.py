@@ -63,6 +63,8 @@ def test_the_panel_is_drawn_without_widgets(panel):
         assert words in page
     assert page.count("<iframe") == 1 and page.count("<img") >= 2
     assert summary(panel.found).split(":")[0] == "tiny"
+    alone = panel.found.ablation[panel.found.ablation["arm"] != "random heads"]
+    assert "random" not in summary(replace(panel.found, ablation=alone))
 
 
 def test_shots_context_and_size_are_what_is_on_screen(panel):

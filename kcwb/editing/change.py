@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -101,11 +100,11 @@ class Edit:
         return digest.hexdigest()
 
     def require_own(self, model: Model) -> None:
-        """Raise SettingError unless it was made for this Model object, since it is this one's weights that it changes.
+        """Raise SettingError unless it was made for this model's weights, since it is these tensors that it changes.
 
-        Equal weights in another object stay as they are: what is then measured there would be the unedited model.
+        Equal weights in other tensors stay as they are: what is then measured there would be the unedited model.
         """
-        if model is not self.model:
+        if model is not self.model and model not in self.model.siblings:
             raise SettingError(
                 f"{self} was made for another Model object than this {model.name}, loaded beside it: its weights are "
                 "those that change. Give the edit's own model (`made.model`), or make the edit again for this one."
@@ -220,16 +219,21 @@ class _Saved:
     edits: tuple[Mapping[str, Any], ...]
 
 
-_ACTIVE: weakref.WeakKeyDictionary[Network, list[_Saved]] = weakref.WeakKeyDictionary()
+#: Where weights are in memory -> the edits that are in them. These keep their model, so that no other comes there.
+_ACTIVE: dict[int, list[_Saved]] = {}
 
 
 def _stack(network: Network) -> list[_Saved]:
-    """The edits that are in a network's weights, the latest last."""
-    return _ACTIVE.setdefault(network, [])
+    """The edits that are in a network's weights, the latest last; one list for all networks of these weights."""
+    return _ACTIVE.setdefault(network.W_E.data_ptr(), [])
 
 
 def _identify(model: Model, name: str, digest: str, edits: tuple[Mapping[str, Any], ...]) -> None:
-    """Let a model say whose weights it has. It is frozen for everybody else: this follows a change of its weights."""
-    object.__setattr__(model, "name", name)
-    object.__setattr__(model, "digest", digest)
-    object.__setattr__(model, "edits", edits)
+    """Let all models over the same tensors say whose weights they have.
+
+    They are frozen for everybody else: this follows a change of the weights.
+    """
+    for one in (model, *model.siblings):
+        object.__setattr__(one, "name", name)
+        object.__setattr__(one, "digest", digest)
+        object.__setattr__(one, "edits", edits)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,16 @@ class Model:
     prepend_bos: bool
     edits: tuple[Mapping[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        """Be known to those that are loaded from the same module."""
+        with _GUARD:
+            _LOADED.add(self)
+
+    @property
+    def siblings(self) -> list[Model]:
+        """All models that have the same tensors as their weights, this one among them: what edits one edits all."""
+        return _sharing(self.network.W_E)
+
     @property
     def unedited_digest(self) -> str:
         """The digest of the weights without the edits that are in them."""
@@ -88,6 +100,16 @@ class Model:
         )
 
 
+_LOADED: weakref.WeakSet[Model] = weakref.WeakSet()
+_GUARD = threading.Lock()
+
+
+def _sharing(weight: Tensor) -> list[Model]:
+    """The loaded models that have this tensor as their embedding."""
+    with _GUARD:
+        return [model for model in _LOADED if model.network.W_E.data_ptr() == weight.data_ptr()]
+
+
 def load_model(
     model: str | Path | PreTrainedModel = BUILTIN_NAME,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -104,7 +126,8 @@ def load_model(
     model
         `"smollm2-135m"` (built in, offline), the path of a local folder, a name on the Hugging Face hub such as
         `"gpt2-medium"`, or a Hugging Face causal language model in memory, which stays as it is, but for the device it
-        is on and the gradients of its parameters: a copy is wrapped that has the same tensors as its weights.
+        is on and the gradients of its parameters: a copy is wrapped that has the same tensors as its weights. It may be
+        loaded several times; an edit of one of these models edits all.
     tokenizer
         The tokenizer of a model in memory; otherwise the model's own.
     device
@@ -127,7 +150,8 @@ def load_model(
     Raises
     ------
     ModelError
-        If the model cannot be found, its architecture is not covered, or its self-check fails.
+        If the model cannot be found, its architecture is not covered, or its self-check fails; or if an edit is in
+        the weights of a model in memory that was loaded before.
     SettingError
         If device or precision are not known.
     """
@@ -164,6 +188,7 @@ def load_model(
     module.requires_grad_(False)
     if module is model:
         module = plain_copy(module)
+        _require_unedited(module, name)
     digest = digest or weights_digest(module)
     bridge, network = _checked(module.eval(), tokenizer, name)
     assert tokenizer is not None  # a named model brings its own; one in memory was checked
@@ -209,6 +234,17 @@ def _require_in_place(module: Any, name: str) -> None:
             f"with them ({away[0]}, ...). Every layer must fit on a device: use more GPUs, dtype='bfloat16', or a "
             "smaller model."
         )
+
+
+def _require_unedited(module: Any, name: str) -> None:
+    """Raise ModelError if the module was loaded before and an edit is in its weights: they would pass for its own."""
+    for other in _sharing(module.get_input_embeddings().weight):
+        if other.edits:
+            made = " + ".join(one["targets"][0] for one in other.edits)
+            raise ModelError(
+                f"{name} was loaded before, and an edit is in its weights ({made!r:.60}). Take it out first (`undo` of "
+                "the Edit, in the reverse order of several), go on with that Model, or make the module anew."
+            )
 
 
 def _checked(module: Any, tokenizer: Any, name: str) -> tuple[Any, Network]:

@@ -9,11 +9,14 @@ import torch
 import transformers as T
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from kcwb.editing.edit import EditError, edit
 from kcwb.errors import ModelError, SettingError
+from kcwb.models.digest import weights_digest
 from kcwb.models.encoder import load_encoder
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model, load_model
-from tests.tiny import tiny_hf, tokenizer
+from tests.editing.conftest import FACT, QUICK
+from tests.tiny import ARCHITECTURES, tiny_hf, tokenizer
 
 
 def test_a_local_folder_gives_the_same_model_as_memory(tmp_path: Path) -> None:
@@ -100,6 +103,55 @@ def test_the_builtin_model_knows_paris(smollm2: Model) -> None:
     probabilities = smollm2.logits(ids)[0, -1].softmax(-1)
     assert smollm2.tokenizer.decode(probabilities.argmax()) == " Paris"
     assert probabilities.max().item() == pytest.approx(0.77, abs=0.01)
+
+
+# --- one module, loaded again ---
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_module_can_be_loaded_again_and_all_its_models_compute_the_same(name: str) -> None:
+    module, tokens = tiny_hf(name), torch.randint(94, (2, 5))
+    first = load_model(module, tokenizer(), device="cpu")
+    logits = first.logits(tokens)
+    again = load_model(module, tokenizer(), device="cpu")
+    wrapped = load_model(again.bridge.original_model, tokenizer(), device="cpu")
+    for model in (again, wrapped, first):
+        assert (model.digest, model.name) == (first.digest, first.name)
+        assert torch.equal(model.logits(tokens), logits)
+        assert torch.equal(forward(model.network, tokens).residual, forward(first.network, tokens).residual)
+    assert set(first.siblings) == {first, again, wrapped}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "neox"])
+def test_a_module_is_not_loaded_again_while_an_edit_is_in_it_and_is_after(name: str) -> None:
+    module = tiny_hf(name)
+    model = load_model(module, tokenizer(), device="cpu")
+    made = edit(model, FACT, "w50", layer=0, **QUICK)
+    with made:
+        for again in (module, model.bridge.original_model):
+            with pytest.raises(ModelError, match=r"loaded before, and an edit is in its weights \('w50'\).*undo"):
+                load_model(again, tokenizer(), device="cpu")
+    assert load_model(module, tokenizer(), device="cpu").digest == model.digest == weights_digest(module)
+
+
+def test_an_edit_of_one_model_is_said_by_all_over_the_same_tensors() -> None:
+    module, tokens = tiny_hf("llama"), torch.randint(94, (2, 5))
+    first, second = (load_model(module, tokenizer(), device="cpu") for _ in range(2))
+    apart = load_model(tiny_hf("llama"), tokenizer(), device="cpu")
+    plain = first.digest
+    made, other = (edit(model, FACT, "w50", layer=0, **QUICK) for model in (first, second))
+    with made:
+        assert first.digest == second.digest != plain == apart.digest
+        assert second.edits == first.edits and second.name == first.name and not apart.edits
+        assert torch.equal(second.logits(tokens), first.logits(tokens))
+        made.require_own(second)
+        with pytest.raises(SettingError, match="another Model object"):
+            made.require_own(apart)
+        other.apply()
+        with pytest.raises(EditError, match="undo that first"):
+            made.undo()
+        other.undo()
+    assert first.digest == second.digest == plain and not second.edits
 
 
 # --- options of a configuration ---

@@ -294,7 +294,7 @@ def world(args: argparse.Namespace) -> tuple[Any, str]:
         facts.save(args.relations)
     data = []
     for name, folder in folders.items():
-        known = world_knowledge(load_world(folder, device="cpu"), facts)
+        known = world_knowledge(load_world(folder, device="cpu"), facts, seed=args.seed)
         data.append({"architecture": name, "folder": str(folder), "known": _records(known)})
     rows = [[one["architecture"], *(kind["known"] for kind in one["known"]), one["folder"]] for one in data]
     table = _table(("model", *(kind["kind"] for kind in data[0]["known"]), "folder"), rows)

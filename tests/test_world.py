@@ -22,6 +22,7 @@ from kcwb.models.cache import MANIFEST
 from kcwb.models.digest import weights_digest
 from kcwb.models.encoder import Encoder, load_encoder
 from kcwb.models.loading import Model, load_model
+from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.masked import make_masked_task
 from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import load_relation
@@ -335,6 +336,12 @@ def test_what_is_known_is_counted_by_kind(learnt):
     assert tuple(known.index) == KINDS and known["facts"].tolist() == [72, 60, 36]
     assert (known["low"] <= known["known"]).all() and (known["known"] <= known["high"]).all()
     assert known["chance"].between(0.05, 0.3).all()
+    each = known_facts(learnt[0], WORLD)
+    shares = each.loc[each["kind"] == "held out", "known"]
+    assert tuple(known.loc["held out", ["low", "high"]]) == mean_interval(shares)  # of shares of templates
+    one = world_knowledge(learnt[0], WORLD, template=0).set_index("kind").loc["held out"]
+    hits = known_facts(learnt[0], WORLD, 0).loc[each["kind"] == "held out", "known"]
+    assert (one["low"], one["high"]) == proportion_interval(hits)
 
 
 def test_known_facts_equal_a_slow_look_at_each_prompt(learnt):

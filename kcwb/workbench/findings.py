@@ -119,9 +119,9 @@ def completeness_table(finding: Finding) -> str:
         words = "being computed…" if finding.task else "The facts that this circuit was found on are not at hand."
         return tables.muted(words)
     return tables.table(tables.completeness_rows(finding.completeness)) + tables.muted(
-        "Hit@10: the share of facts whose answer has rank 10 or better, with its 95% interval (Wilson's, of that share; "
-        "of random circuits, whose mean it is, the bootstrap's). The empty circuit shows what the ablation alone gives "
-        "away, the random circuits what any circuit of its size reaches."
+        "Hit@10: the share of facts whose answer has rank 10 or better, with its 95% interval (Wilson's, of that "
+        "share; of random circuits, whose mean it is, the bootstrap's). The empty circuit shows what the ablation "
+        "alone gives away, the random circuits what any circuit of its size reaches."
     )
 
 

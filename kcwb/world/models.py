@@ -32,7 +32,7 @@ from kcwb.models.encoder import Encoder, load_encoder, run_encoder
 from kcwb.models.families import ENCODERS
 from kcwb.models.loading import Model, load_model
 from kcwb.progress import Progress, track
-from kcwb.statistics import proportion_interval
+from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.masked import at_masks
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.ranks import rank_of
@@ -291,6 +291,7 @@ def world_knowledge(
     *,
     template: int | None = None,
     by: Sequence[str] = ("kind",),
+    seed: int = 0,
 ) -> pd.DataFrame:
     """How many facts of a world a model knows.
 
@@ -300,21 +301,25 @@ def world_knowledge(
         As in `known_facts`.
     by
         Columns of its table: a row for each of their combinations.
+    seed
+        Of the bootstrap.
 
     Returns
     -------
     DataFrame
-        `facts`, the share `known`, `low` and `high` (Wilson's 95% interval of that share), and `chance`, that
-        of the answer which stands
-        most often in the facts of the row's relations, in the mean over these.
+        `facts`, the share `known`, `low` and `high`, and `chance`, the share of the answer which stands most often in
+        the facts of the row's relations, in the mean over these. `low` and `high` are the 95% bootstrap interval of the
+        mean over facts (of shares of templates; NaN where all facts are alike), or of one template Wilson's interval of
+        the share of facts.
     """
     rows = []
     for key, some in known_facts(model, world, template).groupby([*by], observed=True):
-        low, high = proportion_interval(some["known"])
+        known = some["known"].to_numpy()
+        low, high = mean_interval(known, seed) if template is None else proportion_interval(known)
         commonest = (
             some.groupby("relation", observed=True)["object"].agg(lambda objects: objects.value_counts().iloc[0]).sum()
         )
-        numbers = (len(some), some["known"].mean(), low, high, commonest / len(some))
+        numbers = (len(some), known.mean(), low, high, commonest / len(some))
         rows.append((*(key if isinstance(key, tuple) else (key,)), *numbers))
     return pd.DataFrame(rows, columns=[*by, "facts", "known", "low", "high", "chance"])
 

@@ -17,23 +17,26 @@ from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.discovery.baselines import random_circuit
-from kcwb.errors import KcwbError, SettingError
+from kcwb.errors import KcwbError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Natural, Seed
 from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.verbs import verb
 
 
+@verb
 def completeness(
     model: Model,
     circuit: Circuit,
     task: Task,
     *,
     ablation: str | None = None,
-    k: int = 10,
-    draws: int = 10,
-    seed: int = 0,
+    k: Count = 10,
+    draws: Natural = 10,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """Compare a circuit, run alone, with the full model, the empty circuit and random circuits.
@@ -65,10 +68,6 @@ def completeness(
     """
     check_same_model(model, circuit)
     check_same_weights(model, task)
-    if draws < 0 or k < 1:
-        raise SettingError(
-            f"draws={draws}, k={k}: there are 0 or more random circuits, and Hit@k needs a k of at least 1."
-        )
     cuts = make_ablation(model, task, ablation or circuit.ablation)
     splits = {"D_val": cuts.usable(task.val)}
     if len(task.test):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,11 +26,14 @@ from kcwb.discovery.sequential import Pruned
 from kcwb.errors import SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
+from kcwb.settings import Count, Positive
 from kcwb.tasks.metrics import Loss, kc_scale, make_loss
 from kcwb.tasks.prompts import Task, check_same_weights
+from kcwb.verbs import verb
 from kcwb.versions import versions
 
 
+@verb
 def discover(
     model: Model,
     task: Task,
@@ -39,11 +41,11 @@ def discover(
     *,
     metric: str = "nll",
     ablation: str | None = None,
-    edges: int | None = None,
+    edges: Count | None = None,
     threshold: float | None = None,
     select: str | None = None,
-    steps: int | None = None,
-    tau: float | None = None,
+    steps: Count | None = None,
+    tau: Positive | None = None,
     absolute: bool | None = None,
     within: Circuit | None = None,
     checkpoint: str | Path | bool | None = None,
@@ -117,6 +119,7 @@ def discover(
     return replace(circuit, provenance=provenance)
 
 
+@verb
 def score_edges(
     model: Model,
     task: Task,
@@ -124,7 +127,7 @@ def score_edges(
     *,
     metric: str = "nll",
     ablation: str | None = None,
-    steps: int | None = None,
+    steps: Count | None = None,
     progress: Progress = True,
 ) -> Float[Tensor, "S R"]:
     """The scores that an attribution method gives to all edges, `[S, R]`; parameters as in `discover`."""
@@ -151,10 +154,11 @@ def loss_scores(
     return score(model, loss, cuts, steps=settled.steps, progress=progress)
 
 
+@verb
 def tau_path(
     model: Model,
     task: Task,
-    taus: Sequence[float],
+    taus: Sequence[Positive],
     *,
     metric: str = "nll",
     ablation: str | None = None,
@@ -192,7 +196,8 @@ def tau_path(
     return circuits
 
 
-def tau_from_kc(task: Task, tau_kc: float) -> float:
+@verb
+def tau_from_kc(task: Task, tau_kc: Positive) -> float:
     """The tau at which `acdc` prunes by nll as the Knowledge Circuits code (arXiv 2405.17969) does at `tau_kc`.
 
     Its loss divides by all T - 1 positions of prompt and answer, ours by the answer's tokens: tau = tau_kc (T - 1) /
@@ -201,6 +206,7 @@ def tau_from_kc(task: Task, tau_kc: float) -> float:
     return tau_kc * kc_scale(task.val)
 
 
+@verb
 def predict(
     model: Model, task: Task, *, metric: str = "nll", ablation: str | None = None, within: Circuit | None = None
 ) -> float:
@@ -251,14 +257,10 @@ def _parameters(model: Model, method: str, given: dict[str, Any]) -> dict[str, A
     if method == "acdc":
         if parameters["within"] is not None:
             check_same_model(model, parameters["within"])
-        if not 0 < parameters["tau"] < float("inf"):
-            raise SettingError(f"tau={parameters['tau']}: the loss increase to allow must be above 0 nats (try 0.01).")
         return parameters
     choose("The selection", parameters["select"], SELECTIONS)
     if "edges" in given and "threshold" in given:
         raise SettingError("Give either edges (how many) or threshold (the least score), not both.")
-    if not math.isfinite(given.get("threshold", 0.0)):
-        raise SettingError(f"threshold={given['threshold']}: give the least score that is kept, in nats.")
     unused = "edges" if "threshold" in given else "threshold"
     if unused == "threshold":
         parameters["edges"] = check_size(model.graph, parameters["edges"], model.name)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kcwb.editing.interrupts import guard, settle, whole
 from kcwb.errors import KcwbError, SettingError
+from kcwb.locks import Exclusive, WeightsLock
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.tasks.relations import Fact
@@ -84,6 +85,7 @@ class Edit:
     nll: float = math.nan
     nll_prefixed: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    _hold: Exclusive = field(default_factory=Exclusive, init=False, repr=False)
 
     @property
     def active(self) -> bool:
@@ -122,14 +124,26 @@ class Edit:
             "onto": onto,
         }
 
+    @property
+    def lock(self) -> WeightsLock:
+        """The model's: the edit goes in and out while no other thread runs the model."""
+        return self.model.lock
+
     def apply(self) -> Model:
         """Put it into the weights, on top of edits that are in already; `undo` takes it out. All or nothing.
+
+        Waits until no other thread runs the model. Between `apply` and `undo` others may; within `with` they wait.
 
         Raises
         ------
         EditError
             If it is in already.
         """
+        with self.model.exclusive():
+            return self._put_in(Exclusive())
+
+    def _put_in(self, hold: Exclusive) -> Model:
+        """What `apply` does; `hold` is what `with` keeps other threads away by."""
         if self.active:
             raise EditError(f"{self} is in the weights already; undo it first.")
         model, network = self.model, self.model.network
@@ -141,6 +155,7 @@ class Edit:
         edits = (*model.edits, self._record(model.digest))
         try:
             guard()
+            object.__setattr__(self, "_hold", hold)
             _stack(network).append(saved)
             for layer, weight in weights.items():
                 weight.add_(self.deltas[layer])
@@ -150,11 +165,11 @@ class Edit:
             self.undo()
             raise
 
-    @whole(lambda self: self.active)
+    @whole(lambda self: self.active and not self.lock.elsewhere)
     def undo(self) -> None:
         """Take it out: weights are bit for bit what they were; does nothing if it is not in.
 
-        What interrupts it comes after that.
+        Waits until no other thread runs the model; what interrupts it from then on comes after it.
 
         Raises
         ------
@@ -165,28 +180,37 @@ class Edit:
         except EditError:
             raise
         except BaseException:
-            self._take_out()  # once more, from its start
+            if not self.lock.elsewhere:  # else it was still waiting
+                self._take_out()  # once more, from its start
             raise
         finally:
-            settle(last=not any(_ACTIVE.values()))
+            settle(last=not any(_ACTIVE.values()) and not self._hold.holds)
 
     def _take_out(self) -> None:
         """What `undo` does; may be stopped anywhere, and begun again."""
-        stack = _stack(self.model.network)
-        if not self.active:
-            return
-        if stack[-1].edit is not self:
-            raise EditError(f"{stack[-1].edit} was put in after {self}; undo that first.")
-        saved = stack[-1]
-        for layer, weight in saved.weights.items():
-            self.model.network.layers[layer].W_out.copy_(weight)
-        _identify(self.model, saved.name, saved.digest, saved.edits)
-        stack.pop()
+        with self.model.exclusive():
+            stack = _stack(self.model.network)
+            if not self.active:
+                return
+            if stack[-1].edit is not self:
+                raise EditError(f"{stack[-1].edit} was put in after {self}; undo that first.")
+            saved = stack[-1]
+            for layer, weight in saved.weights.items():
+                self.model.network.layers[layer].W_out.copy_(weight)
+            _identify(self.model, saved.name, saved.digest, saved.edits)
+            stack.pop()
 
     def __enter__(self) -> Model:
-        return self.apply()
+        """Put it in; other threads wait for the model until it is out again."""
+        hold = self.model.exclusive()
+        try:
+            hold.__enter__()
+            return self._put_in(hold)
+        except BaseException:
+            hold.__exit__()
+            raise
 
-    @whole(lambda self: self.active)
+    @whole(lambda self: self.active or self._hold.holds)
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -198,6 +222,9 @@ class Edit:
         except BaseException:
             self.undo()  # where that was stopped before its first step
             raise
+        finally:
+            self._hold.__exit__()
+            settle(last=not any(_ACTIVE.values()))
 
     def __repr__(self) -> str:
         """One line: what, how and where."""

@@ -28,9 +28,11 @@ from kcwb.editing.rome import Fit, RomeSettings, rome
 from kcwb.errors import SettingError, choose, nearest
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
+from kcwb.settings import Limit, Seed
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact, check_template
 from kcwb.tasks.subjects import blank, places
+from kcwb.verbs import verb
 
 #: Method -> its settings.
 METHODS: dict[str, type] = {
@@ -41,6 +43,7 @@ METHODS: dict[str, type] = {
 }
 
 
+@verb
 def edit(
     model: Model,
     fact: Fact | Sequence[Fact],
@@ -49,8 +52,8 @@ def edit(
     *,
     template: str | Sequence[str],
     layer: int | None = None,
-    bound: float = 1.0,
-    seed: int = 0,
+    bound: Limit = 1.0,
+    seed: Seed = 0,
     progress: Progress = True,
     **settings: Any,
 ) -> Edit:
@@ -153,8 +156,8 @@ def _settings(
     given = given if layer is None else {"layer": layer, **given}
     taken = {name: value for name, value in good.items() if name not in given}
     whole = {**taken, **given}
-    layer = whole.pop("layer")
-    return kind(**whole), layer, {"source": source, **taken} if taken else {}
+    chosen: int = whole.pop("layer")
+    return kind(**whole), chosen, {"source": source, **taken} if taken else {}
 
 
 def _check(
@@ -166,8 +169,6 @@ def _check(
     n_layers = model.graph.n_layers
     if not 0 <= layer < n_layers:
         raise SettingError(f"layer={layer}: {model.name} has layers 0 to {n_layers - 1}.")
-    if not bound > 0:
-        raise SettingError(f"bound={bound}: the loss to get under must be above 0 nats.")
     if not facts or not len(facts) == len(targets) == len(templates):
         raise SettingError(
             f"{len(facts)} facts, {len(targets)} targets, {len(templates)} templates: give as many of each, at least 1."

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kcwb.errors import ModelError, SettingError, nearest
+from kcwb.locks import Exclusive, WeightsLock, lock_of
 from kcwb.models.builtin import BUILTIN_NAME, builtin_digest
 from kcwb.models.digest import state_digest, weights_digest
 from kcwb.models.graph import Graph
@@ -22,6 +24,8 @@ from kcwb.models.network import Network, covered_family
 from kcwb.models.plain import plain_copy
 from kcwb.models.reading import UNFORESEEN, not_run, read_pretrained, require_fast, require_fit
 from kcwb.models.selfcheck import self_check
+from kcwb.progress import Progress
+from kcwb.verbs import verb
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -86,6 +90,16 @@ class Model:
         """Whether a digest is that of the weights, or the one that files of earlier versions have for them."""
         return digest == self.digest or digest == _former_digest(self)
 
+    @cached_property
+    def lock(self) -> WeightsLock:
+        """Held by whoever reads or writes the weights; one for all models that share them."""
+        return lock_of(self.network.W_E)
+
+    def exclusive(self, progress: Progress = True) -> Exclusive:
+        """Keep other threads from running or editing the model, for several verbs in a row: `with` it."""
+        return Exclusive([self.lock], progress)
+
+    @verb
     @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "N T"]) -> Tensor:
         """The Hugging Face model's own logits, `[N, T, V]`."""
@@ -110,6 +124,7 @@ def _sharing(weight: Tensor) -> list[Model]:
         return [model for model in _LOADED if model.network.W_E.data_ptr() == weight.data_ptr()]
 
 
+@verb
 def load_model(
     model: str | Path | PreTrainedModel = BUILTIN_NAME,
     tokenizer: PreTrainedTokenizerBase | None = None,

@@ -22,8 +22,10 @@ from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Natural, Seed
 from kcwb.tasks.ranks import NEVER, deciding_tokens, rank_of, rank_product
 from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.verbs import verb
 
 #: A fact is known when the model gives its answer at most this rank (`kcwb.tasks.ranks`).
 KNOWN_RANK = 10
@@ -157,14 +159,15 @@ class Task:
         )
 
 
+@verb
 def make_task(
     model: Model,
     relation: Relation | str,
-    n: int = 8,
-    seed: int = 0,
+    n: Count = 8,
+    seed: Seed = 0,
     template: int | str = 0,
     foil: str | None = None,
-    n_test: int | None = None,
+    n_test: Natural | None = None,
     progress: Progress = False,
 ) -> Task:
     """Turn a relation into prompts: filter the known facts, split, tokenise, find spans, pad.
@@ -209,10 +212,6 @@ def make_task(
     """
     if isinstance(relation, str):
         relation = load_relation(relation)
-    if n < 1:
-        raise SettingError(f"n={n}: D_val needs at least one fact.")
-    if n_test is not None and n_test < 0:
-        raise SettingError(f"n_test={n_test}: D_test has no facts, or some.")
     text = relation.template(template)
     facts = told_apart(model, relation.facts, text, relation)
     everything = encode(model, facts, text, relation.objects, seed, foil, progress)

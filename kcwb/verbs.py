@@ -1,0 +1,137 @@
+"""What every public function does before it begins: it checks its settings, and takes its models for itself.
+
+    @verb
+    def discover(model: Model, task: Task, ..., edges: Count | None = None, progress: Progress = True) -> Circuit:
+
+Each argument is checked against its annotation (`kcwb.settings`) before anything is computed; a wrong one raises
+SettingError, in one line: "discover: edges=2.5 is not a whole number of at least 1, or None." Then the call holds the
+locks (`kcwb.locks`) of all models that it was given, also those that an `Edit` or the like brings, to its end.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import importlib
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from kcwb.errors import SettingError
+from kcwb.locks import Exclusive, WeightsLock
+from kcwb.settings import fits, plain, shown, words
+
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C", bound=type)
+#: What marks a function as checked: the function below, which tests look for.
+MARK = "__kcwb_verb__"
+
+
+def verb(function: Callable[P, R]) -> Callable[P, R]:
+    """Have a function check its arguments against their annotations, and hold its models' locks while it runs.
+
+    Raises
+    ------
+    SettingError
+        When it is called with an argument that is not what its annotation says.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        signature = _signature(function)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # which says it in Python's own words
+        locks = _check(function, bound)
+        if not locks:
+            return function(*bound.args, **bound.kwargs)
+        with Exclusive(locks, bound.arguments.get("progress", True)):
+            return function(*bound.args, **bound.kwargs)
+
+    setattr(call, MARK, function)
+    return call
+
+
+def settings_class(kind: C) -> C:
+    """Have a dataclass check what its instances are made of, as `verb` does."""
+    kind.__init__ = verb(kind.__init__)
+    return kind
+
+
+def check_settings(function: Callable[..., Any], **settings: Any) -> None:
+    """Check some of a verb's arguments without calling it, so before its model is loaded.
+
+    Raises
+    ------
+    SettingError
+        If one is not what the verb's annotation says.
+    """
+    function = getattr(function, MARK, function)
+    _check(function, _signature(function).bind_partial(**settings))
+
+
+def _check(function: Callable[..., Any], bound: inspect.BoundArguments) -> set[WeightsLock]:
+    """Check arguments in place, NumPy's numbers becoming Python's; the locks of the models among them."""
+    hints, locks = _hints(function), set()
+    for name, value in bound.arguments.items():
+        hint = hints.get(name)
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            bound.arguments[name] = tuple(_checked(function, f"{name}[{i}]", one, hint) for i, one in enumerate(value))
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            bound.arguments[name] = {key: _checked(function, key, one, hint) for key, one in value.items()}
+        else:
+            bound.arguments[name] = _checked(function, name, value, hint)
+            lock = getattr(value, "lock", None)
+            if isinstance(lock, WeightsLock):
+                locks.add(lock)
+    return locks
+
+
+def _checked(function: Callable[..., Any], name: str, value: Any, hint: Any) -> Any:
+    if hint is None or fits(value, hint):
+        return value
+    python = plain(value)
+    if python is not value and fits(python, hint):
+        return python
+    verb_name = function.__qualname__.removesuffix(".__init__")
+    raise SettingError(f"{verb_name}: {name}={shown(value)} is not {words(hint)}.")
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Parameter -> annotation. Resolved at the first call: before, modules may not be whole."""
+    return typing.get_type_hints(function, localns=_Names(function), include_extras=True)
+
+
+class _Names(dict[str, Any]):
+    """The names that annotations use: a module's own, and those that it imports for type checkers only."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = sys.modules[function.__module__]
+
+    def __missing__(self, name: str) -> Any:
+        known = vars(self.module)
+        if name in known:
+            return known[name]
+        if hasattr(builtins, name):
+            return getattr(builtins, name)
+        for node in ast.walk(ast.parse(inspect.getsource(self.module))):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                for one in node.names:
+                    if name == (one.asname or one.name):
+                        return getattr(importlib.import_module(str(node.module)), one.name)
+            if isinstance(node, ast.Import) and any(name == one.asname for one in node.names):
+                return importlib.import_module(next(one.name for one in node.names if name == one.asname))
+        raise NameError(name)

@@ -23,7 +23,8 @@ from platformdirs import user_cache_path
 from torch import Tensor
 
 from kcwb.editing.passes import run_block
-from kcwb.errors import KcwbError, SettingError
+from kcwb.editing.writing import continued, writer
+from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.files import atomic_path
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -36,7 +37,7 @@ TOKENS_PER_DIMENSION = 10
 _LENGTH = 64  # tokens of a text
 _BATCH = 16
 #: Raised with every change of what the text is.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +108,7 @@ def covariances(
     model, layers
         The model as it is now, and the layers; all that are not in the cache are taken in one pass.
     tokens
-        How many tokens of text; default ten for each dimension of k.
+        How many tokens of text; default ten for each dimension of k, and at least two texts.
     seed
         Of the choice of sentences and of sampling.
     cache
@@ -125,15 +126,20 @@ def covariances(
     ------
     SettingError
         If there is no such layer, or there are fewer tokens than two texts have.
+    DataError
+        If the model reads no more than one token.
     """
     n_layers, width = model.graph.n_layers, len(model.network.layers[0].W_out)
     for layer in layers:
         if not 0 <= layer < n_layers:
             raise SettingError(f"layer={layer}: {model.name} has layers 0 to {n_layers - 1}.")
-    wanted = TOKENS_PER_DIMENSION * width if tokens is None else tokens
+    if model.network.n_ctx < 2:
+        raise DataError(f"{model.name} reads one token: its texts have no position after the first.")
+    wanted = max(TOKENS_PER_DIMENSION * width, 2 * _LENGTH) if tokens is None else tokens
     if wanted < 2 * _LENGTH:
         raise SettingError(f"tokens={tokens}: a covariance needs at least {2 * _LENGTH}.")
-    name = hashlib.sha256(repr((_VERSION, model.digest, str(model.dtype), wanted, seed)).encode()).hexdigest()[:24]
+    about = (_VERSION, model.digest, str(model.dtype), writer(model), wanted, seed)
+    name = hashlib.sha256(repr(about).encode()).hexdigest()[:24]
     folder = covariance_folder() / name if cache is True else Path(cache) / name if cache else None
     found = {layer: _read(folder, layer, width) for layer in layers}
     missing = [layer for layer, one in found.items() if one is None]
@@ -156,6 +162,8 @@ def covariance_folder() -> Path:
 def sample_texts(model: Model, openings: Sequence[str], length: int, seed: int, top_k: int = 50) -> list[list[int]]:
     """Token ids of one text per opening, sampled from the model: `length` new tokens after each opening's own.
 
+    Fewer where the context ends before.
+
     Parameters
     ----------
     top_k
@@ -163,27 +171,18 @@ def sample_texts(model: Model, openings: Sequence[str], length: int, seed: int, 
     """
     bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
     starts = [bos + list(model.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in openings]
+    starts = [start[: model.network.n_ctx - 1] for start in starts]
     groups: dict[int, list[int]] = {}
     for i, start in enumerate(starts):
         groups.setdefault(len(start), []).append(i)
-    module: Any = model.bridge.original_model
     texts: list[list[int]] = [[] for _ in openings]
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for rows in groups.values():
             ids = torch.tensor([starts[i] for i in rows], device=model.device)
-            sampled = module.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=top_k,
-                top_p=1.0,
-                temperature=1.0,
-                max_new_tokens=length,
-                min_new_tokens=length,
-                pad_token_id=model.tokenizer.pad_token_id,
-            )
+            most = min(length, model.network.n_ctx - ids.shape[1])
+            sampled = continued(model, ids, most, do_sample=True, top_k=top_k, min_new_tokens=most)
             for i, text in zip(rows, sampled.tolist(), strict=True):
                 texts[i] = text
     return texts

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kcwb.editing.covariance import covariances
+from kcwb.editing.covariance import covariances, whiten
 from kcwb.editing.passes import make_rows, read_places
-from kcwb.editing.rome import DeltaSettings, Fit, context_templates, optimise_delta
+from kcwb.editing.rome import DeltaSettings, Fit, all_contexts, optimise_delta
 from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -58,9 +58,9 @@ def memit(
     network = model.network
     layers = range(max(0, layer - settings.spread + 1), layer + 1)
     asked = [Fact(fact.subject, target) for fact, target in zip(facts, targets, strict=True)]
+    contexts = all_contexts(model, list(zip(asked, templates, strict=True)), settings.prefixes, seed)
     prompts = make_rows(model, list(zip(asked, templates, strict=True)))
-    contexts = [context_templates(model, template, settings.prefixes, seed) for template in templates]
-    before = read_places(network, prompts.tokens, prompts.subjects, [layer])[layer].after
+    before = read_places(network, prompts.tokens, prompts.subjects, [layer])[layer].after.float()
     found, losses, ends = [], [], []
     with track(progress, len(asked), "MEMIT") as step:
         for i, (fact, stream) in enumerate(zip(asked, before, strict=True)):
@@ -80,17 +80,22 @@ def memit(
     keys = torch.empty(0)
     for left, number in zip(range(len(layers), 0, -1), layers, strict=True):
         all_keys = read_places(network, prefixed.tokens, prefixed.subjects, [number], deltas)[number].key
-        keys = all_keys.unflatten(0, (len(asked), -1)).mean(1)
+        keys = all_keys.float().unflatten(0, (len(asked), -1)).mean(1)
         missing = wanted - read_places(network, prompts.tokens, prompts.subjects, [layer], deltas)[layer].after
-        deltas[number] = spread_change(about.get(number), keys, missing / left, settings.weight)
+        c = about.get(number, torch.eye(keys.shape[1], device=model.device))
+        ridge = settings.ridge if number in about else 0.0
+        deltas[number] = spread_change(c, keys, missing / left, settings.weight, ridge).to(network.dtype)
     return Fit(deltas, losses, keys, wanted, max(ends), contexts, {"layers": list(layers)})
 
 
 def spread_change(
-    matrix: Float[Tensor, "M M"] | None, keys: Float[Tensor, "n M"], change: Float[Tensor, "n D"], weight: float
+    matrix: Float[Tensor, "M M"], keys: Float[Tensor, "n M"], change: Float[Tensor, "n D"], weight: float, ridge: float
 ) -> Float[Tensor, "M D"]:
-    """(λC + K Kᵀ)⁻¹ K Rᵀ, oriented as W_out; without a matrix C is I."""
+    """(λC + K Kᵀ)⁻¹ K Rᵀ, oriented as W_out, the ridge having been added to C.
+
+    As C⁻¹K (λI + Kᵀ C⁻¹ K)⁻¹ Rᵀ, which is the same (Woodbury) and solves with C as ROME does.
+    """
     k = keys.double()
-    c = torch.eye(k.shape[1], device=k.device, dtype=k.dtype) if matrix is None else matrix.double()
-    solved = torch.linalg.solve(weight * c + k.T @ k, k.T)
-    return (solved @ change.double()).to(change.dtype)
+    white = whiten(matrix, k.T, ridge)
+    inner = k @ white + weight * torch.eye(len(k), device=k.device, dtype=k.dtype)
+    return (white @ torch.linalg.solve(inner, change.double())).to(change.dtype)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from kcwb.editing.covariance import OPENINGS, covariance, sample_texts, whiten
 from kcwb.editing.passes import Rows, Tail, answer_logits, answer_nll, make_rows, make_tail, read_places
-from kcwb.errors import SettingError, choose
+from kcwb.editing.writing import writer
+from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.tasks.relations import Fact
@@ -56,6 +57,9 @@ class DeltaSettings:
         How many prefixes the model makes up, half of them of 5 tokens and half of 10.
     covariance
         `text`, or `identity` for C = I.
+    ridge
+        λ: C, where it is of text, gains λ·tr(C)/d·I. Without it C is singular where no text wakes some of the units, as
+        happens with ReLUs.
     """
 
     steps: int = 25
@@ -67,6 +71,7 @@ class DeltaSettings:
     stop: float = 0.05
     prefixes: int = 20
     covariance: str = "text"
+    ridge: float = 0.01
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -77,7 +82,7 @@ class DeltaSettings:
         for name in ("lr", "clamp"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{name}={getattr(self, name)}: must be above 0.")
-        for name in ("decay", "kl", "stop"):
+        for name in ("decay", "kl", "stop", "ridge"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingError(f"{name}={getattr(self, name)}: must be 0 or above.")
 
@@ -91,19 +96,14 @@ class RomeSettings(DeltaSettings):
     key
         Where the constraint holds: at `prompt`, the key of the prompt itself, as the authors' code has it; or at
         `mean`, k*, which keeps edits from collapsing (r-ROME).
-    ridge
-        λ: C gains λ·tr(C)/d·I.
     """
 
     key: str = "prompt"
-    ridge: float = 0.01
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         super().__post_init__()
         choose("The key", self.key, ("prompt", "mean"))
-        if not 0 <= self.ridge < math.inf:
-            raise SettingError(f"ridge={self.ridge}: must be 0 or above.")
 
 
 class Fit(NamedTuple):
@@ -139,22 +139,22 @@ def rome(
     progress: Progress = False,
 ) -> Fit:  # fmt: skip
     """Fit a ROME edit; see the module's text, and `kcwb.editing.edit.edit` for the parameters."""
-    contexts = context_templates(model, template, settings.prefixes, seed)
-    network = model.network
-    rows = make_rows(model, [(Fact(fact.subject, target), context) for context in contexts])
+    network, asked = model.network, Fact(fact.subject, target)
+    (contexts,) = all_contexts(model, [(asked, template)], settings.prefixes, seed)
+    rows = make_rows(model, [(asked, context) for context in contexts])
     found = read_places(network, rows.tokens, rows.subjects, [layer])[layer]
-    keys, mean, first = found.key, found.key.mean(0), found.output[0]
+    mean, first = found.key.float().mean(0), found.output[0].float()
     delta, losses = optimise_delta(
         model, contexts, fact.subject, target, layer, first.norm(), settings, progress, what=f"ROME, layer {layer}"
     )
-    value, place = first + delta, keys[0] if settings.key == "prompt" else mean
+    value, place = first + delta, found.key[0] if settings.key == "prompt" else mean.to(network.dtype)
     details: dict[str, Any] = {"prefixes": [c.removesuffix(template).strip() for c in contexts[1:]]}
     direction = mean
     if settings.covariance == "text":
         about = covariance(model, layer, seed=seed, progress=progress)
         direction = whiten(about.matrix, mean, settings.ridge)
         details["direction_agreement"] = about.agreement(mean, settings.ridge)
-    change = rank_one(direction, place, value - network.mlp_output(layer, place))
+    change = rank_one(direction, place, value - network.mlp_output(layer, place)).to(network.dtype)
     return Fit({layer: change}, losses, mean[None], value[None], losses[-1]["loss"], [contexts], details)
 
 
@@ -169,9 +169,28 @@ def rank_one(
     return torch.outer(u, change.double() / (key.double() @ u)).to(change.dtype)
 
 
+def all_contexts(model: Model, asked: Sequence[tuple[Fact, str]], n: int, seed: int) -> list[list[str]]:
+    """The `context_templates` of each (fact, template).
+
+    Raises
+    ------
+    DataError
+        If a prompt does not fit into the context: by itself (seen before any text is made up), or after a prefix.
+    """
+    make_rows(model, [*asked, *((fact, ESSENCE) for fact, _ in asked)])
+    found = [context_templates(model, template, n, seed) for _, template in asked]
+    try:
+        make_rows(model, [(fact, text) for (fact, _), texts in zip(asked, found, strict=True) for text in texts])
+    except DataError as error:
+        raise DataError(
+            f"{error} That is after a prefix of {max(_PREFIX_LENGTHS)} tokens; take prefixes=0 or a shorter template."
+        ) from error
+    return found
+
+
 def context_templates(model: Model, template: str, n: int, seed: int) -> list[str]:
     """The template, and the template after n short texts that the model made up."""
-    wanted = (model.digest, n, seed)
+    wanted = (model.digest, writer(model), n, seed)
     if wanted not in _PREFIXES:
         texts: list[str] = []
         for i, length in enumerate(_PREFIX_LENGTHS):
@@ -184,7 +203,7 @@ def context_templates(model: Model, template: str, n: int, seed: int) -> list[st
     return [template, *(f"{prefix}. {template}" for prefix in _PREFIXES[wanted])]
 
 
-_PREFIXES: dict[tuple[str, int, int], list[str]] = {}
+_PREFIXES: dict[tuple[str, str, int, int], list[str]] = {}
 
 
 def optimise_delta(
@@ -220,7 +239,7 @@ def optimise_delta(
             with torch.no_grad():
                 delta.mul_((settings.clamp * scale / delta.norm().clamp_min(1e-12)).clamp_max(1.0))
             step(note=f"loss {value:.3f}")
-    return delta.detach().to(network.dtype), losses
+    return delta.detach(), losses
 
 
 def _with_delta(tail: Tail, delta: Float[Tensor, " D"]) -> Float[Tensor, "N Q D"]:

@@ -27,25 +27,31 @@ from torch import Tensor
 
 from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import Edit, EditError, edit
+from kcwb.editing.passes import make_rows
+from kcwb.editing.writing import continued
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.statistics import mean_interval, proportion_interval, statistic_interval
 from kcwb.tasks.prompts import padded
+from kcwb.tasks.relations import Fact
 
 #: What `edit_scores` reports of each edit.
 SCORES = ("ES", "PS", "NS", "EM", "PM", "NM", "bleed_subject", "bleed_other", "portability")
 
 
 def generate(model: Model, text: str, tokens: int = 12) -> str:
-    """The likeliest continuation of a text, token by token; the text itself is left out."""
+    """The likeliest continuation of a text, token by token, up to the context's end; the text itself is left out.
+
+    Raises
+    ------
+    DataError
+        If the text fills the context.
+    """
     bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
     ids = torch.tensor([bos + list(model.tokenizer(text, add_special_tokens=False)["input_ids"])], device=model.device)
-    module: Any = model.bridge.original_model
-    more = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": model.tokenizer.pad_token_id}
-    with torch.no_grad():
-        found = module.generate(ids, attention_mask=torch.ones_like(ids), **more)
+    found = continued(model, ids, tokens, do_sample=False)
     return str(model.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
 
 
@@ -89,11 +95,18 @@ def _row(model: Model, text: str, answer: str | None) -> _Tokens:
     bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
     prompt = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     if answer is None:
-        return bos + prompt, []
+        return _fitting(model, bos + prompt, [])
     whole = list(model.tokenizer(f"{text} {answer}", add_special_tokens=False)["input_ids"])
     if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
         raise DataError(f"The answer {answer!r:.60} runs into the last token of {text!r:.120}. Use another template.")
-    return bos + prompt, whole[len(prompt) :]
+    return _fitting(model, bos + prompt, whole[len(prompt) :])
+
+
+def _fitting(model: Model, prompt: list[int], answer: list[int]) -> _Tokens:
+    width = len(prompt + answer[:-1])
+    if width > model.network.n_ctx:
+        raise DataError(f"A prompt has {width} tokens with its answer; {model.name} reads {model.network.n_ctx}.")
+    return prompt, answer
 
 
 @torch.no_grad()
@@ -101,11 +114,7 @@ def _answer_logits(model: Model, rows: Sequence[_Tokens]) -> Iterator[Float[Tens
     """Per chunk of rows, the logits that predict their answers' tokens (without an answer, the next token)."""
     if not rows:
         return
-    lists = [prompt + answer[:-1] for prompt, answer in rows]
-    width = max(map(len, lists))
-    if width > model.network.n_ctx:
-        raise DataError(f"A prompt has {width} tokens with its answer; {model.name} reads {model.network.n_ctx}.")
-    tokens = padded(lists, model.device)
+    tokens = padded([prompt + answer[:-1] for prompt, answer in rows], model.device)
     for part in prompt_chunks(model.network, tokens):
         residual = forward(model.network, tokens[part]).residual
         streams = [x[len(p) - 1 : len(p) - 1 + max(1, len(a))] for x, (p, a) in zip(residual, rows[part], strict=True)]
@@ -125,8 +134,9 @@ def edit_scores(
 ) -> pd.DataFrame:
     """Make each edit, score it, and take it out again; the unedited model is scored beside it.
 
-    An edit whose loss stays high is scored like any other: leaving it out would flatter the method. One that diverges
-    counts as one that changed nothing.
+    An edit whose loss stays high is scored like any other (`bound` is infinite): leaving it out would flatter the
+    method. One that diverges, or that a `bound` given here refuses, counts as one that changed nothing. What cannot be
+    asked is refused before the first edit.
 
     Parameters
     ----------
@@ -150,15 +160,27 @@ def edit_scores(
     Raises
     ------
     SettingError
-        If there are no cases, or the method cannot take so many at once.
+        If there are no cases, the method cannot take so many at once, or a case's target is its true object.
+    DataError
+        If a prompt of any case does not fit into the context, or an answer runs into its prompt.
     """
     if not cases or batch < 1 or (batch > 1 and method != "memit"):
         raise SettingError(f"{len(cases)} cases in batches of {batch}: at least one, and batches for memit alone.")
+    for i, case in enumerate(cases):
+        if case.target == case.fact.object:
+            raise SettingError(
+                f"Case {i}: the target {case.target!r:.60} is what {case.fact.subject!r:.60} has already."
+            )
+        others = [one.fact.subject for one in cases[i - i % batch : i]]
+        if case.fact.subject in others:
+            raise SettingError(f"Case {i}: {case.fact.subject!r:.60} is in its batch of {batch} before; take batch=1.")
+    make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
+    everything = [_Asked(model, case) for case in cases]
     rows: list[dict[str, Any]] = []
     with track(progress, len(cases), f"{method} edits") as step:
         for start in range(0, len(cases), batch):
             part = cases[start : start + batch]
-            asked = [_Asked(model, case) for case in part]
+            asked = everything[start : start + batch]
             before = [(one.probabilities(model), one.likeliest(model)) for one in asked]
             made = _try_edit(model, part, method, layer, seed, settings)
             after = before

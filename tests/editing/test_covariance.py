@@ -9,7 +9,9 @@ from kcwb.editing import covariance as module
 from kcwb.editing.covariance import Covariance, covariance, covariances, sample_texts, whiten
 from kcwb.editing.edit import edit
 from kcwb.errors import SettingError
+from kcwb.models.loading import load_model
 from tests.editing.conftest import FACT, QUICK, keys_and_outputs
+from tests.tiny import tiny_hf, tokenizer
 
 
 def test_it_is_the_mean_of_the_outer_products_of_the_models_own_keys(model, tmp_path):
@@ -79,3 +81,24 @@ def test_agreement_is_one_for_equal_halves_and_less_for_others():
 def test_what_cannot_be_meant_is_refused(model, wrong):
     with pytest.raises(SettingError):
         covariance(model, **wrong)
+
+
+def test_texts_are_those_of_the_tokenizer_and_of_its_first_token(tmp_path):
+    """The same weights with and without BOS, or with other words, write other texts."""
+    module, others = tiny_hf("llama", seed=3), tokenizer()
+    others.backend_tokenizer.add_tokens(["w5 w6"])
+    found = [
+        covariance(load_model(module, words, device="cpu", prepend_bos=bos), 0, tokens=300, cache=tmp_path)
+        for words, bos in ((tokenizer(), True), (tokenizer(), False), (others, True))
+    ]
+    assert len(list(tmp_path.iterdir())) == 3
+    assert not torch.allclose(found[0].halves, found[1].halves)
+
+
+def test_a_narrow_mlp_and_a_short_context_have_a_covariance(tmp_path):
+    for more in ({"intermediate_size": 2}, {"max_position_embeddings": 2}, {"max_position_embeddings": 8}):
+        model = load_model(tiny_hf("llama", **more), tokenizer(), device="cpu")
+        assert covariance(model, 0, cache=tmp_path).n_tokens >= 128
+    model = load_model(tiny_hf("gpt2", n_positions=4), tokenizer(), device="cpu")
+    assert covariance(model, 0, cache=tmp_path).n_tokens >= 128
+    assert all(len(text) <= 4 for text in sample_texts(model, ["w1", "w2 w3 w4 w5 w6"], 10, 0))

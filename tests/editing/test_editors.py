@@ -11,10 +11,12 @@ from kcwb.editing.covariance import covariance
 from kcwb.editing.edit import EditError, edit
 from kcwb.editing.memit import spread_change
 from kcwb.editing.rome import ESSENCE, context_templates, rank_one
+from kcwb.errors import DataError, SettingError
+from kcwb.models.loading import load_model
 from kcwb.tasks.relations import Fact
 from tests.editing.conftest import FACT, QUICK, TEMPLATE, added, keys_and_outputs, same_bits, weights
 from tests.tasks import prompt_ids
-from tests.tiny import tiny_model
+from tests.tiny import ARCHITECTURES, POST_NORM, tiny_hf, tiny_model, tokenizer
 
 TUNING = {key: value for key, value in QUICK.items() if key != "prefixes"}
 SUBJECT_END = 2  # of "w80 w5 w6 w81 w82"
@@ -67,6 +69,68 @@ def test_an_edit_s_loss_is_that_of_the_edited_weights(tiny, name, method):
     with pytest.raises(EditError, match="did not take"):
         edit(model, facts, targets, method, layer=0, **{**more, "bound": made.nll - 1e-3})
     assert same_bits(model, before)
+
+
+REQUESTS = {
+    "several tokens": (FACT, "w50 w51 w52", TEMPLATE),
+    "subject is the whole prompt": (FACT, "w50", "{}"),
+    "subject first": (FACT, "w50", "{} w81"),
+    "subject last": (FACT, "w50", "w80 {}"),
+}
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "ft_m", "ft_l"])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in POST_NORM])
+def test_every_family_takes_every_kind_of_request(tiny, name, method):
+    model = tiny(name)
+    before, digest = weights(model), model.digest
+    own: dict[str, Any] = {"prefixes": 0} if method in ("rome", "memit") else {}
+    for fact, target, template in REQUESTS.values():
+        more = {**own, "steps": 1, "bound": float("inf"), "progress": False, "template": template}
+        made = edit(model, fact, target, method, **more)
+        assert all(not torch.equal(delta, 0 * delta) for delta in made.deltas.values())
+        with made:
+            assert made.nll == pytest.approx(loss_of(model, template.replace("{}", fact.subject), target), abs=1e-3)
+        assert same_bits(model, before) and model.digest == digest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_half_precision_is_edited_and_undone_too(name, dtype):
+    model = load_model(tiny_hf(name, seed=3).to(dtype), tokenizer(), device="cpu")
+    before = weights(model)
+    for method in ("rome", "memit", "ft_m", "ft_l"):
+        more = QUICK if method in ("rome", "memit") else TUNING
+        made = edit(model, FACT, "w50", method, layer=0, **more)
+        with made:
+            assert made.nll == pytest.approx(loss_of(model, TEMPLATE.replace("{}", FACT.subject), "w50"), rel=0.03)
+            assert model.network.layers[0].W_out.dtype == dtype
+        assert same_bits(model, before)
+
+
+def test_the_decay_counts_in_float16_too_where_a_square_overflows():
+    module = tiny_hf("gpt2", seed=3)
+    torch.nn.init.constant_(module.transformer.h[0].mlp.c_proj.bias, 100.0)  # the norm of m is 566: its square is inf
+    model = load_model(module.half(), tokenizer(), device="cpu")
+    made = edit(model, FACT, "w50", layer=0, decay=0.5, kl=0.0, clamp=0.1, covariance="identity", **QUICK)
+    for row in made.losses.iloc[1:].itertuples():
+        assert row.loss - row.nll == pytest.approx(0.5 * row.norm**2, rel=0.05) and row.norm > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gptj"])
+@pytest.mark.parametrize("method", ["rome", "memit"])
+def test_prompts_that_do_not_fit_with_their_prefixes_are_refused_before_the_search(name, method, monkeypatch):
+    context = {"n_positions": 8} if name in ("gpt2", "gptj") else {"max_position_embeddings": 8}
+    model = load_model(tiny_hf(name, **context), tokenizer(), device="cpu")
+    assert model.network.n_ctx == 8
+    made = edit(model, FACT, "w50", method, layer=0, **{**QUICK, "prefixes": 0})
+    assert made.nll_prefixed is None
+    monkeypatch.setattr("kcwb.editing.rome.optimise_delta", lambda *a, **b: pytest.fail("work was done"))
+    with pytest.raises(DataError, match=r"reads 8.*take prefixes=0"):
+        edit(model, FACT, "w50", method, layer=0, **QUICK)
+    monkeypatch.setattr("kcwb.editing.rome.sample_texts", lambda *a, **b: pytest.fail("work was done"))
+    with pytest.raises(DataError, match="reads 8"):
+        edit(model, FACT, "w50", method, layer=0, **{**QUICK, "template": "w1 w2 w3 w4 {} w5 w6 w7"})
 
 
 # --- ROME ---
@@ -204,9 +268,22 @@ def test_memit_s_closed_form_is_ridge_regression():
     stacked = torch.cat([keys, weight**0.5 * factor])
     sides = torch.cat([change, torch.zeros(6, 4).double()])
     expected = torch.linalg.lstsq(stacked, sides).solution
-    assert torch.allclose(spread_change(c, keys, change, weight), expected, atol=1e-9)
-    expected = torch.linalg.lstsq(torch.cat([keys, weight**0.5 * torch.eye(6).double()]), sides).solution
-    assert torch.allclose(spread_change(None, keys, change, weight), expected, atol=1e-9)
+    assert torch.allclose(spread_change(c, keys, change, weight, 0.0), expected, atol=1e-9)
+    raised = torch.linalg.cholesky(c + 0.2 * c.diagonal().mean() * torch.eye(6).double()).T
+    expected = torch.linalg.lstsq(torch.cat([keys, weight**0.5 * raised]), sides).solution
+    assert torch.allclose(spread_change(c, keys, change, weight, 0.2), expected, atol=1e-9)
+
+
+def test_memit_does_with_units_that_no_text_wakes(tiny):
+    """OPT's are ReLUs: some never fire, so that C is singular without a ridge."""
+    model = tiny("opt")
+    dead = covariance(model, 1).matrix.diagonal() == 0
+    assert dead.any()
+    more = {**QUICK, "template": "w80 {}"}  # at the last layer only END matters
+    made = edit(model, FACT, "w50", "memit", layer=1, weight=1e-2, **more)
+    assert made.losses["nll"].iloc[-1] < made.losses["nll"].iloc[0] and (made.deltas[1][dead] == 0).all()
+    with pytest.raises(SettingError, match="larger ridge"):
+        edit(model, FACT, "w50", "memit", layer=1, ridge=0.0, **more)
 
 
 def test_memit_brings_every_request_to_its_stream(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from kcwb.editing.scores import (
     layer_sweep,
     score_summary,
 )
-from kcwb.errors import SettingError
+from kcwb.errors import DataError, SettingError
 from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.relations import Fact
 from tests.editing.conftest import same_bits, weights
@@ -115,6 +116,23 @@ def test_a_batch_of_memit_edits_goes_in_at_once(model):
     assert table.iloc[-1]["EM"] == pytest.approx(expected, abs=1e-4)
     with pytest.raises(SettingError, match="memit alone"):
         edit_scores(model, [CASE, other], "ft_m", batch=2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"target": "w40 w41"}, SettingError),
+        ({"paraphrases": ("w1 " * 70,)}, DataError),
+        ({"same_subject": ("w1 " * 70,)}, DataError),
+        ({"template": "{} " + "w1 " * 70}, DataError),
+    ],
+)
+def test_a_case_that_cannot_be_asked_is_refused_before_the_first_edit(model, wrong, error, monkeypatch):
+    monkeypatch.setattr("kcwb.editing.scores.edit", lambda *a, **b: pytest.fail("work was done"))
+    with pytest.raises(error):
+        edit_scores(model, [CASE, replace(CASE, **wrong)], "ft_m", progress=False, **TUNING)
+    with pytest.raises(SettingError, match="in its batch"):
+        edit_scores(model, [CASE, replace(CASE, target="w51")], "memit", batch=2, progress=False)
 
 
 def test_a_diverged_edit_counts_as_one_that_changed_nothing(model):

@@ -1,0 +1,50 @@
+"""What a model writes after a text: by its own logits alone, whatever generation settings came with its files."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import weakref
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from kcwb.errors import DataError
+from kcwb.models.loading import Model
+
+
+@torch.no_grad()
+def continued(model: Model, tokens: Int[Tensor, "N T"], new: int, **how: Any) -> Int[Tensor, "N S"]:
+    """The tokens and up to `new` more, fewer where the context or the text ends; `how` as Hugging Face has it.
+
+    Files of models bring settings, such as a penalty on repetition, that Hugging Face adds to whatever is asked for.
+
+    Raises
+    ------
+    DataError
+        If the text fills the context.
+    """
+    room = model.network.n_ctx - tokens.shape[1]
+    if room < 1:
+        raise DataError(
+            f"A text of {tokens.shape[1]} tokens cannot be continued: {model.name} reads {model.network.n_ctx}."
+        )
+    own: Any = model.bridge.original_model
+    module = copy.copy(own)  # the same weights; only what is set on the copy is its own
+    module.generation_config = type(own.generation_config)(
+        eos_token_id=own.generation_config.eos_token_id, pad_token_id=model.tokenizer.pad_token_id
+    )
+    return module.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=min(new, room), **how)
+
+
+def writer(model: Model) -> str:
+    """What a model's texts depend on beside its weights: the tokenizer's digest, and whether BOS comes first."""
+    tokenizer: Any = model.tokenizer
+    if tokenizer not in _TOKENIZERS:
+        _TOKENIZERS[tokenizer] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return f"{_TOKENIZERS[tokenizer]} {model.prepend_bos}"
+
+
+_TOKENIZERS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()

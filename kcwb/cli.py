@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from kcwb.models.loading import Model
 
 _SELF_CHECK = (
-    "self-check at load: with all edges kept, the Hugging Face logits; the residual stream is the sum of its senders; "
-    "with all edges cut under resample ablation, the corrupted run. A model that fails is refused."
+    "self-check at load: every head and MLP computes what it does in Hugging Face's own code; the residual stream is "
+    "the sum of its senders; with all edges kept, every node reads that stream; with all cut under resample ablation, "
+    "that of the corrupted run. A model that fails is refused."
 )
 _WORKS = ("edges", "nodes", "roles", "editing")
 _STRONGEST = 10

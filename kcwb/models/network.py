@@ -225,14 +225,14 @@ class Network:
         v = _project(weights.norm_attention(x.to(weights.device)), weights.W_V, weights.b_V, self._kv_heads(heads))
         return v.to(self.device)
 
-    def pattern(
+    def scores(
         self,
         layer: int,
         q: Float[Tensor, "h ... Q K"],
         k: Float[Tensor, "h ... T K"],
         positions: Int[Tensor, "*N Q"] | None = None,
     ) -> Float[Tensor, "h ... Q T"]:
-        """Attention probabilities of queries at `positions` (default: 0..T-1) over keys at 0..T-1."""
+        """Attention scores of queries at `positions` (default: 0..T-1) over keys at 0..T-1; -inf where hidden."""
         weights = self.layers[layer]
         scores = _capped(q @ k.transpose(-1, -2) * weights.scale, weights.softcap)
         seen = torch.arange(k.shape[-2], device=k.device)
@@ -240,7 +240,17 @@ class Network:
         hidden = seen > at[..., None]
         if weights.window is not None:
             hidden |= seen <= at[..., None] - weights.window
-        return scores.masked_fill(hidden, -math.inf).softmax(-1)
+        return scores.masked_fill(hidden, -math.inf)
+
+    def pattern(
+        self,
+        layer: int,
+        q: Float[Tensor, "h ... Q K"],
+        k: Float[Tensor, "h ... T K"],
+        positions: Int[Tensor, "*N Q"] | None = None,
+    ) -> Float[Tensor, "h ... Q T"]:
+        """Attention probabilities: the softmax of `scores`."""
+        return self.scores(layer, q, k, positions).softmax(-1)
 
     def head_outputs(
         self,
@@ -402,6 +412,8 @@ def _project(
     """One linear map per head, as a single batched product; `x` with head axis 1 is shared by all heads."""
     if heads is not None:
         heads = heads.to(weight.device)
+        if x.shape[0] == 1 and len(heads) >= len(weight):  # key/value heads that several heads share: project once
+            return _project(x, weight, bias, None)[heads]
         weight = weight[heads]
         bias = None if bias is None else bias[heads]
     n_heads, shape = weight.shape[0], x.shape[1:-1]

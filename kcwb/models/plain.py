@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,28 @@ def plain_copy(module: torch.nn.Module) -> Any:
             del part.bias
             part.register_parameter("bias", None)
     return copied
+
+
+@contextmanager
+def unwrapped(module: torch.nn.Module) -> Iterator[Any]:
+    """The module itself, for the time being with its own parts where a bridge has put its components."""
+    replaced: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
+
+    def put_back(parent: torch.nn.Module) -> None:
+        for name, child in list(parent._modules.items()):
+            original = None if child is None else child._modules.get(_ORIGINAL)
+            if child is not None and original is not None:
+                replaced.append((parent, name, child))
+                parent._modules[name] = child = original
+            if child is not None:
+                put_back(child)
+
+    try:
+        put_back(module)
+        yield module
+    finally:
+        for parent, name, child in replaced:
+            parent._modules[name] = child
 
 
 def _copy_originals(module: torch.nn.Module, memo: dict[int, Any]) -> None:

@@ -313,7 +313,10 @@ def _executor(args: argparse.Namespace, stack: contextlib.ExitStack) -> Any:
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
 
-        return stack.enter_context(ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")))
+        from kcwb.sweeprun import leave_with_parent
+
+        workers = ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), initializer=leave_with_parent)
+        return stack.enter_context(workers)
     return None
 
 

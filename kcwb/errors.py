@@ -35,9 +35,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"Known: {', '.join(known)}."
 
 
+def shown(value: object) -> str:
+    """A value that somebody gave, for a message: at most 60 characters."""
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # Python writes no whole number of more than some thousand digits
+        return "a number of thousands of digits"
+
+
 def choose(what: str, value: str, known: Iterable[str]) -> str:
     """Return `value` if it is one of `known`, or raise SettingError that names the nearest ones."""
     known = list(known)
     if value not in known:
-        raise SettingError(f"{what} {value!r} is not known. {nearest(str(value), known)}")
+        raise SettingError(f"{what} {shown(value)} is not known. {nearest(str(value), known)}")
     return value

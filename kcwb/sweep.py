@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
@@ -24,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from kcwb.discovery.methods import METHODS, check_method
-from kcwb.errors import DataError, KcwbError, SettingError, nearest
+from kcwb.errors import DataError, KcwbError, SettingError, nearest, shown
 from kcwb.models.loading import known_dtype
 from kcwb.progress import Progress, track
-from kcwb.sweeprun import WORKER, Cell, Outcome, error_words, run_cell
+from kcwb.sweeprun import WORKER, Cell, Outcome, error_words, run_cell, run_in_worker
 from kcwb.sweepstore import (
     cell_table,
     check_store,
@@ -180,7 +181,7 @@ def _cells(
 
 def _delivers(kinds: Sequence[str | None], methods: Sequence[str], metric: str) -> dict[tuple[str | None, str], str]:
     """What cut edges deliver for each ablation and method; SettingError for a combination that cannot be meant."""
-    pairs = itertools.product(kinds, methods)
+    pairs = itertools.product(dict.fromkeys(kinds), dict.fromkeys(methods))
     return {(kind, method): check_method(method, metric, kind).ablation for kind, method in pairs}
 
 
@@ -200,7 +201,7 @@ def _outcomes(executor: Executor | None, cells: Sequence[Cell], device: str) -> 
     broken: BaseException | None = None
     try:
         for cell in cells:
-            futures[executor.submit(run_cell, cell, device)] = cell
+            futures[executor.submit(run_in_worker, cell, device)] = cell
         for future in as_completed(futures):
             try:
                 outcome = _outcome(future)
@@ -255,11 +256,17 @@ _FILE_KEYS = {
 }
 _FITS = {
     "a list of text": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
-    "a list of numbers": lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value),
+    "a list of numbers": lambda value: isinstance(value, list) and all(type(x) is float or _whole(x) for x in value),
     "text": lambda value: isinstance(value, str),
-    "a whole number": lambda value: type(value) is int,
-    "a whole number or text": lambda value: type(value) in (int, str),
+    "a whole number": lambda value: _whole(value),
+    "a whole number or text": lambda value: isinstance(value, str) or _whole(value),
 }
+#: Parts of a key: tomllib takes time that grows with their square.
+_DEEPEST = 100
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
 
 
 def read_sweep_file(path: str | Path) -> dict[str, Any]:
@@ -274,16 +281,19 @@ def read_sweep_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if any(part.count(".") > _DEEPEST for part in re.split("[\n=,]", text)):
+            raise ValueError(f"a key of more than {_DEEPEST} parts")
+        data = tomllib.loads(text)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not TOML: {error}.") from error
     for key, value in data.items():
         if key not in _FILE_KEYS:
-            raise SettingError(f"{path}: {key!r} is not a setting of a sweep. {nearest(key, _FILE_KEYS)}")
+            raise SettingError(f"{path}: {key!r:.60} is not a setting of a sweep. {nearest(key, _FILE_KEYS)}")
         if not _FITS[_FILE_KEYS[key]](value):
-            raise SettingError(f"{path}: {key} is {value!r:.60}; it must be {_FILE_KEYS[key]}.")
+            raise SettingError(f"{path}: {key} is {shown(value)}; it must be {_FILE_KEYS[key]}.")
     for key in ("models", "relations", "store"):
         if key not in data:
             raise SettingError(f"{path} lacks {key}.")

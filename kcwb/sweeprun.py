@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -120,6 +122,29 @@ def run_cell(cell: Cell, device: str = "auto") -> Outcome:
     except Exception as error:  # a cell that fails must not stop the others
         return Outcome(worker, time.perf_counter() - started, error=error_words(error))
     return Outcome(worker, time.perf_counter() - started, model.digest, numbers, circuit)
+
+
+def run_in_worker(cell: Cell, device: str) -> Outcome:
+    """`run_cell` in a process that does not outlive the one that started it; what executors are given."""
+    leave_with_parent()
+    return run_cell(cell, device)
+
+
+@functools.cache
+def leave_with_parent() -> None:
+    """In a worker process: end soon after the process that started it, even if that was killed.
+
+    A pool's workers wait for work at a pipe that they themselves hold open, so that they would wait forever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_watch, args=(parent, os.getppid()), daemon=True, name="kcwb-parent").start()
+
+
+def _watch(parent: Any, number: int) -> None:
+    while parent.is_alive() and os.getppid() == number:  # its end of a pipe closes; but forked siblings may hold that
+        parent.join(1.0)
+    os._exit(1)
 
 
 def error_words(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from kcwb.files import write_text
 from kcwb.sweeprun import NUMBERS, Cell, Outcome
 
 _FORMAT, _CELL_FORMAT = "kcwb-sweep/1", "kcwb-sweep-cell/1"
+_RECORD = {"cell", "worker", "seconds", "model_digest", "numbers", "circuit_digest", "error"}
 
 
 class HeldStore:
@@ -33,6 +35,8 @@ class HeldStore:
             raise SettingError(
                 f"Another sweep is writing to {self.folder}. Wait until it is done, or give this one another store."
             ) from None
+        except OSError as error:
+            raise DataError(f"The store {self.folder} cannot be written to: {error.strerror}.") from error
         return self.folder
 
     def __exit__(self, *_: object) -> None:
@@ -42,13 +46,17 @@ class HeldStore:
 
 def open_store(folder: Path) -> HeldStore:
     """Make a store, or take one that is there."""
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"The store {folder} is a file. Give a folder.")
-    if not (folder / "sweep.json").exists():
-        if folder.exists() and any(not one.name.startswith(".") for one in folder.iterdir()):
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"The store {folder} is a file. Give a folder.")
+        new = not (folder / "sweep.json").exists()
+        if new and folder.exists() and any(not one.name.startswith(".") for one in folder.iterdir()):
             raise DataError(
                 f"{folder} holds files and is not the store of a sweep. Give an empty folder, or a new one."
             )
+    except OSError as error:
+        raise DataError(f"The store {folder} cannot be read: {error.strerror}.") from error
+    if new:
         _write_text(folder / "sweep.json", json.dumps({"format": _FORMAT}) + "\n")
     check_store(folder)
     return HeldStore(folder)
@@ -65,7 +73,7 @@ def check_store(folder: Path) -> None:
     """Raise DataError if a folder is no store, or another version's."""
     try:
         found = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder} is not the store of a sweep: it has no sweep.json. Give an empty folder.") from error
     if found != _FORMAT:
         raise DataError(f"{folder} is a store of another version: its format is {found!r}, not {_FORMAT!r}.")
@@ -102,7 +110,7 @@ def stored_digests(folder: Path) -> list[str]:
 def write_cell(folder: Path, cell: Cell, outcome: Outcome) -> None:
     """The circuit first, then the record that says that the cell is done."""
     if outcome.circuit is not None:
-        outcome.circuit.save(folder / "circuits" / f"{cell.digest}.json")
+        outcome.circuit.save(folder / "circuits" / f"{cell.digest}.json", force=True)
     record = {
         "format": _CELL_FORMAT,
         "cell": cell.key,
@@ -120,13 +128,21 @@ def write_cell(folder: Path, cell: Cell, outcome: Outcome) -> None:
 def _read_cell(folder: Path, digest: str) -> dict[str, Any]:
     path = folder / "cells" / f"{digest}.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != _CELL_FORMAT or record["status"] not in ("done", "failed"):
             raise ValueError(f"format {record['format']!r}, status {record['status']!r}")
-        missing = {"cell", "worker", "seconds", "model_digest", "numbers", "circuit_digest", "error"} - record.keys()
-        if missing or (record["status"] == "done" and not isinstance(record["numbers"], dict)):
-            raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'numbers'}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        missing = _RECORD - record.keys() or {one.name for one in fields(Cell)} - record["cell"].keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        numbers = {**(record["numbers"] or {}), "seconds": record["seconds"]}
+        for name in ("tau", "edges"):
+            numbers[name] = record["cell"][name]
+        for name, value in numbers.items():
+            if not (value is None or type(value) is float or (type(value) is int and abs(value) < sys.float_info.max)):
+                raise ValueError(f"{name} is {value!r:.60}")
+        if record["status"] == "done" and record["numbers"] is None:
+            raise ValueError("it lacks numbers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}. Delete it, and the cell is computed again.") from error
     return record
 

@@ -32,6 +32,7 @@ from kcwb.models.loading import load_model
 from kcwb.sweep import connect, read_sweep, read_sweep_file, sweep
 from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Relation, load_relation
+from tests.full_disk import full_disk
 from tests.tiny import tiny_hf, tokenizer
 
 ROOT = str(Path(__file__).parents[1])
@@ -218,6 +219,116 @@ def test_a_killed_sweep_goes_on_and_two_at_once_are_refused(folders, words: Rela
     assert same(table, sweep([folders["gpt2"]], [words], **given, store=tmp_path / "alone"))
 
 
+_POOL = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from kcwb.sweep import sweep
+from tests.tiny import word_relation
+
+
+def pid(_):
+    time.sleep(1)  # so that each worker has one
+    return os.getpid()
+
+
+def progress(done, total, note):
+    if done:
+        print(*pids, flush=True)
+        time.sleep(600)  # until it is killed
+
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, mp_context=get_context(sys.argv[4])) as executor:
+        pids = set(executor.map(pid, range(2)))
+        sweep([sys.argv[2]], [word_relation()], ["eap", "eap-ig", "exact"], store=sys.argv[3], n=4, device="cpu",
+              executor=executor, progress=progress)
+"""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and not been waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the workers in Linux's /proc")
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+def test_workers_do_not_outlive_a_killed_sweep(folders, tmp_path: Path, start: str) -> None:
+    script = tmp_path / "pool.py"
+    script.write_text(_POOL)
+    arguments = [sys.executable, str(script), ROOT, folders["gpt2"], str(tmp_path / "store"), start]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as running:
+        assert running.stdout is not None
+        workers = [int(pid) for pid in running.stdout.readline().split()]
+        assert len(workers) == 2 and all(map(alive, workers))
+        running.kill()
+    deadline = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
+def test_a_full_disk_ends_a_sweep_in_one_line_and_loses_nothing(folders, words: Relation, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    given: dict[str, Any] = {"store": store, **QUIET}
+    sweep([folders["gpt2"]], [words], ["eap"], **given)
+    before = files(store)
+    for left in (0, 1000):  # for nothing, and for less than a circuit's scores
+        with full_disk(left), pytest.raises(KcwbError, match=r"(cannot be (saved as|written)).*File too large"):
+            sweep([folders["gpt2"]], [words], ["eap", "eap-ig"], **given)
+        assert files(store) == before and whole(store, 1)
+    with full_disk(), pytest.raises(KcwbError, match="cannot be written"):
+        sweep([folders["gpt2"]], [words], ["eap"], store=tmp_path / "new", **QUIET)
+    assert (sweep([folders["gpt2"]], [words], ["eap", "eap-ig"], **given)["status"] == "done").all()
+
+
+_WRITER = """
+import os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from kcwb.sweep import read_sweep
+from kcwb.sweepstore import finished, open_store, write_cell
+from kcwb.sweeprun import Cell, Outcome
+from tests.circuits.test_circuit import random_circuit
+from tests.tiny import word_relation
+
+store = Path(sys.argv[2])
+cell = Cell("m", word_relation(), 0, "eap", "mean", None, None, "nll", 4, 0, "float32")
+done = 0
+for turn in range(40):
+    if (child := os.fork()) == 0:
+        with open_store(store) as folder:
+            for seed in range(done, done + 10_000):
+                outcome = Outcome("w", 1.0, "0", {"n_edges": seed}, random_circuit(seed=seed, scored=True))
+                write_cell(folder, replace(cell, seed=seed), outcome)
+    while len(list(store.glob("cells/*.json"))) <= done:  # it has begun
+        time.sleep(1e-3)
+    time.sleep(random.Random(turn).random() * 0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with open_store(store) as folder:
+        table = read_sweep(folder)
+        assert table["seed"].tolist() == table["n_edges"].tolist() and (table["status"] == "done").all()
+        assert sorted(table["seed"]) == list(range(len(table))) and len(table) > done
+        done = len(table)
+        assert all(finished(folder, replace(cell, seed=seed)) for seed in range(done))
+print(done)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to kill a writer without loading torch for each")
+def test_a_store_whose_writer_is_killed_at_random_moments_keeps_every_cell(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", _WRITER, ROOT, str(tmp_path / "store")]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert ended.stdout and int(ended.stdout) >= 40, ended.stderr
+
+
 # a cluster
 
 
@@ -362,9 +473,17 @@ def test_a_damaged_cell_is_named_and_a_damaged_circuit_is_computed_again(folders
     again = sweep([folders["gpt2"]], [words], ["eap"], store=store, **QUIET)
     assert Circuit.load(again["circuit"][0]).n_edges == table["n_edges"][0]
     record = next((store / "cells").glob("*.json"))
-    record.write_text(record.read_text()[:50])
-    with pytest.raises(DataError, match=rf"{record.name} is damaged.*Delete it"):
-        sweep([folders["gpt2"]], [words], ["eap"], store=store, **QUIET)
+    text = record.read_text()
+    data = json.loads(text)
+    huge = [{**data, "seconds": 10**400}, {**data, "numbers": {"n_edges": 10**400}}, {**data, "seconds": "1"}]
+    strange = [{**data, "cell": []}, {**data, "cell": {}}, {**data, "numbers": [1]}]
+    strange.append({**data, "cell": {**data["cell"], "tau": "a"}})
+    for damage in (text[:50], "[" * 10**6, *map(json.dumps, [*huge, *strange])):
+        record.write_text(damage)
+        with pytest.raises(DataError, match=rf"{record.name} is damaged.*Delete it"):
+            sweep([folders["gpt2"]], [words], ["eap"], store=store, **QUIET)
+        with pytest.raises(DataError, match=rf"{record.name} is damaged"):
+            read_sweep(store)
 
 
 @pytest.mark.parametrize(
@@ -375,13 +494,22 @@ def test_a_damaged_cell_is_named_and_a_damaged_circuit_is_computed_again(folders
         ("models = 'gpt2'", "must be a list of text"),
         ("taus = ['a']", "must be a list of numbers"),
         ("n = true", "must be a whole number"),
+        ("n = 0x" + "f" * 9999, "n is a number of thousands of digits; it must be a whole number"),
+        (f"taus = [0x{'f' * 9999}]", "must be a list of numbers"),
+        ("seed = 9223372036854775808", "must be a whole number"),
+        ("a" + ".a" * 400_000 + " = 1", "a key of more than 100 parts"),
+        ("[" + '"a".' * 200_000 + "a]", "a key of more than 100 parts"),
+        ("taus = " + "[" * 900_000, "not TOML"),
+        ("taus = " + "{a=" * 300_000, "not TOML"),
         ("models = ['gpt2']\nrelations = ['a']", "lacks store"),
     ],
 )
 def test_a_sweep_file_that_makes_no_sense_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "sweep.toml").write_text(text)
-    with pytest.raises((SettingError, DataError), match=rf"sweep\.toml.*{said}"):
+    started = time.process_time()
+    with pytest.raises((SettingError, DataError), match=rf"sweep\.toml.*{said}") as caught:
         read_sweep_file(tmp_path / "sweep.toml")
+    assert time.process_time() - started < 5 and len(str(caught.value)) < 600
 
 
 def test_a_sweep_file_is_the_arguments_with_paths_from_its_folder(words: Relation, tmp_path: Path) -> None:

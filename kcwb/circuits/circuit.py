@@ -1,14 +1,12 @@
 """A circuit: the edges that are kept, their scores, and where they come from.
 
 On disk a circuit is a JSON file that a person can read: its graph, its provenance and one line per kept edge, named
-as in MIB (`input->a0.h0<q>`). The scores of all edges, kept or not, go into a safetensors file beside it.
+as in MIB (`input->a0.h0<q>`). The scores of all edges, kept or not, go into a safetensors file beside it; see
+`kcwb.circuits.circuitfile`.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,11 +21,9 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order
 from torch import Tensor
 
+from kcwb.circuits.circuitfile import edges_digest, load_circuit, save_circuit
 from kcwb.errors import CircuitError
-from kcwb.files import atomic_path, write_text
 from kcwb.models.graph import Graph
-
-_FORMAT = "kcwb-circuit/1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,45 +203,24 @@ class Circuit:
     @property
     def digest(self) -> str:
         """SHA-256 of the graph's sizes and the kept edges' names."""
-        return _edges_digest(self.graph, sorted(self.edges["sender"] + "->" + self.edges["receiver"]))
+        return edges_digest(self.graph, sorted(self.edges["sender"] + "->" + self.edges["receiver"]))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the circuit to a JSON file, and the scores of all edges to a safetensors file beside it.
+
+        Parameters
+        ----------
+        path
+            Where to; missing folders are made. A circuit that is there is replaced.
+        force
+            Replace a file of another kind, too.
 
         Raises
         ------
         CircuitError
-            If it cannot be written there; a file that was there is as it was.
+            If it cannot be written there, or something is there that is no circuit; it is as it was.
         """
-        path = Path(path)
-        names, scores = self.edges["sender"] + "->" + self.edges["receiver"], self.edges["score"]
-        edges = [
-            {"edge": name, "score": None if math.isnan(score) else score}
-            for name, score in zip(names, scores.tolist(), strict=True)
-        ]
-        graph = {"n_layers": self.graph.n_layers, "n_heads": self.graph.n_heads, "parallel": self.graph.parallel}
-        stored = None if self.scores is None else hashlib.sha256(self.scores.contiguous().numpy().tobytes()).hexdigest()
-        head = {"format": _FORMAT, "graph": graph, "digest": self.digest, "scores": stored}
-        head["provenance"] = dict(self.provenance)
-        lines = ",\n    ".join(json.dumps(edge, ensure_ascii=False) for edge in edges)
-        text = json.dumps(head, ensure_ascii=False, indent=2)[:-2] + f',\n  "edges": [\n    {lines}\n  ]\n}}\n'
-        try:
-            self._write(path, text, stored)
-        except OSError as error:
-            raise CircuitError(
-                f"The circuit cannot be saved as {path}: {error.strerror}. Choose another place."
-            ) from error
-
-    def _write(self, path: Path, text: str, stored: str | None) -> None:
-        from safetensors.torch import save_file
-
-        if self.scores is not None and stored is not None:
-            with atomic_path(_scores_path(path, stored)) as temporary:
-                save_file({"scores": self.scores.contiguous()}, temporary)
-        write_text(path, text)
-        for old in path.parent.glob(f"{glob.escape(_stem(path))}.*.scores.safetensors"):
-            if stored is None or old != _scores_path(path, stored):
-                old.unlink(missing_ok=True)
+        save_circuit(self, Path(path), force)
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
@@ -256,33 +231,7 @@ class Circuit:
         CircuitError
             If a file is missing, damaged, or not a circuit; says which file and where.
         """
-        path = Path(path)
-        try:
-            data = json.loads(path.read_bytes().decode("utf-8"))
-        except OSError as error:
-            raise CircuitError(f"The circuit {path} cannot be read: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise CircuitError(f"{path} is not a circuit: {error}. Was its writing cut off?") from error
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise CircuitError(f"{path} is not a circuit of this workbench: its format is not {_FORMAT!r}.")
-        try:
-            return cls._from_json(data, path)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, CircuitError) as error:
-            raise CircuitError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-
-    @classmethod
-    def _from_json(cls, data: dict[str, Any], path: Path) -> Circuit:
-        sizes = data["graph"]
-        graph = Graph(**sizes)
-        if not all(type(size) is int and size >= 1 for size in (graph.n_layers, graph.n_heads)):
-            raise CircuitError("its graph needs whole numbers of layers and heads.")
-        edges = {e["edge"]: math.nan if e["score"] is None else float(e["score"]) for e in data["edges"]}
-        if not all(isinstance(name, str) for name in edges) or _edges_digest(graph, sorted(edges)) != data["digest"]:
-            raise CircuitError("its graph or edges do not match their digest; was it edited by hand?")
-        circuit = cls.from_edges(graph, edges, provenance=dict(data["provenance"]))
-        if data["scores"] is None:
-            return replace(circuit, scores=None)
-        return replace(circuit, scores=_read_scores(_scores_path(path, data["scores"]), data["scores"], circuit))
+        return load_circuit(Path(path))
 
     def __repr__(self) -> str:
         """One line: size and where it comes from."""
@@ -293,32 +242,3 @@ class Circuit:
             f"Circuit({self.n_edges:,} of {self.graph.n_edges:,} edges, {self.n_nodes} of "
             f"{self.graph.n_senders - 1} heads and MLPs{': ' if source else ''}{', '.join(source)})"
         )
-
-
-def _edges_digest(graph: Graph, names: list[str]) -> str:
-    return hashlib.sha256("\n".join([str(graph), *names]).encode()).hexdigest()
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".json")
-
-
-def _scores_path(path: Path, digest: str) -> Path:
-    """The scores' file is named after their content, so that a circuit never meets another one's."""
-    return path.with_name(f"{_stem(path)}.{digest[:12]}.scores.safetensors")
-
-
-def _read_scores(path: Path, digest: str, circuit: Circuit) -> Tensor | None:
-    """The scores of all edges if their file is there, else those of the kept ones."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        return circuit.scores
-    try:
-        scores = load_file(path)["scores"]
-    except (SafetensorError, KeyError) as error:
-        raise CircuitError(f"{path} is damaged: {error}. Without it the circuit loads with fewer scores.") from error
-    if hashlib.sha256(scores.contiguous().numpy().tobytes()).hexdigest() != digest:
-        raise CircuitError(f"{path} is damaged: its digest differs. Without it the circuit loads with fewer scores.")
-    return scores

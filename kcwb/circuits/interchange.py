@@ -35,9 +35,6 @@ from kcwb.errors import CircuitError
 from kcwb.files import write_text
 from kcwb.models.graph import Graph
 
-#: Entries of the largest mask that a file may ask for; Llama's 70 billion weights have 80 million.
-_LARGEST = 2**27
-
 
 def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
     """A circuit in MIB's form, ready for JSON.
@@ -201,19 +198,11 @@ def _score(value: Any, where: str) -> float:
 
 
 def _graph(cfg: Any, where: str) -> Graph:
-    sizes = {}
-    for key in ("n_layers", "n_heads"):
-        value = _mapping(cfg).get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CircuitError(f"{where}, cfg, {key}: expected a whole number from 1 on, found {value!r:.60}.")
-        sizes[key] = value
-    parallel = _mapping(cfg).get("parallel_attn_mlp")
-    if not isinstance(parallel, bool):
-        raise CircuitError(f"{where}, cfg, parallel_attn_mlp: expected true or false, found {parallel!r:.60}.")
-    graph = Graph(**sizes, parallel=parallel)
-    if graph.n_senders * graph.n_receivers > _LARGEST:
-        raise CircuitError(f"{where}, cfg: no model has {sizes['n_layers']} layers of {sizes['n_heads']} heads.")
-    return graph
+    sizes = _mapping(cfg)
+    try:
+        return Graph.of_file(*(sizes.get(key) for key in ("n_layers", "n_heads", "parallel_attn_mlp")))
+    except CircuitError as error:
+        raise CircuitError(f"{where}, cfg, {error}") from error
 
 
 def _check_nodes(nodes: Any, graph: Graph, where: str) -> None:

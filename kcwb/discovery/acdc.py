@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.propagate import Current, Need, Plan
-from kcwb.discovery.checkpoint import fingerprint, read_checkpoint, write_checkpoint
+from kcwb.discovery.checkpoint import Checkpoint
 from kcwb.discovery.sequential import NEAR_TIE, Pruned, receiver_order
 from kcwb.models.forward import memory_budget
 from kcwb.models.loading import Model
@@ -307,7 +307,7 @@ def acdc(search: Search, *, progress: Progress = False, checkpoint: Path | None 
         Reported per batch, in candidate edges; the first report is `predict_seconds`.
     checkpoint
         A file to keep the state in after each receiver; if it is there, the search resumes from it, and when the search
-        is done, it is removed. None for no checkpoint.
+        is done, it is removed. If it cannot be written, a warning says so. None for no checkpoint.
 
     Returns
     -------
@@ -320,17 +320,17 @@ def acdc(search: Search, *, progress: Progress = False, checkpoint: Path | None 
     CircuitError
         If the checkpoint is damaged, or another search's.
     """
-    identity = fingerprint(search) if checkpoint is not None else ""
-    if checkpoint is not None and checkpoint.exists():
-        read_checkpoint(checkpoint, search, identity)
+    state = None if checkpoint is None else Checkpoint(checkpoint, search)
+    if state is not None:
+        state.resume()
     with track(progress, int(search.start.sum()), "ACDC") as step:
         step(search.n_decided, f"takes about {predict_seconds(search):.0f} s" if search.visited == 0 else "resumed")
         while not search.done:
             search.visit(step)
-            if checkpoint is not None:
-                write_checkpoint(checkpoint, search, identity)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+            if state is not None:
+                state.write()
+    if state is not None:
+        state.remove()
     return search.result()
 
 

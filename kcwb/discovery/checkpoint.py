@@ -6,6 +6,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +16,8 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from kcwb.errors import CircuitError
-from kcwb.files import atomic_path
+from kcwb.errors import CircuitError, shown
+from kcwb.files import write_tensors
 
 if TYPE_CHECKING:
     from kcwb.discovery.acdc import Search
@@ -52,45 +55,84 @@ def fingerprint(search: Search) -> str:
     return digest.hexdigest()
 
 
-def write_checkpoint(path: Path, search: Search, identity: str) -> None:
-    """Write the state of a search between two receivers; a kill leaves the previous file."""
-    from safetensors.torch import save_file
+class Checkpoint:
+    """Where a search keeps its state: in a file, for as long as that can be written.
 
-    tensors = {"kept": search.kept.to(torch.uint8), "increases": search.increases}
-    counters = {name: getattr(search, name) for name in _COUNTERS}
-    state = json.dumps({"fingerprint": identity, **counters}, sort_keys=True)
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"state": state, "digest": _state_digest(state, tensors)})
-
-
-def read_checkpoint(path: Path, search: Search, identity: str) -> None:
-    """Bring a search that has just begun to the state that a checkpoint holds.
-
-    Raises
-    ------
-    CircuitError
-        If the file is damaged, or was written by a search for something else.
+    A disk that is full or read-only does not end a search of hours: one warning says so, and it goes on.
     """
-    from safetensors import SafetensorError, safe_open
 
-    advice = "Delete it to start anew, or give another checkpoint path."
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in ("kept", "increases")}
-        state = json.loads(metadata["state"])
-        if metadata["digest"] != _state_digest(metadata["state"], tensors):
-            raise ValueError("its digest does not match its content")
-        found = state.pop("fingerprint")
-        counters = {name: state[name] for name in _COUNTERS}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CircuitError(f"The checkpoint {path} is damaged: {error}. {advice}") from error
-    if found != identity:
-        raise CircuitError(
-            f"The checkpoint {path} belongs to another search: another model, prompts, metric, ablation, tau or start. "
-            f"{advice}"
-        )
-    search.resume(tensors["kept"].bool(), tensors["increases"], counters)
+    def __init__(self, path: Path, search: Search) -> None:
+        self.path, self.search = path, search
+        self._identity = fingerprint(search)
+        self._warned = False
+
+    def resume(self) -> None:
+        """Bring the search, which has just begun, to the state that the file holds, if it is there.
+
+        Raises
+        ------
+        CircuitError
+            If the file is damaged, or was written by a search for something else.
+        """
+        with self._as_far_as_possible():
+            if not self.path.exists():
+                return
+            kept, increases, counters = self._read()
+            self.search.resume(kept, increases, counters)
+
+    def write(self) -> None:
+        """Write the state between two receivers; a kill leaves the previous file."""
+        tensors = {"kept": self.search.kept.to(torch.uint8), "increases": self.search.increases}
+        counters = {name: getattr(self.search, name) for name in _COUNTERS}
+        state = json.dumps({"fingerprint": self._identity, **counters}, sort_keys=True)
+        with self._as_far_as_possible():
+            write_tensors(self.path, tensors, {"state": state, "digest": _state_digest(state, tensors)})
+
+    def remove(self) -> None:
+        """The search is done."""
+        with self._as_far_as_possible():
+            self.path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _as_far_as_possible(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"No checkpoint can be kept in {self.path} ({error.strerror}): the search goes on, but if it is "
+                    "interrupted it starts anew.",
+                    stacklevel=2,
+                )
+
+    def _read(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        from safetensors import SafetensorError, safe_open
+
+        advice = "Delete it to start anew, or give another checkpoint path."
+        try:
+            with safe_open(self.path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in ("kept", "increases")}
+            state = json.loads(metadata["state"])
+            if metadata["digest"] != _state_digest(metadata["state"], tensors):
+                raise ValueError("its digest does not match its content")
+            found = state.pop("fingerprint")
+            counters = {name: state[name] for name in _COUNTERS}
+            if any(one.shape != self.search.kept.shape for one in tensors.values()):
+                raise ValueError("it is of a graph of another size")
+            if any(type(one) not in (int, float) for one in counters.values()):
+                raise ValueError("a counter is no number")
+            if not (type(counters["visited"]) is int and 0 <= counters["visited"] <= len(self.search.order)):
+                raise ValueError(f"it has visited {shown(counters['visited'])} receivers")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise CircuitError(f"The checkpoint {self.path} is damaged: {error}. {advice}") from error
+        if found != self._identity:
+            raise CircuitError(
+                f"The checkpoint {self.path} belongs to another search: another model, prompts, metric, ablation, tau "
+                f"or start. {advice}"
+            )
+        return tensors["kept"].bool(), tensors["increases"], counters
 
 
 def _update(digest: Any, tensor: Tensor) -> None:

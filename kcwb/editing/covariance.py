@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from kcwb.editing.passes import run_block
 from kcwb.editing.writing import continued, writer
 from kcwb.errors import DataError, KcwbError, SettingError
-from kcwb.files import atomic_path
+from kcwb.files import write_tensors
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.tasks.relations import load_relations
@@ -149,7 +150,7 @@ def covariances(
             found[layer] = Covariance(layer, halves[layer], counted)
             if folder is not None:
                 metadata = {"tokens": str(counted)}
-                _write(folder / f"layer{layer}.safetensors", {"halves": halves[layer]}, metadata)
+                _keep(folder / f"layer{layer}.safetensors", {"halves": halves[layer]}, metadata)
     return {layer: Covariance(layer, one.halves.to(model.device), one.n_tokens) for layer, one in found.items() if one}
 
 
@@ -196,7 +197,7 @@ def _texts(model: Model, wanted: int, seed: int, folder: Path | None) -> Int[Ten
         return found[0]["texts"].to(model.device)
     texts = _make_texts(model, wanted, seed)
     if path is not None:
-        _write(path, {"texts": texts}, {})
+        _keep(path, {"texts": texts})
     return texts
 
 
@@ -275,8 +276,9 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         return None
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+def _keep(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Into the cache, or with a warning nowhere: what is at hand is used either way."""
+    try:
+        write_tensors(path, tensors, metadata)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be kept ({error.strerror}): it is made anew the next time.", stacklevel=2)

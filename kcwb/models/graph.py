@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -33,6 +33,8 @@ from torch import Tensor
 
 from kcwb.errors import CircuitError
 
+#: Entries of the largest mask that a file may ask for; Llama's 70 billion weights have 80 million.
+_LARGEST = 2**27
 _NODE = re.compile(r"input|logits|a(\d+)\.h(\d+)|m(\d+)")
 
 
@@ -59,6 +61,19 @@ class Graph:
     n_layers: int
     n_heads: int
     parallel: bool = False
+
+    @classmethod
+    def of_file(cls, n_layers: Any, n_heads: Any, parallel: Any = False) -> Graph:
+        """The graph that a file describes; CircuitError unless it has a size that a model can have."""
+        for name, value in (("n_layers", n_layers), ("n_heads", n_heads)):
+            if type(value) is not int or value < 1:
+                raise CircuitError(f"{name}: expected a whole number from 1 on, found {value!r:.60}.")
+        if not isinstance(parallel, bool):
+            raise CircuitError(f"parallel: expected true or false, found {parallel!r:.60}.")
+        graph = cls(n_layers, n_heads, parallel)
+        if graph.n_senders * graph.n_receivers > _LARGEST:
+            raise CircuitError(f"size: no model has {n_layers!r:.20} layers of {n_heads!r:.20} heads.")
+        return graph
 
     @property
     def n_senders(self) -> int:

@@ -147,7 +147,7 @@ def test_neurons_that_are_all_kept_are_read_and_others_refused() -> None:
         ({"cfg": {**CFG, "n_layers": 0}}, "cfg, n_layers: expected a whole number from 1 on, found 0"),
         ({"cfg": {**CFG, "n_heads": True}}, "cfg, n_heads"),
         ({"cfg": {**CFG, "n_heads": 10**9}}, "no model has 2 layers of 1000000000 heads"),
-        ({"cfg": {"n_layers": 2, "n_heads": 2}}, "cfg, parallel_attn_mlp: expected true or false, found None"),
+        ({"cfg": {"n_layers": 2, "n_heads": 2}}, "cfg, parallel: expected true or false, found None"),
         ({"cfg": 3}, "cfg, n_layers"),
         ({"provenance": "me"}, "provenance: expected an object"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -15,13 +17,16 @@ import torch
 from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.acdc import Search, acdc, predict_seconds
+from kcwb.discovery.checkpoint import Checkpoint, _state_digest
 from kcwb.discovery.discover import discover, tau_path
 from kcwb.discovery.sequential import NEAR_TIE, Pruned, acdc_sequential
 from kcwb.errors import CircuitError, SettingError
+from kcwb.files import write_tensors
 from kcwb.models.loading import Model, load_model
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import encode, make_task
 from kcwb.tasks.relations import Relation, load_relation
+from tests.full_disk import full_disk
 from tests.tiny import ARCHITECTURES, tiny_model
 
 
@@ -269,6 +274,62 @@ def test_a_checkpoint_of_another_search_is_refused(tiny, words: Relation, tmp_pa
         acdc(search.again(tau=0.06), checkpoint=path)
     with pytest.raises(CircuitError, match="another search"):
         acdc(interrupted(tiny("qwen2"), words, tmp_path / "other"), checkpoint=path)
+
+
+@pytest.mark.parametrize("trouble", ["full disk", "no folder"])
+def test_a_checkpoint_that_cannot_be_written_is_one_warning_and_the_search_goes_on(
+    tiny, words: Relation, tmp_path: Path, trouble: str
+) -> None:
+    model = tiny("llama")
+    task = make_task(model, words, n=3)
+    cuts, loss = make_ablation(model, task, "zero"), make_loss(model, task.val)
+    whole = acdc(Search(model, loss, cuts, tau=0.05))
+    (tmp_path / "file").write_text("kept")
+    path = tmp_path / ("file/search" if trouble == "no folder" else "search")
+    disk = full_disk() if trouble == "full disk" else contextlib.nullcontext()
+    with pytest.warns(UserWarning, match=r"No checkpoint can be kept in .*search") as caught, disk:
+        found = acdc(Search(model, loss, cuts, tau=0.05), checkpoint=path)
+    assert len(caught) == 1
+    assert torch.equal(found.kept, whole.kept) and found.loss == whole.loss
+    assert [one.name for one in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+def test_discovery_goes_on_without_the_users_cache(tiny, words: Relation, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setenv("KCWB_CACHE", str(tmp_path / "file"))
+    model = tiny("llama")
+    task = make_task(model, words, n=2)
+    with pytest.warns(UserWarning, match="No checkpoint can be kept") as caught:
+        found = discover(model, task, "acdc", progress=False)
+    assert len(caught) == 1
+    assert torch.equal(found.kept, discover(model, task, "acdc", checkpoint=False, progress=False).kept)
+
+
+def test_a_disk_that_has_room_again_gets_its_checkpoint(tiny, words: Relation, tmp_path: Path) -> None:
+    model = tiny("llama")
+    task = make_task(model, words, n=3)
+    search = Search(model, make_loss(model, task.val), make_ablation(model, task, "zero"), tau=0.05)
+    kept = Checkpoint(tmp_path / "search", search)
+    with pytest.warns(UserWarning, match="No checkpoint"), full_disk():
+        kept.write()
+    kept.write()
+    kept.resume()
+    assert (tmp_path / "search").exists()
+
+
+@pytest.mark.parametrize("change", [{"visited": 10**9}, {"visited": -1}, {"visited": "3"}, {"value": None}], ids=str)
+def test_a_checkpoint_with_an_impossible_state_is_refused(tiny, words: Relation, tmp_path: Path, change) -> None:
+    from safetensors import safe_open
+
+    path = tmp_path / "search.safetensors"
+    search = interrupted(tiny("llama"), words, path)
+    with safe_open(path, "pt") as file:
+        state = json.loads(file.metadata()["state"])
+        tensors = {name: file.get_tensor(name) for name in ("kept", "increases")}
+    text = json.dumps({**state, **change})
+    write_tensors(path, tensors, {"state": text, "digest": _state_digest(text, tensors)})
+    with pytest.raises(CircuitError, match="is damaged"):
+        acdc(search, checkpoint=path)
 
 
 _CHILD = """

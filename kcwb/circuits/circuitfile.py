@@ -1,0 +1,178 @@
+"""A circuit on disk: a JSON file that a person can read, and the scores of all edges in a safetensors file beside it.
+
+The scores' file is named after the JSON file and its own content, so that a circuit never meets another one's:
+
+1. `save` writes the scores under their own name, then replaces the JSON, then removes the scores of the JSON that was
+   there. So whenever it is killed there is a whole circuit, the old one or the new one.
+2. `load` that finds no scores looks whether the JSON is still the one that it has read. If not, a writer was quicker,
+   and it reads again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from kcwb.errors import CircuitError
+from kcwb.files import held, write_tensors, write_text
+from kcwb.models.graph import Graph
+
+if TYPE_CHECKING:
+    from kcwb.circuits.circuit import Circuit
+
+_FORMAT = "kcwb-circuit/1"
+#: A circuit's file of any version, also one that was cut off or written anew by another tool.
+_OURS = re.compile(rb'"format"\s*:\s*"kcwb-circuit/')
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def save_circuit(circuit: Circuit, path: Path, force: bool) -> None:
+    """Write a circuit; see `Circuit.save`."""
+    text, stored = _json(circuit)
+    try:
+        if not (force or _may_be_replaced(path)):
+            raise CircuitError(
+                f"{path} is there and is no circuit, so it is left as it is. Choose another name, or save(..., "
+                "force=True)."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with held(path.parent):
+            if circuit.scores is not None and stored is not None:
+                write_tensors(_scores_path(path, stored), {"scores": circuit.scores})
+            write_text(path, text)
+            _remove_scores(path, stored)
+    except OSError as error:
+        raise CircuitError(f"The circuit cannot be saved as {path}: {error.strerror}. Choose another place.") from error
+
+
+def load_circuit(path: Path) -> Circuit:
+    """Read a circuit; see `Circuit.load`."""
+    while True:
+        try:
+            version = _version(path)
+            data = json.loads(path.read_bytes().decode("utf-8"))
+        except OSError as error:
+            raise CircuitError(f"The circuit {path} cannot be read: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
+            raise CircuitError(f"{path} is not a circuit: {error}. Was its writing cut off?") from error
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise CircuitError(f"{path} is not a circuit of this workbench: its format is not {_FORMAT!r}.")
+        try:
+            circuit = _of_json(data)
+            stored = data["scores"]
+            if stored is None:
+                return replace(circuit, scores=None)
+            if not _DIGEST.fullmatch(stored):
+                raise CircuitError("the digest of its scores is none.")
+            scores = _read_scores(path, stored)
+            if scores is not None:
+                return replace(circuit, scores=scores)
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, CircuitError) as error:
+            raise CircuitError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        with contextlib.suppress(OSError):
+            if _version(path) != version:
+                continue
+        return circuit
+
+
+def edges_digest(graph: Graph, names: list[str]) -> str:
+    """SHA-256 of a graph's sizes and the names of some of its edges."""
+    return hashlib.sha256("\n".join([str(graph), *names]).encode()).hexdigest()
+
+
+def _json(circuit: Circuit) -> tuple[str, str | None]:
+    """The JSON file's text, and the digest of the scores."""
+    frame = circuit.edges
+    names, scores = frame["sender"] + "->" + frame["receiver"], frame["score"]
+    edges = [
+        {"edge": name, "score": None if math.isnan(score) else score}
+        for name, score in zip(names, scores.tolist(), strict=True)
+    ]
+    graph = {"n_layers": circuit.graph.n_layers, "n_heads": circuit.graph.n_heads, "parallel": circuit.graph.parallel}
+    stored = None if circuit.scores is None else _scores_digest(circuit.scores)
+    head = {"format": _FORMAT, "graph": graph, "digest": circuit.digest, "scores": stored}
+    head["provenance"] = dict(circuit.provenance)
+    lines = ",\n    ".join(json.dumps(edge, ensure_ascii=False) for edge in edges)
+    return json.dumps(head, ensure_ascii=False, indent=2)[:-2] + f',\n  "edges": [\n    {lines}\n  ]\n}}\n', stored
+
+
+def _of_json(data: dict[str, Any]) -> Circuit:
+    """The circuit that a JSON file holds, with the scores of its kept edges."""
+    from kcwb.circuits.circuit import Circuit
+
+    graph = Graph.of_file(**data["graph"])
+    edges = {e["edge"]: math.nan if e["score"] is None else float(e["score"]) for e in data["edges"]}
+    if not all(isinstance(name, str) for name in edges) or edges_digest(graph, sorted(edges)) != data["digest"]:
+        raise CircuitError("its graph or edges do not match their digest; was it edited by hand?")
+    return Circuit.from_edges(graph, edges, provenance=dict(data["provenance"]))
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """What changes whenever a file is replaced."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether nothing is lost when a circuit is written there: no file, an empty one, or a circuit."""
+    if not path.exists():
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        beginning = file.read(2**20)
+    return not beginning or _OURS.search(beginning) is not None
+
+
+# --- scores ---
+
+
+def _stem(path: Path) -> str:
+    """What the names of a circuit's scores begin with; `tau` and `tau.json` may lie side by side."""
+    return path.name.removesuffix(".json") if path.suffix == ".json" else f"{path.name}."
+
+
+def _scores_path(path: Path, digest: str) -> Path:
+    return path.with_name(f"{_stem(path)}.{digest[:12]}.scores.safetensors")
+
+
+def _scores_digest(scores: Tensor) -> str:
+    return hashlib.sha256(scores.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _remove_scores(path: Path, stored: str | None) -> None:
+    """Remove what an older circuit of exactly this name left, but for the scores that are stored now."""
+    old = re.compile(re.escape(_stem(path)) + r"\.[0-9a-f]{12}\.scores\.safetensors")
+    now = None if stored is None else _scores_path(path, stored).name
+    with contextlib.suppress(OSError):  # the new circuit is there, whole
+        for one in path.parent.iterdir():
+            if one.name != now and old.fullmatch(one.name):
+                one.unlink(missing_ok=True)
+
+
+def _read_scores(path: Path, digest: str) -> Tensor | None:
+    """The scores of all edges; None if their file is not there."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = _scores_path(path, digest)
+    if not file.is_file() and path.suffix != ".json":
+        file = path.with_name(f"{path.name}.{digest[:12]}.scores.safetensors")  # as they were named before
+    advice = "Without it the circuit loads with fewer scores."
+    try:
+        scores = load_file(file)["scores"]
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CircuitError(f"{file} is damaged: {error}. {advice}") from error
+    if _scores_digest(scores) != digest:
+        raise CircuitError(f"{file} is damaged: its digest differs. {advice}")
+    return scores

@@ -58,6 +58,15 @@ def damaged_files(folder: Path) -> list[str]:
     return [name for name, digest in digests.items() if _file_digest(folder / name) != digest]
 
 
+def file_digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Sizes and SHA-256 of a folder's files, as a manifest has them."""
+    files = sorted(folder.iterdir())
+    return {
+        "files": {path.name: path.stat().st_size for path in files},
+        "sha256": {path.name: _file_digest(path) for path in files},
+    }
+
+
 def _file_digest(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
@@ -141,9 +150,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     partial.mkdir()
     try:
         manifest = build(partial)
-        files = sorted(partial.iterdir())
-        manifest["files"] = {path.name: path.stat().st_size for path in files}
-        manifest["sha256"] = {path.name: _file_digest(path) for path in files}
+        manifest |= file_digests(partial)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             _discard(folder)
@@ -169,8 +176,9 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
     finally:
         if shown:
             logging.enable_progress_bar()
-    # safetensors makes its file private; a cache may be shared, so it gets the mode of its neighbours.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+    # safetensors makes its files private; a folder may be shared, so they get the mode of their neighbours.
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / "config.json").stat().st_mode)
     return weights_digest(model)
 
 

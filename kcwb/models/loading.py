@@ -6,7 +6,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from kcwb.models.graph import Graph
 from kcwb.models.network import Network, covered_family
 from kcwb.models.plain import plain_copy
 from kcwb.models.reading import UNFORESEEN, not_run, read_pretrained, require_fast, require_fit
+from kcwb.models.saving import save_folder, saved_record
 from kcwb.models.selfcheck import self_check
 from kcwb.progress import Progress
 from kcwb.verbs import verb
@@ -54,6 +55,8 @@ class Model:
         Whether prompts start with the BOS token.
     edits
         What edits are in the weights, ready for JSON, the latest last; each says the digest `onto` which it was put.
+    saved
+        What the folder says that it was loaded from, if `save` has written it (`kcwb.models.saving`); else empty.
     """
 
     bridge: TransformerBridge
@@ -65,6 +68,7 @@ class Model:
     dtype: torch.dtype
     prepend_bos: bool
     edits: tuple[Mapping[str, Any], ...] = ()
+    saved: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Be known to those that are loaded from the same module."""
@@ -87,8 +91,39 @@ class Model:
         return self.network.graph
 
     def has_weights(self, digest: str) -> bool:
-        """Whether a digest is that of the weights, or the one that files of earlier versions have for them."""
-        return digest == self.digest or digest == _former_digest(self)
+        """Whether a digest is that of the weights, or was: before they were saved, or in files of earlier versions."""
+        before = self.saved.get("model_digest") if not self.edits else None
+        return digest in (self.digest, before) or digest == _former_digest(self)
+
+    @verb
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write the model as a Hugging Face folder: configuration, tokenizer, weights, and `kcwb.json`, a record.
+
+        Edits that are in the weights stay in; the record says which. What is loaded from the folder has these weights
+        bit for bit, given the same `dtype`, and so the digest of an unedited model; an edited model's digest, in
+        memory, is that of the unedited weights and the edits, but circuits that have it are taken as its own. The
+        folder is read back and compared before it gets its name, which needs memory for the weights once more.
+
+        Parameters
+        ----------
+        folder
+            A new or empty folder, or one that `save` has written, which is replaced.
+        force
+            Whether to replace any folder of files, with all that is in it.
+
+        Returns
+        -------
+        Path
+            The folder, absolute.
+
+        Raises
+        ------
+        SettingError
+            If the folder must not be replaced.
+        ModelError
+            If it cannot be written, or does not read back as it is.
+        """
+        return save_folder(self, folder, force)
 
     @cached_property
     def lock(self) -> WeightsLock:
@@ -155,7 +190,8 @@ def load_model(
     dtype
         `"float32"`, `"bfloat16"` or `"float16"`; a model in memory keeps its own.
     prepend_bos
-        Whether prompts start with the BOS token; None does what the model's tokenizer does by itself.
+        Whether prompts start with the BOS token; None does what the model's tokenizer does by itself, or what a folder
+        that `Model.save` has written says.
 
     Returns
     -------
@@ -194,9 +230,6 @@ def load_model(
         name = str(model.config.name_or_path or type(model).__name__)
     covered_family(module.config)
     require_fast(tokenizer, name)
-    bos = _prepends_bos(tokenizer, name, prepend_bos)
-    needed = [tokenizer.bos_token_id] if bos else []
-    require_fit(tokenizer, module.get_input_embeddings().weight.shape[0], name, needed)
     if getattr(module, "hf_device_map", None) is None:
         module = module.to(device)
     _require_in_place(module, name)
@@ -205,9 +238,13 @@ def load_model(
         module = plain_copy(module)
         _require_unedited(module, name)
     digest = digest or weights_digest(module)
+    saved = saved_record(name, digest) if isinstance(model, (str, Path)) else {}
+    bos = _prepends_bos(tokenizer, name, saved.get("prepend_bos") if prepend_bos is None else prepend_bos)
+    needed = [tokenizer.bos_token_id] if bos else []
+    require_fit(tokenizer, module.get_input_embeddings().weight.shape[0], name, needed)
     bridge, network = _checked(module.eval(), tokenizer, name)
     assert tokenizer is not None  # a named model brings its own; one in memory was checked
-    return Model(bridge, tokenizer, network, name, digest, network.device, network.dtype, bos)
+    return Model(bridge, tokenizer, network, name, digest, network.device, network.dtype, bos, saved=saved)
 
 
 def _former_digest(model: Model) -> str:

@@ -63,7 +63,7 @@ def read_pretrained(
 
 
 def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], masked: bool, device_map: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.utils import logging
 
     local = Path(source).is_dir()
@@ -89,7 +89,7 @@ def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], mas
             **safe,
             **more,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        tokenizer = _tokenizer(source, safe)
     except ModelError:
         raise
     except Exception as error:  # a cut or foreign file fails in many ways
@@ -105,6 +105,19 @@ def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], mas
             logging.enable_progress_bar()
     _require_whole(found, name)
     return module, tokenizer
+
+
+def _tokenizer(source: str, safe: dict[str, Any]) -> Any:
+    """The tokenizer of a name; where it says that it is what tokenizer.json says, not what its model's family has.
+
+    Beside a Qwen2 model, AutoTokenizer would otherwise split every text as Qwen2 does, into no tokens at all.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    said = get_tokenizer_config(source, local_files_only=safe["local_files_only"])
+    generic = said.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in said
+    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **safe)
 
 
 class Stored(NamedTuple):

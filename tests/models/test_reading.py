@@ -72,8 +72,12 @@ def test_a_layer_more_or_less_than_the_weights_is_refused(name: str, tmp_path: P
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied"])
 def test_weights_of_something_else_are_refused(name: str, tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(2)}, write(tmp_path, name) / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"\d+ missing \(.*1 not the model's \(x\)"):
+    path = write(tmp_path, name) / "model.safetensors"
+    save_file({"x": torch.zeros(2)}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match="2 layers, but its files of weights hold 1 tensors"):
+        load_model(tmp_path)
+    save_file({f"x{i}": torch.zeros(10_000) for i in range(9)}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"\d+ missing \(.*9 not the model's \(x0, \.\.\.\)"):
         load_model(tmp_path)
 
 
@@ -182,6 +186,13 @@ def test_a_config_that_is_no_configuration_is_refused(text: str, tmp_path: Path)
     (write(tmp_path) / "config.json").write_text(text)
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_folders_tokenizer_is_the_one_that_was_written(name: str, tmp_path: Path) -> None:
+    texts = ["w1 w2 w89", "what is <unk>", ""]
+    read = load_model(write(tmp_path, name), device="cpu").tokenizer
+    assert [read(text).input_ids for text in texts] == [tokenizer()(text).input_ids for text in texts]
 
 
 # --- one model, one digest ---

@@ -233,17 +233,25 @@ def load_model(
     if getattr(module, "hf_device_map", None) is None:
         module = module.to(device)
     _require_in_place(module, name)
+    assert tokenizer is not None  # a named model brings its own; one in memory was checked
+    with Exclusive([lock_of(module.get_input_embeddings().weight)]):  # no edit of a sibling meanwhile
+        return _taken_apart(module, tokenizer, name, module is model, digest, prepend_bos)
+
+
+def _taken_apart(
+    module: Any, tokenizer: Any, name: str, in_memory: bool, digest: str | None, prepend_bos: bool | None
+) -> Model:
+    """A Model around a Hugging Face module; a copy of one that is the user's."""
     module.requires_grad_(False)
-    if module is model:
+    if in_memory:
         module = plain_copy(module)
         _require_unedited(module, name)
     digest = digest or weights_digest(module)
-    saved = saved_record(name, digest) if isinstance(model, (str, Path)) else {}
+    saved = {} if in_memory else saved_record(name, digest)
     bos = _prepends_bos(tokenizer, name, saved.get("prepend_bos") if prepend_bos is None else prepend_bos)
     needed = [tokenizer.bos_token_id] if bos else []
     require_fit(tokenizer, module.get_input_embeddings().weight.shape[0], name, needed)
     bridge, network = _checked(module.eval(), tokenizer, name)
-    assert tokenizer is not None  # a named model brings its own; one in memory was checked
     return Model(bridge, tokenizer, network, name, digest, network.device, network.dtype, bos, saved=saved)
 
 

@@ -12,12 +12,13 @@ import pandas as pd
 from kcwb.analysis.heads import strongest_movers
 from kcwb.editing.cases import EditCase
 from kcwb.editing.compare import compare_edit
-from kcwb.editing.edit import EditError, edit
+from kcwb.editing.edit import EditError, edit, is_answer
 from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.statistics import mean_interval
 from kcwb.tasks.prompts import Task, make_task
+from kcwb.tasks.relations import Fact
 
 
 def compare_edits(
@@ -68,6 +69,8 @@ def compare_edits(
                     task = make_task(model, case.relation, n=n, seed=seed, template=case.template)
                     tasks[key] = task, strongest_movers(model, task, movers, seed)
                 task, names = tasks[key]
+                if is_answer(model, Fact(case.fact.subject, case.target), case.template):
+                    raise DataError(f"the target {case.target!r:.60} is the answer already")
                 more = {"layer": layer, "seed": seed, "progress": False, **settings}
                 made = edit(model, case.fact, case.target, method, template=case.template, **more)
                 found = compare_edit(

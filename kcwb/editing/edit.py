@@ -181,7 +181,7 @@ def _check(
     for fact, target, template in zip(facts, targets, whole, strict=True):
         if not target.strip() or target != target.strip():
             raise SettingError(f"The target {target!r:.60} is empty, or starts or ends with white space.")
-        already = bound < math.inf and _is_answer(model, Fact(fact.subject, target), template)
+        already = bound < math.inf and is_answer(model, Fact(fact.subject, target), template)
         if target == fact.object or already:
             raise SettingError(
                 f"The target {target!r:.60} is already the answer to {template.replace('{}', fact.subject)!r:.120}; "
@@ -203,7 +203,7 @@ def _with_gap(fact: Fact, template: str) -> str:
 
 
 @torch.no_grad()
-def _is_answer(model: Model, fact: Fact, template: str) -> bool:
+def is_answer(model: Model, fact: Fact, template: str) -> bool:
     """Whether each token of the object is already the model's first choice."""
     rows = make_rows(model, [(fact, template)])
     logits = model.logits(rows.tokens)[0, rows.positions[0]]

@@ -102,7 +102,7 @@ class EditPanel(Panel):
         settings: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         choose("The method", method, METHODS)
-        layer = default_layer(model) if layer is None else layer
+        layer = default_layer(model, method) if layer is None else layer
         if not 0 <= layer < model.graph.n_layers:
             raise SettingError(f"layer={layer}: {model.name} has layers 0 to {model.graph.n_layers - 1}.")
         super().__init__()

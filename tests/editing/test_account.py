@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from kcwb.editing.account import account, compare_edits
 from kcwb.editing.cases import EditCase
 from kcwb.editing.compare import compare_edit
 from kcwb.tasks.prompts import make_task
+from kcwb.tasks.relations import Fact
 from tests.editing.conftest import TEMPLATES, large_edit, same_bits, weights
+from tests.tasks import prompt_ids
 
 
 def test_many_edits_are_the_single_ones(model, relation, monkeypatch):
@@ -21,10 +24,14 @@ def test_many_edits_are_the_single_ones(model, relation, monkeypatch):
     facts = make_task(model, relation, n=4).val.facts[:2]
     cases = [EditCase(fact, "w61", TEMPLATES[0], (), (), relation="words") for fact in facts]
     same = EditCase(facts[0], f"{facts[0].object.split()[0]} w9", TEMPLATES[0], (), (), relation="words")
+    tokens = torch.tensor([prompt_ids(model, TEMPLATES[0].replace("{}", facts[1].subject))])
+    said = model.tokenizer.decode([int(model.logits(tokens)[0, -1].argmax())])
+    known = Fact(facts[1].subject, "w62" if said != "w62" else "w63")  # its target is what the model says already
+    already = EditCase(known, said, TEMPLATES[0], (), (), relation="words")
     more = {"layer": 0, "steps": 4, "lr": 0.1, "clamp": 0.3, "bound": 99.0, "edges": 40, "draws": 4, "n": 4}
     before = weights(model)
-    with pytest.warns(UserWarning, match="1 of 3 edits left out"):
-        table = compare_edits(model, [*cases, same], "ft_m", progress=False, **more)
+    with pytest.warns(UserWarning, match=r"2 of 4 edits left out.*answer already"):
+        table = compare_edits(model, [*cases, same, already], "ft_m", progress=False, **more)
     assert same_bits(model, before) and table["subject"].tolist() == [fact.subject for fact in facts]
     made = large_edit(model, facts[1], "w61")
     task = make_task(model, relation, n=4)

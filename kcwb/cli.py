@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import kcwb
 from kcwb.errors import CircuitError, DataError, KcwbError, SettingError, choose
+from kcwb.outputs import CIRCUIT, check_output, same_text, settle
 from kcwb.tasks.relations import Relation, load_relation, relation_files
+from kcwb.workbench.reportrun import read_parameters, take_parameters
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,6 +68,8 @@ _RUNNING = (
     option("--device", default="auto", help="auto (CUDA if there is one, else CPU), cpu, cuda, cuda:1, ..."),
     option("--quiet", action="store_true", help="show no progress on stderr"),
 )
+
+_FORCE = option("--force", action="store_true", help="overwrite also a file that kcwb did not write")
 
 
 @command(option("--folder", type=Path, help="a folder of relation files of your own, in the LRE format"))
@@ -132,13 +136,14 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     option("--template", type=_template, default=0, help="a zero-shot template's number, or text with {} (default: 0)"),
     option("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)"),
     option("--out", type=Path, help="write the circuit to this .json file, and all scores beside it"),
+    _FORCE,
     *_RUNNING,
 )
 def discover(args: argparse.Namespace) -> tuple[Any, str]:
     """Find the circuit with which a model answers facts of a relation."""
     relation = load_relation(args.relation)
     if args.out is not None:
-        _check_out(args.out)
+        _check_out(args)
     from kcwb.circuits.ablation import ABLATIONS
     from kcwb.discovery.discover import discover
     from kcwb.discovery.methods import METHODS, METRICS, check_method
@@ -159,6 +164,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     task = make_task(model, relation, n=args.facts, seed=args.seed, template=args.template)
     circuit = discover(model, task, progress=not args.quiet, **given)
     if args.out is not None:
+        args.out = settle(args.out, CIRCUIT, force=args.force)
         circuit.save(args.out)
     if not circuit.n_edges:
         _say("warning: the circuit is empty: no chosen edge is on a path from input to logits. Ask for more edges.")
@@ -216,11 +222,12 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     option("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of the notebook"),
     option("--pdf", action="store_true", help="also write a PDF, with Chromium"),
     option("--hide-code", action="store_true", help="leave the code out"),
+    _FORCE,
     option("--quiet", action="store_true", help="no progress bar"),
 )
 def report(args: argparse.Namespace) -> tuple[Any, str]:
     """Run a notebook with parameters and write it as one HTML file that opens without a network."""
-    from kcwb.workbench.reports import read_parameters, report
+    from kcwb.workbench.reports import report
 
     parameters = read_parameters(args.p)
     path = report(
@@ -229,6 +236,7 @@ def report(args: argparse.Namespace) -> tuple[Any, str]:
         parameters,
         pdf=args.pdf or None,
         hide_code=args.hide_code,
+        force=args.force,
         progress=not args.quiet,
     )
     return {"output": str(path), "parameters": parameters}, f"Written to {path}"
@@ -276,6 +284,7 @@ def sweep(args: argparse.Namespace) -> tuple[Any, str]:
     ),
     option("--steps", type=int, help="updates of each model's weights (default: enough to know the facts)"),
     option("--relations", type=Path, metavar="FOLDER", help="also write the world's relations to files in this folder"),
+    _FORCE,
     option("--quiet", action="store_true", help="show no progress on stderr"),
 )
 def world(args: argparse.Namespace) -> tuple[Any, str]:
@@ -290,6 +299,10 @@ def world(args: argparse.Namespace) -> tuple[Any, str]:
     names, facts = args.architectures or ARCHITECTURES, make_world(args.seed)
     steps = {} if args.steps is None else {"steps": args.steps, "encoder_steps": args.steps}
     recipe = Recipe(seed=args.seed, **steps)
+    if args.relations is not None:
+        for name, relation in facts.relations.items():
+            path, same = args.relations / f"{name}.json", same_text(relation.to_json())
+            check_output(path, same, what="--relations", force=args.force, make_folder=True)
     folders = train_world(names, world=facts, recipe=recipe, progress=not args.quiet)
     if args.relations is not None:
         facts.save(args.relations)
@@ -369,19 +382,12 @@ def _load_model(args: argparse.Namespace, name: str, dtype: str, prepend_bos: bo
         return load_model(name, device=args.device, dtype=dtype, prepend_bos=prepend_bos)
 
 
-def _check_out(path: Path) -> None:
+def _check_out(args: argparse.Namespace) -> None:
     """Refuse, before anything is computed, a file that the circuit cannot or should not be written to."""
-    if path.suffix != ".json":
-        raise SettingError(f"--out {path}: the name of a circuit's file ends in .json.")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise SettingError(f"--out {path}: {path.parent} is not a folder that can be written to. Make it first.")
-    if path.exists():
-        from kcwb.circuits.circuit import Circuit
-
-        try:
-            Circuit.load(path)
-        except CircuitError as error:
-            raise SettingError(f"--out {path}: only a circuit is overwritten; choose another name. {error}") from error
+    if args.out.suffix != ".json":
+        raise SettingError(f"--out {args.out}: the name of a circuit's file ends in .json.")
+    inputs = [path for path in (args.relation, args.within) if path is not None]
+    check_output(args.out, CIRCUIT, what="--out", inputs=inputs, force=args.force)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[Any, Any]]:
@@ -453,7 +459,10 @@ def _run(argv: Sequence[str]) -> int:
     if named is not None:
         choose("The command", named, _COMMANDS)
     try:
+        argv, parameters = take_parameters(argv) if named == "report" else (argv, [])
         args = _parser().parse_args(argv)
+        if parameters:
+            args.p = parameters
         with _calm():
             data, text = args.run(args)
         print(json.dumps(data, indent=2, allow_nan=False) if args.json else text)

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`: on success it becomes `path`, after an exception `path` is as it was."""
-    path = Path(path)
+    """Yield a temporary name beside `path`: on success it becomes `path`, after an exception `path` is as it was.
+
+    Where `path` is a symbolic link it stays one, and what it leads to is replaced.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import json
 import logging
@@ -89,6 +90,17 @@ def refused(result: SimpleNamespace, *parts: str) -> bool:
 
 def kcwb_process(*argv: str, **more) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "kcwb.cli", *argv], text=True, timeout=100, check=False, **more)
+
+
+@pytest.fixture
+def notebook(tmp_path) -> Path:
+    """A notebook that prints its parameters."""
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    cells = [new_code_cell("x = 1\ny = 2", metadata={"tags": ["parameters"]}), new_code_cell("print('got', [x, y])")]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "n.ipynb")
+    return tmp_path / "n.ipynb"
 
 
 # help and version
@@ -193,6 +205,35 @@ def test_out_overwrites_only_circuits(run, file) -> None:
     before = Path(file).read_bytes()
     assert refused(run("discover", file, "--out", file), "--out", "only a circuit is overwritten")
     assert Path(file).read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_model")
+def test_out_is_checked_before_a_model_is_loaded(run, file, tmp_path) -> None:
+    taken, within = tmp_path / "taken.json", tmp_path / "within.json"
+    taken.write_text('{"format": "mine"}')
+    Circuit.empty(kcwb.Graph(1, 1)).save(within)
+    (tmp_path / "link.json").symlink_to(within)
+    (tmp_path / "folder.json").mkdir()
+    within_is_read = ["--within", within, "--method", "acdc"]
+    for out, options, part in [
+        (taken, [], "only a circuit is overwritten, if kcwb wrote it. Choose another name, or force it (--force"),
+        (tmp_path / "folder.json", ["--force"], "is a folder"),
+        (tmp_path / "no" / "x.json", ["--force"], "is not a folder. Make it first"),
+        (tmp_path / "x.txt", ["--force"], "ends in .json"),
+        (file, ["--force"], "words.json, which is read"),
+        (within, [*within_is_read, "--force"], "within.json, which is read"),
+        (tmp_path / "link.json", within_is_read, "within.json, which is read"),
+    ]:
+        assert refused(run("discover", file, "--out", out, *options), "--out", part)
+    assert taken.read_text() == '{"format": "mine"}'
+
+
+def test_force_overwrites_and_a_circuit_is_overwritten_without(run, file, folder, tmp_path) -> None:
+    out = tmp_path / "x.json"
+    out.write_text("mine")
+    how = ("discover", file, "--model", folder, "--edges", 40, "--facts", 4, "--quiet", "--out", out)
+    assert run(*how, "--force").code == 0 and run(*how).code == 0
+    assert Circuit.load(out).n_edges
 
 
 def test_bad_input_in_a_process_of_its_own_has_no_traceback() -> None:
@@ -365,6 +406,19 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
+def test_world_keeps_relation_files_that_differ(run, cache, tmp_path, monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise AssertionError("models are trained before the files are checked")
+
+    monkeypatch.setattr("kcwb.world.models.train_world", refuse)
+    kcwb.make_world(0).save(tmp_path / "facts")
+    one = next(iter(sorted((tmp_path / "facts").iterdir())))
+    one.write_text(one.read_text() + " ")
+    assert refused(run("world", "--relations", tmp_path / "facts"), "--relations", one.name, "is kept")
+    (tmp_path / "file").write_text("")
+    assert refused(run("world", "--relations", tmp_path / "file"), "is not a folder")
+
+
 def test_world_trains_says_where_and_finds_again(run, cache, tmp_path) -> None:
     options = ["--architectures", "bert", "llama", "--steps", 2, "--seed", 3]
     first = run("world", *options, "--relations", tmp_path / "facts", "--json", "--quiet")
@@ -531,6 +585,56 @@ def test_a_terminal_without_the_letters_is_no_error(words, tmp_path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = kcwb_process("relations", "--folder", str(tmp_path), capture_output=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "") and "Stra\\xdfe" in done.stdout
+
+
+# report
+
+
+def test_report_never_overwrites_the_notebook_or_a_file_of_anothers(run, notebook, tmp_path, monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise AssertionError("the notebook is run before its output is checked")
+
+    monkeypatch.setattr("kcwb.workbench.reports.execute", refuse)
+    monkeypatch.chdir(tmp_path)
+    before = notebook.read_bytes()
+    (tmp_path / "link.html").symlink_to(notebook)
+    (tmp_path / "mine.html").write_text("mine")
+    for force in ([], ["--force"]):
+        assert refused(run("report", notebook, "-o", notebook, *force), "A report is an HTML file: name it n.html")
+        assert refused(run("report", "n.ipynb", "-o", "link.html", *force), "is n.ipynb, which is read")
+        assert refused(run("report", notebook, "-o", tmp_path, *force), "is a folder")
+    assert refused(run("report", notebook, "-o", "mine.html"), "only a page is overwritten", "--force")
+    assert notebook.read_bytes() == before and (tmp_path / "mine.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("texts", "values"),
+    [
+        (("-5.5e-3", "['a', -1, true]"), [-0.0055, ["a", -1, True]]),
+        (("--quiet", "-"), ["--quiet", "-"]),
+        (('"7"', "{'a': [null, 'b']}"), ["7", {"a": [None, "b"]}]),
+    ],
+)
+def test_report_gives_parameters_to_the_notebook_as_they_are_meant(run, notebook, tmp_path, texts, values) -> None:
+    out = tmp_path / "out.html"
+    done = run("report", "-p", "x", texts[0], notebook, "-p", "y", texts[1], "--json", "--quiet", "-o", out)
+    assert done.code == 0 and json.loads(done.out)["parameters"] == dict(zip("xy", values, strict=True)), done.err
+    assert html.escape(f"got {values}", quote=False) in out.read_text().replace("&#39;", "'")
+
+
+def test_report_refuses_parameters_in_one_line(run, notebook) -> None:
+    assert refused(run("report", notebook, "-p", "x", "[" * 3000), "'x' is a list or dict nested more than 100 deep")
+    assert refused(run("report", notebook, "-p", "x"), "-p: expected 2 arguments")
+    assert refused(run("report", notebook, "-p", "z", "-1"), "has no parameter 'z'")
+
+
+def test_report_warns_of_missing_pictures_in_one_line(run, notebook, tmp_path) -> None:
+    import nbformat
+    from nbformat.v4 import new_markdown_cell, new_notebook
+
+    nbformat.write(new_notebook(cells=[new_markdown_cell("![x](gone.png)")]), notebook)
+    done = run("report", notebook, "-o", tmp_path / "out.html", "--quiet")
+    assert done.code == 0 and done.err == "kcwb: warning: The report lacks pictures: missing picture: gone.png\n"
 
 
 @pytest.mark.model

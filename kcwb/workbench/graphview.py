@@ -18,6 +18,7 @@ For the same reason pyvis's own ``title`` (parsed as HTML as soon as one holds t
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 import os
@@ -34,6 +35,7 @@ from pyvis.network import Network
 
 from kcwb.errors import KcwbError, SettingError
 from kcwb.files import write_text
+from kcwb.outputs import PAGE, PAGE_MARK, check_output
 from kcwb.workbench.graphdrawing import COLOURS, DASHES, ROLES, Drawing, Roles, draw, draw_two
 
 if TYPE_CHECKING:
@@ -43,24 +45,28 @@ __all__ = ["ROLES", "GraphView", "compare_view", "graph_view"]
 
 _ARROWS_UP_TO = 300  # edges; beyond, heads of arrows are clutter, and all edges point upwards anyway
 _EXTERNAL = re.compile(r"""<\w+\b[^>]*?\b(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", re.IGNORECASE)
+_DATA = "__CIRCUIT__"  # where graphview.html has a circuit
+_MOST = 100_000_000  # letters of a page
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_LOADER = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title></head>
-<body><noscript>This graph needs JavaScript.</noscript>
-<script>
-(async () => {{
-  try {{
-    const bytes = Uint8Array.from(atob("{page}"), (c) => c.charCodeAt(0));
+_UNPACK = """
+(async () => {
+  try {
+    const bytes = Uint8Array.from(atob(document.getElementById("kc-page").textContent), (c) => c.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const page = await new Response(stream).text();
     document.open(); document.write(page); document.close();
-  }} catch (error) {{
+  } catch (error) {
     document.body.textContent = "This graph needs a newer browser (with DecompressionStream): " + error;
-  }}
-}})();
-</script></body></html>
+  }
+})();
 """
+_LOADER = (
+    '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">' + PAGE_MARK,
+    '<meta name="viewport" content="width=device-width"><title>',
+    '</title></head>\n<body><noscript>This graph needs JavaScript.</noscript>\n<script type="text/plain" id="kc-page">',
+    f"</script>\n<script>{_UNPACK}</script></body></html>\n",
+)
+"""What stands before, between and after a graph's title and its compressed page; the first two belong together."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +96,29 @@ class GraphView:
             'style="border:0;display:block"></iframe>'
         )
 
-    def to_html(self, filename: str | os.PathLike[str] | None = None) -> str | None:
+    def to_html(self, filename: str | os.PathLike[str] | None = None, *, force: bool = False) -> str | None:
         """Give the page as text, or write it to a file.
 
         Parameters
         ----------
         filename : path, optional
             Where to write. The file is complete or untouched: it is written aside and then renamed.
+        force : bool
+            Overwrite also a file that kcwb did not write.
 
         Returns
         -------
         str or None
             The page when no file name is given.
+
+        Raises
+        ------
+        SettingError
+            If the file cannot be written, or would replace one that is not ours.
         """
         if filename is None:
             return self.page
+        check_output(Path(filename), PAGE, what="The graph", force=force, make_folder=True)
         write_text(Path(filename), self.page)
         return None
 
@@ -202,51 +216,82 @@ def _check_height(height: int) -> None:
 
 
 class _Shell(NamedTuple):
-    """What the pages of all circuits share."""
+    """What the pages of all circuits share: all but the circuit, which is data between the two parts."""
 
-    begun: bytes  # all that comes before the nodes, compressed,
+    begun: bytes  # the first part, compressed
     compressor: Any  # by this, of which copies go on from there
-    between: str
     after: str
+
+
+def is_graph_page(page: str) -> bool:
+    """Whether a page is one that `GraphView` holds, of whatever circuit, and holds nothing else."""
+    match = re.fullmatch(f"{_LOADER[0]}{_LOADER[1]}[^<>]*{re.escape(_LOADER[2])}([^<>]*){re.escape(_LOADER[3])}", page)
+    try:
+        packed = base64.b64decode(match[1], validate=True) if match else b""
+        text = zlib.decompressobj(wbits=31).decompress(packed, _MOST).decode("utf-8")
+    except (ValueError, zlib.error):
+        return False
+    return any(_holds(text, *_text(arrows).split(_DATA)) for arrows in (True, False))
+
+
+def _holds(text: str, before: str, after: str) -> bool:
+    data = text.removeprefix(before).removesuffix(after)
+    return f"{before}{data}{after}" == text and not re.search("[<>&]", data)
+
+
+@cache
+def script_hashes() -> tuple[str, ...]:
+    """The scripts of all graphs' pages, as a content security policy names them; circuits are data in these pages."""
+    scripts = [
+        _UNPACK,
+        *(one for arrows in (True, False) for one in re.findall(r"<script>(.*?)</script>", _text(arrows), re.DOTALL)),
+    ]
+    digests = (hashlib.sha256(one.encode("utf-8")).digest() for one in dict.fromkeys(scripts))
+    return tuple(f"'sha256-{base64.b64encode(digest).decode('ascii')}'" for digest in digests)
 
 
 def _view(drawing: Drawing, height: int) -> GraphView:
     shell = _shell(len(drawing.edges) <= _ARROWS_UP_TO)
     view = {key: getattr(drawing, key) for key in ("title", "notice", "rows", "pitch", "tightest", "sides")}
     view["withRoles"] = drawing.with_roles
-    rest = _json(_nodes(drawing)) + shell.between + _json(_edges(drawing))
-    rest += shell.after.replace("__VIEW__", _json(view))
+    data = _json({"nodes": _nodes(drawing), "edges": _edges(drawing), "view": view})
     compressor = shell.compressor.copy()
-    packed = shell.begun + compressor.compress(rest.encode("utf-8")) + compressor.flush()
+    packed = shell.begun + compressor.compress((data + shell.after).encode("utf-8")) + compressor.flush()
     title = drawing.title or "Knowledge circuit"
-    page = _LOADER.format(title=_ascii(title), page=base64.b64encode(packed).decode("ascii"))
-    return GraphView(page=page, height=int(height), title=title)
+    parts = (*_LOADER[:2], _ascii(title), _LOADER[2], base64.b64encode(packed).decode("ascii"), _LOADER[3])
+    return GraphView(page="".join(parts), height=int(height), title=title)
 
 
 @cache
 def _shell(arrows: bool) -> _Shell:
+    before, after = _text(arrows).split(_DATA)
+    compressor = zlib.compressobj(9, wbits=31)  # gzip
+    return _Shell(compressor.compress(before.encode("utf-8")), compressor, after)
+
+
+@cache
+def _text(arrows: bool) -> str:
     """What pyvis writes, made free of outside links, between the two parts of ``graphview.html``."""
     network = Network(height="100%", width="100%", directed=True, cdn_resources="in_line")
     network.set_options(json.dumps(_options(arrows=arrows)))
-    built = network.generate_html(notebook=False)
+    built = network.generate_html(notebook=False).replace("\r\n", "\n")
     built = re.sub(r"<center>\s*<h1>.*?</h1>\s*</center>", "", built, flags=re.DOTALL)
     built = re.sub(r"<!-- <link.*?-->", "", built, flags=re.DOTALL)
     built = re.sub(r"<link\b[^>]*https?:[^>]*>", "", built)
     built = re.sub(r"<script\b[^>]*https?:[^>]*>\s*</script>", "", built)
+    built = re.sub(r"<script\b[^>]*>", "<script>", built)
     # vis-network's pictures of buttons, none of which is shown, would be a sixth of the page
     built = re.sub(r'url\("data:image[^)]*\)', "none", built)
     if found := _EXTERNAL.search(built):
         raise KcwbError(f"this version of pyvis writes an outside link not known here: {found.group()}")
+    built, spots = re.subn(r"(?<=\b(nodes|edges) = new vis\.DataSet\()\[\](?=\);)", r"circuit.\1", built)
+    if spots != 2:
+        raise KcwbError("this version of pyvis puts nodes and edges into the page in a way not known here")
     ours = resources.files("kcwb.workbench").joinpath("graphview.html").read_text(encoding="utf-8")
     before, after = ours.replace("__COLOURS__", _style()).split("<!-- graph -->")
     head, _, body = built.partition("<body>")
     body, _, _ = body.rpartition("</body>")
-    page = f"<!doctype html>\n{head}<body>\n{before}{body}{after}</body></html>\n"
-    spots = re.split(r"(?<=(?:nodes|edges) = new vis\.DataSet\()\[\](?=\);)", page)
-    if len(spots) != 3:
-        raise KcwbError("this version of pyvis puts nodes and edges into the page in a way not known here")
-    compressor = zlib.compressobj(9, wbits=31)  # gzip
-    return _Shell(compressor.compress(spots[0].encode("utf-8")), compressor, *spots[1:])
+    return f"<!doctype html>\n{head}<body>\n{before}{body}{after}</body></html>\n"
 
 
 def _style() -> str:

@@ -22,6 +22,7 @@ from kcwb.discovery.methods import METHODS, check_method
 from kcwb.discovery.selection import resize
 from kcwb.errors import CircuitError, KcwbError, SettingError
 from kcwb.models.loading import Model
+from kcwb.outputs import CIRCUIT, check_output
 from kcwb.progress import ProgressCallback
 from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Relation
@@ -237,11 +238,18 @@ class DiscoveryPanel(Panel):
         if self._runner.job in (None, "test"):
             self._test(finding)
 
-    def save(self, path: str | Path) -> None:
-        """Write the circuit on screen to a file."""
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the circuit on screen to a file; one that is there is overwritten if it is a circuit, or with `force`.
+
+        Raises
+        ------
+        SettingError
+            If there is no circuit yet, or the file cannot or must not be written.
+        """
         if self._shown is None:
             raise SettingError("There is no circuit to save yet: press Run.")
         target = _file(path)
+        check_output(target, CIRCUIT, what="The circuit", force=force)
         self._shown.circuit.save(target)
         self._say("kc-note", f"Saved to {target.resolve()}")
 

@@ -4,7 +4,8 @@ nbconvert turns cells into HTML, with the folder ``template`` for the look. What
 
 1. widgets become plain HTML: their own ``text/html`` if they have one, else their last state as text;
 2. math becomes MathML, which browsers draw by themselves: no script, no font, no request;
-3. what would be fetched when the page is opened is replaced by a note, and a content security policy forbids the rest;
+3. pictures are embedded (`kcwb.workbench.pictures`); what else would be fetched, runs or navigates is replaced by a
+   note (`kcwb.workbench.harmless`), and a content security policy forbids the rest;
 4. the first heading and its first paragraph are taken out for the title block and the index of a series.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import html
 import logging
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -20,6 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
+from kcwb.errors import DataError
+from kcwb.outputs import PAGE_MARK
+from kcwb.workbench import tables
+from kcwb.workbench.harmless import make_harmless, missing, parsed
+from kcwb.workbench.pictures import Pictures, data_uri
 from kcwb.workbench.tables import text as escaped
 
 if TYPE_CHECKING:
@@ -28,18 +35,8 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 TEMPLATE = Path(__file__).parent / "template"
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
-    "media-src data: blob:; frame-src data: blob:; base-uri 'none'; form-action 'none'"
-)
 _VIEW = "application/vnd.jupyter.widget-view+json"
 _STATE = "application/vnd.jupyter.widget-state+json"
-_LOADS = ("src", "href", "srcset", "data", "poster", "xlink:href", "background")
-_LOADERS = "img,script,link,iframe,frame,embed,object,source,track,video,audio,input,image,use,base,body,table,td"
-_INSIDE = re.compile(r"\s*(?:data:|blob:|about:|#|$)", re.IGNORECASE)
-_CSS_URL = re.compile(r"@import[^;]*;?|url\(\s*['\"]?\s*(?!['\"]?\s*(?:data:|#))[^)]*\)", re.IGNORECASE)
-_SCRIPT_URL = re.compile(r"""\bimport\b[^;]{0,200}?["'](?:https?:)?//|requirejs|require\.config""")
-_OUTWARD = re.compile(r"""<\w+\b[^>]*?\b(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|@import|url\(""", re.IGNORECASE)
 _PREFER = ["text/html", "text/markdown", "image/svg+xml", "text/latex", "image/png", "image/jpeg", "text/plain"]
 
 _log = logging.getLogger(__name__)
@@ -53,6 +50,7 @@ class Body(NamedTuple):
     heading: str | None  # HTML
     title: str | None  # text
     summary: str  # text
+    graphs: bool  # whether there is a graph of a circuit among them
 
 
 def notebook_body(notebook: NotebookNode, folder: Path, *, hide_code: bool = False) -> Body:
@@ -66,24 +64,28 @@ def notebook_body(notebook: NotebookNode, folder: Path, *, hide_code: bool = Fal
         Where the pictures that its prose names are found; they are embedded.
     hide_code
         Leave the code out.
-    """
-    from bs4 import BeautifulSoup
 
+    Warns
+    -----
+    UserWarning
+        If pictures are missing; in their places notes say so.
+    """
     _widgets_to_html(notebook)
-    exporter = _exporter(hide_code)
+    lacking: list[str] = []
+    exporter = _exporter(hide_code, folder, lacking)
     page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": "report", "path": str(folder)}})
-    soup = BeautifulSoup(page, "html.parser")
-    _stay_offline(soup)
+    soup = parsed(page)
+    make_harmless(soup)
     for number, picture in enumerate(soup.select('img[alt^="No description"]'), 1):
         picture["alt"] = f"Figure {number}"
-    for link in soup.select("a[href]"):
-        link["href"] = re.sub(r"^(?!\w+:)([^#?]*)\.ipynb(?=$|#)", r"\1.html", str(link["href"]))
+    if lacking:
+        warnings.warn(f"The report lacks pictures: {'; '.join(dict.fromkeys(lacking))}", stacklevel=3)
     return _take_title(soup)
 
 
 def render(template: str, **values: Any) -> str:
     """Fill one of the page templates; text in it is escaped."""
-    page = _environment().get_template(template).render(policy=POLICY, **values)
+    page = _environment().get_template(template).render(**values)
     return page.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
 
 
@@ -110,7 +112,9 @@ def _environment() -> Environment:
 
     environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
-    environment.globals["style"] = Markup((TEMPLATE / "style.css").read_text(encoding="utf-8"))
+    of_tables = tables.STYLE.removeprefix("<style>").removesuffix("</style>")
+    environment.globals["style"] = Markup((TEMPLATE / "style.css").read_text(encoding="utf-8") + of_tables)
+    environment.globals["mark"] = Markup(PAGE_MARK)
     environment.filters |= {"value": _value, "shorten": _shorten, "date": _date, "duration": _duration, "size": _size}
     return environment
 
@@ -148,13 +152,14 @@ def _size(n_bytes: int) -> str:
 # --- cells ---
 
 
-def _exporter(hide_code: bool) -> Any:
+def _exporter(hide_code: bool, folder: Path, lacking: list[str]) -> Any:
+    """Nbconvert's exporter with our rules; what pictures are missing is added to `lacking`."""
     from jinja2 import pass_context
     from nbconvert import HTMLExporter
-    from nbconvert.filters.markdown_mistune import InvalidNotebook, IPythonRenderer, MarkdownWithMath
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
     class Renderer(IPythonRenderer):
-        """Prose as nbconvert renders it, but for its math, and a picture that is missing does not stop it."""
+        """Prose as nbconvert renders it, but for its math and its pictures."""
 
         def inline_math(self, body: str) -> str:
             return tex_to_html(body)
@@ -165,21 +170,25 @@ def _exporter(hide_code: bool) -> Any:
         def latex_environment(self, name: str, body: str) -> str:
             return tex_to_html(f"\\begin{{{name}}}{body}\\end{{{name}}}", block=True)
 
-        def image(self, text: str, url: str, title: str | None = None) -> str:
-            try:
-                return super().image(text, url, title)
-            except InvalidNotebook as error:
-                return f'<span class="kc-missing">{html.escape(str(error))}</span>'
+        def _embed_image_or_attachment(self, src: str) -> str:
+            return src  # as those in HTML: see `_embedded`
+
+    def of_folder(source: str) -> str:
+        return _embedded(source, Pictures(folder), lacking)
+
+    def drawing(source: str) -> str:
+        try:
+            return f'<img alt="" src="{data_uri(source.encode("utf-8", "replace"))}">'
+        except DataError:  # browsers draw in a page also what is not well formed
+            return of_folder(source)
 
     class Exporter(HTMLExporter):
         """nbconvert's, with that renderer."""
 
         @pass_context
         def markdown2html(self, context: Any, source: str) -> str:
-            path = context["resources"]["metadata"]["path"]
-            attachments = context.get("cell", {}).get("attachments", {})
-            renderer = Renderer(escape=False, embed_images=True, path=path, attachments=attachments)
-            return MarkdownWithMath(renderer).render(source)
+            prose = MarkdownWithMath(Renderer(escape=False)).render(source)
+            return _embedded(prose, Pictures(folder, context.get("cell", {}).get("attachments")), lacking)
 
     exporter = Exporter(
         log=_log,
@@ -188,10 +197,28 @@ def _exporter(hide_code: bool) -> Any:
         exclude_input=hide_code,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        filters={"tex2html": lambda text: tex_to_html(text.strip().strip("$"), block=text.strip().startswith("$$"))},
+        filters={
+            "tex2html": lambda text: tex_to_html(text.strip().strip("$"), block=text.strip().startswith("$$")),
+            "with_pictures": of_folder,
+            "drawing": drawing,
+        },
     )
     exporter.config.NbConvertBase.display_data_priority = _PREFER
     return exporter
+
+
+def _embedded(source: str, pictures: Pictures, lacking: list[str]) -> str:
+    """HTML with its pictures in it, and all of its tags closed."""
+    soup = parsed(source)
+    for tag in soup.select("img, image"):
+        name = "src" if tag.name == "img" else "href" if tag.has_attr("href") else "xlink:href"
+        named = str(tag.get(name) or re.split(r"[\s,]", str(tag.get("srcset") or "").strip())[0])
+        try:
+            tag[name] = pictures.embedded(named)
+        except DataError as error:
+            lacking.append(str(error))
+            tag.replace_with(missing(str(error)))
+    return str(soup)
 
 
 def _take_title(soup: BeautifulSoup) -> Body:
@@ -200,8 +227,9 @@ def _take_title(soup: BeautifulSoup) -> Body:
     first = soup.select_one(".jp-Cell")
     paragraph = next((p for p in soup.select(".jp-MarkdownOutput > p") if p.get_text(strip=True)), None)
     summary = _plain(paragraph) if paragraph else ""
+    graphs = soup.select_one('iframe[sandbox~="allow-scripts"]') is not None
     if heading is None:
-        return Body(str(soup), None, None, summary)
+        return Body(str(soup), None, None, summary, graphs)
     for anchor in heading.select(".anchor-link"):
         anchor.decompose()
     title, markup = _plain(heading), heading.decode_contents()
@@ -209,7 +237,7 @@ def _take_title(soup: BeautifulSoup) -> Body:
         heading.extract()
         if not first.get_text(strip=True) and not first.find(["img", "svg"]):
             first.decompose()
-    return Body(str(soup), markup, title, summary)
+    return Body(str(soup), markup, title, summary, graphs)
 
 
 def _plain(tag: Any) -> str:
@@ -287,6 +315,11 @@ def _widgets_to_html(notebook: NotebookNode) -> None:
 
 def _show(output: Any, states: Mapping[str, Any]) -> bool:
     """Give an output that is a widget its text/html; False if there is nothing to show."""
+    data = output.get("data", {})
+    kind = next((kind for kind in data if kind.startswith("image/")), None)
+    if kind is not None and ("<script" in str(data.get("text/html", "")) or not data.keys() & _PREFER[:-1]):
+        # a picture beside a page that would need its scripts, or of a kind that nbconvert does not know
+        data["text/html"] = f'<img alt="" src="data:{escaped(kind, 40)};base64,{html.escape("".join(data[kind]))}">'
     view = output.get("data", {}).pop(_VIEW, None)
     if view is None or "text/html" in output.data:
         return True
@@ -340,43 +373,3 @@ def _captured(output: Mapping[str, Any]) -> str:
         return f'<img alt="" src="data:image/png;base64,{data["image/png"]}">'
     text = output.get("text") or data.get("text/plain") or output.get("evalue") or ""
     return f"<pre>{html.escape(str(text))}</pre>"
-
-
-# --- the network ---
-
-
-def _stay_offline(soup: BeautifulSoup) -> None:
-    """Replace by a note whatever would be fetched when the page is opened."""
-    for tag in soup.select(_LOADERS):
-        if tag.decomposed or tag.parent is None:
-            continue
-        outward = [str(tag[name]) for name in _LOADS if name in tag.attrs and not _INSIDE.match(str(tag[name]))]
-        if not outward and not (tag.name == "script" and _SCRIPT_URL.search(tag.get_text())):
-            continue
-        if tag.name in ("table", "td", "body", "use"):
-            for name in _LOADS:
-                tag.attrs.pop(name, None)
-            continue
-        if tag.name in ("link", "base", "source", "track"):
-            tag.decompose()
-            continue
-        note = soup.new_tag("span", attrs={"class": "kc-missing"})
-        what = "a script" if tag.name == "script" else "a picture" if tag.name in ("img", "image") else "a frame"
-        where = f": {_shorten(', '.join(outward), 200)}" if outward else ""
-        note.string = f"{what} from elsewhere is not part of this report{where}"
-        tag.replace_with(note)
-    for tag in soup.select("meta[http-equiv]"):
-        tag.decompose()
-    for tag in soup.find_all("style"):
-        if tag.string and _CSS_URL.search(tag.string):
-            tag.string = _CSS_URL.sub("none", tag.string)
-    for tag in soup.select("[style]"):
-        tag["style"] = _CSS_URL.sub("none", str(tag["style"]))
-    for tag in soup.select("a[href]"):
-        if re.match(r"\s*(?:javascript|vbscript):", str(tag["href"]), re.IGNORECASE):
-            del tag["href"]
-    for tag in soup.select("iframe[srcdoc]"):
-        if _OUTWARD.search(str(tag["srcdoc"])):
-            inner = type(soup)(str(tag["srcdoc"]), "html.parser")
-            _stay_offline(inner)
-            tag["srcdoc"] = str(inner)

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,10 @@ from kcwb.progress import Progress, track
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
+_DEEPEST = 100  # lists within lists; Python's parser gives up at 200
+_BRACKETS = ("[", "{", "(")
+_JSON_WORDS = {"true": True, "false": False, "null": None}
+
 
 def parameters_of(notebook: str | Path) -> dict[str, Any]:
     """The names that a notebook's cell tagged `parameters` sets, with their defaults (source text if not a literal)."""
@@ -26,12 +31,32 @@ def parameters_of(notebook: str | Path) -> dict[str, Any]:
 
 
 def read_parameters(pairs: Iterable[Sequence[str]]) -> dict[str, Any]:
-    """Parameters given as text: numbers, `true`, `null`, lists and so on as in JSON or Python; all else is text.
+    """Parameters given as text: numbers, `true`, `None`, lists and dicts as in JSON or Python; all else is text.
 
-    For example `[["tau", "0.02"], ["relation", "country_language"], ["layers", "[1, 2]"]]`; quotes make text of
-    what would be a number: `'"7"'`.
+    For example `[["tau", "-5.5e-3"], ["relation", "country_language"], ["layers", "['a', 1, true]"]]`; quotes make
+    text of what would be a number: `'"7"'`.
+
+    Raises
+    ------
+    SettingError
+        If a value cannot be written into a notebook, or is nested too deeply to be read.
     """
-    return {name: _read_value(text) for name, text in pairs}
+    return {name: _plain_value(name, _read_value(name, text)) for name, text in pairs}
+
+
+def take_parameters(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Split a command line into all but each `-p NAME VALUE`, and their names and values.
+
+    argparse takes a value that begins with a dash, such as -5.5e-3, for an option.
+    """
+    rest, pairs, words = [], [], list(words)
+    while words and words[0] != "--":
+        if words[0] == "-p" and len(words) > 2:
+            pairs.append((words[1], words[2]))
+            del words[:3]
+        else:
+            rest.append(words.pop(0))
+    return rest + words, pairs
 
 
 # --- the notebook and its parameters ---
@@ -116,8 +141,10 @@ def check_kernel(path: Path, notebook: NotebookNode, kernel: str | None) -> None
         raise SettingError(f"{path} is written in {language_of(notebook)}. Name a kernel that runs it: kernel=…")
 
 
-def _plain_value(name: str, value: Any) -> Any:
+def _plain_value(name: str, value: Any, depth: int = 0) -> Any:
     """A value that papermill writes into a cell faithfully."""
+    if depth > _DEEPEST:
+        raise SettingError(_too_deep(name))
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy's and torch's numbers
         value = value.item()
     if isinstance(value, Path):
@@ -127,25 +154,49 @@ def _plain_value(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, list | tuple):
-        return [_plain_value(name, item) for item in value]
+        return [_plain_value(name, item, depth + 1) for item in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _plain_value(name, item) for key, item in value.items()}
+        return {key: _plain_value(name, item, depth + 1) for key, item in value.items()}
     raise SettingError(
         f"The parameter {name!r} cannot be {value!r:.80}: None, bool, int, float, valid text, and lists and dicts "
         "(with text as keys) of these can be written into a notebook."
     )
 
 
-def _read_value(text: str) -> Any:
-    words = {"True": True, "False": False, "None": None}
-    if text in words:
-        return words[text]
-    for read in (json.loads, int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
+def _too_deep(name: str) -> str:
+    return (
+        f"The parameter {name!r} is a list or dict nested more than {_DEEPEST} deep, too deep for a cell. Flatten it."
+    )
+
+
+def _read_value(name: str, text: str) -> Any:
+    """A value as JSON, else as Python with JSON's words in it, else the text itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Python would say of its own string escapes
+        for read in (json.loads, _read_python):
+            try:
+                value = read(text)
+                json.dumps(value, allow_nan=False)  # a set, bytes or an infinity is none of our values
+                return value
+            except (RecursionError, MemoryError) as error:
+                if text.lstrip()[:1] in _BRACKETS:
+                    raise SettingError(_too_deep(name)) from error
+            except (ValueError, TypeError, SyntaxError) as error:
+                if "too many nested" in str(error):
+                    raise SettingError(_too_deep(name)) from error
     return text
+
+
+class _Words(ast.NodeTransformer):
+    """JSON's three words, which Python reads as names."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """Put the value in."""
+        return ast.Constant(_JSON_WORDS[node.id]) if node.id in _JSON_WORDS else node
+
+
+def _read_python(text: str) -> Any:
+    return ast.literal_eval(_Words().visit(ast.parse(text.strip(), mode="eval")))
 
 
 # --- running it ---

@@ -31,8 +31,10 @@ from urllib.parse import quote
 
 from kcwb.errors import DataError, KcwbError, SettingError, nearest
 from kcwb.files import atomic_path, write_text
+from kcwb.outputs import PAGE, PDF, PDF_MARK, check_output, settle
 from kcwb.progress import Progress
 from kcwb.versions import versions
+from kcwb.workbench.harmless import policy
 from kcwb.workbench.reportpage import facts_table, notebook_body, render
 from kcwb.workbench.reportrun import (
     Run,
@@ -43,6 +45,7 @@ from kcwb.workbench.reportrun import (
     parameters_of,
     read_notebook,
     read_parameters,
+    take_parameters,
 )
 
 if TYPE_CHECKING:
@@ -80,6 +83,7 @@ def report(
     hide_code: bool = False,
     kernel: str | None = None,
     timeout: float | None = None,
+    force: bool = False,
     progress: Progress = True,
 ) -> Path:
     """Run a notebook and write it as one HTML file that opens without a network.
@@ -103,6 +107,8 @@ def report(
         A Jupyter kernel's name; by default the running interpreter, whatever the notebook names.
     timeout
         Seconds that a cell may take; by default as long as it wants.
+    force
+        Overwrite also files that kcwb did not write; the notebook never.
     progress
         Progress over the notebook's code cells.
 
@@ -114,8 +120,8 @@ def report(
     Raises
     ------
     SettingError
-        If a parameter is not one of the notebook's, has a value that cannot be passed, or a PDF is wanted and there
-        is no Chromium. Nothing was run.
+        If a parameter is not one of the notebook's, has a value that cannot be passed, the output cannot be written
+        or is a file that is not ours, or a PDF is wanted and there is no Chromium. Nothing was run.
     DataError
         If the notebook is missing or is not one.
     KcwbError
@@ -126,7 +132,12 @@ def report(
     source = read_notebook(path)
     given = check_parameters(path, source, parameters or {})
     check_kernel(path, source, kernel)
-    if pdf:
+    printed = target.with_suffix(".pdf") if pdf is True else Path(pdf) if pdf else None
+    if target.suffix.lower() in (".pdf", ".ipynb"):
+        raise SettingError(f"A report is an HTML file: name it {target.stem}.html, and ask for a PDF beside it.")
+    check_output(target, PAGE, what="The report", inputs=[path], force=force, make_folder=True)
+    if printed is not None:
+        check_output(printed, PDF, what="The PDF", inputs=[path, target], force=force, make_folder=True)
         _browser()
     about = {
         "format": _FORMAT,
@@ -147,9 +158,10 @@ def report(
         "not_run": run.not_run,
         "provenance": _collect(run.notebook),
     }
+    target = settle(target, PAGE, force=force)
     write_text(target, _page(run, about, path, hide_code))
-    if pdf:
-        write_pdf(target, None if pdf is True else Path(pdf))
+    if printed is not None:
+        write_pdf(target, settle(printed, PDF, force=force), force=force)
     if run.error:
         raise KcwbError(f"{path} stopped at {_where(run)}: {run.error} The report up to there is {target}.")
     return target
@@ -176,7 +188,7 @@ def provenance(model: Model | None, *tasks_or_circuits: Task | Circuit) -> None:
     display(bundle, raw=True)
 
 
-def index(reports: Iterable[str | Path], output: str | Path) -> Path:
+def index(reports: Iterable[str | Path], output: str | Path, *, force: bool = False) -> Path:
     """Write a page that lists reports: title, first paragraph, parameters, size and date of each.
 
     Parameters
@@ -185,13 +197,18 @@ def index(reports: Iterable[str | Path], output: str | Path) -> Path:
         HTML files that `report` wrote, in the order of the page.
     output
         The page; links to the reports are relative to it.
+    force
+        Overwrite also a file that kcwb did not write.
 
     Raises
     ------
     DataError
         If a file is missing or is not a report.
+    SettingError
+        If the page cannot be written, or would replace a report or a file that is not ours.
     """
-    target = Path(output)
+    target, reports = Path(output), list(reports)
+    check_output(target, PAGE, what="The index", inputs=reports, force=force, make_folder=True)
     rows = []
     for path in map(Path, reports):
         link = quote(_relative(path, target.parent))
@@ -201,11 +218,11 @@ def index(reports: Iterable[str | Path], output: str | Path) -> Path:
             | {"link": link, "size": path.stat().st_size}
             | {"pdf": quote(_relative(pdf, target.parent)) if pdf.is_file() else None}
         )
-    write_text(target, render("series.html.j2", reports=rows))
+    write_text(target, render("series.html.j2", reports=rows, policy=policy()))
     return target
 
 
-def write_pdf(page: str | Path, output: str | Path | None = None) -> Path:
+def write_pdf(page: str | Path, output: str | Path | None = None, *, force: bool = False) -> Path:
     """Print an HTML file to PDF with Chromium.
 
     Parameters
@@ -214,19 +231,23 @@ def write_pdf(page: str | Path, output: str | Path | None = None) -> Path:
         The HTML file.
     output
         The PDF; by default beside the page.
+    force
+        Overwrite also a file that kcwb did not write.
 
     Raises
     ------
     SettingError
-        If there is no Chromium or Chrome.
+        If there is no Chromium or Chrome, or the PDF cannot be written or would replace a file that is not ours.
     KcwbError
         If it fails or takes more than two minutes.
     """
     page = Path(page)
     target = Path(output) if output is not None else page.with_suffix(".pdf")
+    check_output(target, PDF, what="The PDF", inputs=[page], force=force, make_folder=True)
     with tempfile.TemporaryDirectory(prefix="kcwb-chromium-") as profile, atomic_path(target) as draft:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
         flags += [f"--user-data-dir={profile}", "--no-pdf-header-footer", "--virtual-time-budget=15000"]
+        flags.append("--disable-features=IsolateSandboxedIframes")  # time must pass in the frames of graphs, too
         command = [_browser(), *flags, f"--print-to-pdf={draft}", page.resolve().as_uri()]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=False)
@@ -235,6 +256,8 @@ def write_pdf(page: str | Path, output: str | Path | None = None) -> Path:
         if done.returncode or not draft.stat().st_size:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise KcwbError(f"Chromium could not print {page} (exit code {done.returncode}): {last}")
+        with draft.open("ab") as file:
+            file.write(PDF_MARK)
     return target
 
 
@@ -254,6 +277,7 @@ def _page(run: Run, about: dict[str, Any], path: Path, hide_code: bool) -> str:
         cells=Markup(body.cells),
         provenance=Markup(facts_table(about["provenance"])),
         failed_at=f"cell-id={failed_at}" if failed_at else None,
+        policy=policy(graphs=body.graphs),
     )
 
 
@@ -388,20 +412,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
     parser.add_argument("--pdf", action="store_true", help="also write PDF, with Chromium")
     parser.add_argument("--hide-code", action="store_true", help="leave the code out")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--force", action="store_true", help="overwrite also files that kcwb did not write")
+    words, pairs = take_parameters(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(words)
+    targets = {path: options.out / f"{path.stem}.html" for path in options.notebooks}
     try:
-        parameters = _share(options.notebooks, read_parameters(options.p))
+        parameters = _share(options.notebooks, read_parameters(pairs))
+        for target in (*targets.values(), options.out / "index.html"):  # before the first of them runs
+            check_output(target, PAGE, inputs=options.notebooks, force=options.force, make_folder=True)
         if options.pdf:
             _browser()
     except KcwbError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    more = {"pdf": options.pdf, "hide_code": options.hide_code, "force": options.force}
     written, failures = [], []
-    for path in options.notebooks:
-        target = options.out / f"{path.stem}.html"
+    for path, target in targets.items():
         clock, before = time.perf_counter(), _changed(target)
         try:
-            report(path, target, parameters[path], pdf=options.pdf, hide_code=options.hide_code)
+            report(path, target, parameters[path], **more)
         except KcwbError as error:
             failures.append(str(error))
             print(f"error: {error}", file=sys.stderr)
@@ -409,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             written.append(target)
             print(f"{target}  {target.stat().st_size / 1e6:.1f} MB  {time.perf_counter() - clock:.0f} s", flush=True)
     if written:
-        print(index(written, options.out / "index.html"))
+        print(index(written, options.out / "index.html", force=options.force))
     if failures:
         print(
             f"\n{len(failures)} of {len(options.notebooks)} notebooks failed:", *failures, sep="\n- ", file=sys.stderr
@@ -424,9 +453,9 @@ def _changed(path: Path) -> int:
 def _share(notebooks: Sequence[Path], parameters: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
     """Give each notebook of a series the parameters that it has; each must be of one at least."""
     stems = [path.stem for path in notebooks]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    twice = next((stem for stem in [*stems, "index"] if [*stems, "index"].count(stem) > 1), None)
     if twice:
-        raise SettingError(f"Two notebooks are named {twice!r}: their reports would be one file.")
+        raise SettingError(f"Two pages of the series would be {twice}.html (index.html lists them). Rename a notebook.")
     known: dict[Path, dict[str, Any]] = {}
     for path in notebooks:
         try:

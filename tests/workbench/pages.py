@@ -70,16 +70,21 @@ def hostile_view() -> GraphView:
 
 def inner(view: GraphView) -> str:
     """The page that the loader unpacks."""
-    match = re.search(r'atob\("([^"]+)"\)', view.page)
+    match = re.search(r'id="kc-page">([^<]+)</script>', view.page)
     assert match
     return gzip.decompress(base64.b64decode(match[1])).decode("utf-8")
 
 
-def drawn(view: GraphView, what: str) -> list[dict[str, Any]]:
-    """The nodes or edges given to vis-network."""
-    match = re.search(rf"{what} = new vis\.DataSet\((.*)\);\n", inner(view))
+def circuit_of(view: GraphView) -> dict[str, Any]:
+    """All that the page is given to draw."""
+    match = re.search(r'id="kc-circuit">([^<>&]+)</script>', inner(view))
     assert match
     return json.loads(match[1])
+
+
+def drawn(view: GraphView, what: str) -> list[dict[str, Any]]:
+    """The nodes or edges given to vis-network."""
+    return circuit_of(view)[what]
 
 
 def ends(edge: dict[str, Any]) -> tuple[str, ...]:
@@ -89,9 +94,7 @@ def ends(edge: dict[str, Any]) -> tuple[str, ...]:
 
 def about(view: GraphView) -> dict[str, Any]:
     """What else the page is given."""
-    match = re.search(r"const view = (.*);\n", inner(view))
-    assert match
-    return json.loads(match[1])
+    return circuit_of(view)["view"]
 
 
 def colours(frame: Any) -> int:

@@ -187,11 +187,21 @@ def test_to_html_gives_text_or_writes_a_whole_file(tmp_path: Path) -> None:
     view = graph_view(make_circuit(5), title="Größe 🦜")
     assert view.to_html() == view.page
     path = tmp_path / "graph.html"
-    path.write_text("old")
+    graph_view(make_circuit(4)).to_html(path)
     assert view.to_html(path) is None
     assert path.read_text(encoding="utf-8") == view.page and list(tmp_path.iterdir()) == [path]
     view.to_html(tmp_path / "new" / "graph.html")
     assert (tmp_path / "new" / "graph.html").read_text(encoding="utf-8") == view.page
+
+
+def test_to_html_keeps_what_kcwb_did_not_write(tmp_path: Path) -> None:
+    view, path = graph_view(make_circuit(5)), tmp_path / "graph.html"
+    path.write_text("mine")
+    with pytest.raises(SettingError, match="only a page is overwritten"):
+        view.to_html(path)
+    assert path.read_text() == "mine"
+    view.to_html(path, force=True)
+    assert path.read_text(encoding="utf-8") == view.page
 
 
 def test_repr_is_short() -> None:

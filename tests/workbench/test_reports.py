@@ -23,7 +23,16 @@ from kcwb.models.graph import Graph
 from kcwb.tasks.prompts import make_task
 from kcwb.workbench import reports
 from kcwb.workbench.reportpage import _STATE, _VIEW, notebook_body, tex_to_html
-from kcwb.workbench.reports import PROVENANCE, index, parameters_of, provenance, read_parameters, report
+from kcwb.workbench.reports import (
+    PROVENANCE,
+    index,
+    parameters_of,
+    provenance,
+    read_parameters,
+    report,
+    take_parameters,
+    write_pdf,
+)
 from tests.tasks import known_relation
 
 HOSTILE = [
@@ -268,10 +277,12 @@ def test_what_an_output_would_load_is_replaced_by_a_note(tmp_path: Path) -> None
         <script>window.kept = 1</script><a href="javascript:alert(1)">x</a><a href="https://example.org/">y</a>
         <img srcset="https://example.org/d.png 2x"><object data="https://example.org/e"></object>"""
     cell = new_code_cell("", outputs=[new_output("display_data", {"text/html": content})])
-    cells = notebook_body(new_notebook(cells=[cell, new_markdown_cell("![gone](attachment:a.png)")]), tmp_path).cells
+    notebook = new_notebook(cells=[cell, new_markdown_cell("![gone](attachment:a.png)")])
+    with pytest.warns(UserWarning, match="lacks pictures: .*d.png; missing attachment: a.png"):
+        cells = notebook_body(notebook, tmp_path).cells
     assert fetched(cells) == [] and "@import" not in cells and "url(" not in cells and "vis.js'" not in cells
-    assert "window.kept = 1" in cells and "kept&lt;/p&gt;" in cells and "javascript:" not in cells
-    assert 'href="https://example.org/"' in cells and "missing attachment: a.png" in cells
+    assert "window.kept" not in cells and "kept&lt;/p&gt;" in cells and "javascript:" not in cells
+    assert '<a title="https://example.org/">y</a>' in cells and "missing attachment: a.png" in cells
     assert cells.count("is not part of this report") == 5
 
 
@@ -308,6 +319,97 @@ def test_parameters_given_as_text_become_values() -> None:
         "day": "2024-01-01",
         "p": "{} is",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("['a','b']", ["a", "b"]),
+        ("[1, 2,]", [1, 2]),
+        ("(1, 'b')", [1, "b"]),
+        ("[]", []),
+        ("[-1, -2.5e-3]", [-1, -0.0025]),
+        ("[true, False, null, None, 'null']", [True, False, None, None, "null"]),
+        ("{'a': [1, {'b': true}]}", {"a": [1, {"b": True}]}),
+        ('{"a": [1, {"b": null}]}', {"a": [1, {"b": None}]}),
+        ('"\\ud83e\\udd9c"', "🦜"),
+        (r"'it\'s'", "it's"),
+        ("-5.5e-3", -0.0055),
+        ("-7", -7),
+        ("+7", 7),
+        ("-.5", -0.5),
+        ("1_000", 1000),
+        ("'7'", "7"),
+        ('"true"', "true"),
+        ("null", None),
+        ("False", False),
+    ],
+)
+def test_parameters_are_read_as_json_or_python(text: str, value: object) -> None:
+    (found,) = read_parameters([("x", text)]).values()
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "-x",
+            "--",
+            "--5",
+            "...",
+            "{1}",
+            "b'x'",
+            "1j",
+            "007",
+            "NaN",
+            "inf",
+            "1e999",
+            "'tis",
+            "l'été",
+            "[a]",
+            "[1",
+        ),
+        *("f'{x}'", "__import__('os')", "1 + 1", "{} is", "#1", "w5", "$x", "C:\\d", "9" * 5000, "-" * 9000, "a\nb"),
+    ],
+)
+def test_all_else_is_text(text: str) -> None:
+    assert read_parameters([("x", text)]) == {"x": text}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{'[' * n}{']' * n}" for n in (101, 150, 300, 900, 5000, 200_000)]
+    + ["{'a':" * n + "1" + "}" * n for n in (101, 300, 5000)]
+    + ["('a'," * n + ")" * n for n in (150, 5000)],
+)
+def test_lists_too_deep_for_a_cell_are_refused_in_one_line(text: str) -> None:
+    with pytest.raises(SettingError, match="The parameter 'x' is a list or dict nested more than 100 deep") as error:
+        read_parameters([("x", text)])
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+def test_a_list_in_itself_is_refused(tmp_path: Path) -> None:
+    notebook = save(tmp_path / "n.ipynb", code("x = 1", "parameters"))
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(SettingError, match="nested more than 100 deep"):
+        report(notebook, parameters={"x": endless})
+
+
+@pytest.mark.parametrize("text", ["{1: 2}", "\ud800", "['\ud800']"])
+def test_text_that_means_what_no_cell_can_hold_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match="The parameter 'x' cannot be"):
+        read_parameters([("x", text)])
+
+
+def test_parameters_are_taken_from_a_command_line_as_they_are() -> None:
+    words = ["-p", "a", "-5.5e-3", "n.ipynb", "-p", "-p", "--quiet", "--quiet", "-p", "c", "--", "--", "-p", "d", "e"]
+    rest, pairs = take_parameters(words)
+    assert pairs == [("a", "-5.5e-3"), ("-p", "--quiet"), ("c", "--")]
+    assert rest == ["n.ipynb", "--quiet", "--", "-p", "d", "e"]
+    assert take_parameters(["n", "-p", "a"]) == (["n", "-p", "a"], [])
 
 
 def test_unknown_parameter_names_the_nearest_and_all(tmp_path: Path) -> None:
@@ -422,6 +524,87 @@ def test_pdf_without_chromium_is_refused_before_anything_runs(tmp_path: Path, mo
     with pytest.raises(SettingError, match="A PDF needs Chromium or Chrome"):
         report(notebook, tmp_path / "n.html", pdf=True)
     assert [p.name for p in tmp_path.iterdir()] == ["n.ipynb"]
+
+
+# --- where it goes ---
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> Path:
+    """A notebook that leaves a file when it is run."""
+    return save(tmp_path / "n.ipynb", "# T", code("open('ran', 'w').close()"))
+
+
+def test_a_report_never_replaces_its_notebook(counting: Path, tmp_path: Path) -> None:
+    before = counting.read_bytes()
+    (tmp_path / "soft.html").symlink_to(counting)
+    (tmp_path / "hard.html").hardlink_to(counting)
+    for force in (False, True):
+        for name in ("soft.html", "hard.html"):
+            with pytest.raises(SettingError, match=r"is n\.ipynb, which is read"):
+                report(counting, tmp_path / name, force=force)
+        with pytest.raises(SettingError, match=r"A report is an HTML file: name it n.html"):
+            report(counting, counting, force=force)
+        with pytest.raises(SettingError, match=r"The PDF .* is n\.ipynb, which is read"):
+            report(counting, tmp_path / "n.html", pdf=counting, force=force)
+        with pytest.raises(SettingError, match=r"The PDF .* is n\.html, which is read"):
+            report(counting, tmp_path / "n.html", pdf=tmp_path / "n.html", force=force)
+    assert counting.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hard.html", "n.ipynb", "soft.html"]
+
+
+def test_a_file_of_anothers_is_kept_and_nothing_is_run(counting: Path, tmp_path: Path) -> None:
+    target = tmp_path / "n.html"
+    target.write_text("<html>mine</html>")
+    with pytest.raises(
+        SettingError, match=r"The report .*n.html' is kept: only a page is overwritten, if kcwb wrote it"
+    ):
+        report(counting)  # the default, in this folder
+    for bad in (tmp_path, tmp_path / "n.html" / "x.html"):
+        with pytest.raises(SettingError, match=r"The report .* (is a folder|is not a folder)"):
+            report(counting, bad)
+    (tmp_path / "x.pdf").write_bytes(b"%PDF-1.4 mine")
+    with pytest.raises(SettingError, match=r"The PDF .*x.pdf' is kept"):
+        report(counting, tmp_path / "x.html", pdf=True)
+    with pytest.raises(SettingError, match="is kept: only a PDF"):
+        write_pdf(tmp_path / "x.html")
+    assert not (tmp_path / "ran").exists() and read(target) == "<html>mine</html>"
+    assert "ran in" in read(report(counting, force=True, progress=False))
+    assert "ran in" in read(report(counting, progress=False))  # ours now
+
+
+def test_a_file_that_the_notebook_writes_is_kept_and_the_report_stands_beside_it(tmp_path: Path) -> None:
+    notebook = save(tmp_path / "n.ipynb", "# T", code("open('n.html', 'w').write('mine')"))
+    with pytest.warns(UserWarning, match="something else wrote"):
+        page = report(notebook, tmp_path / "n.html", progress=False)
+    assert read(tmp_path / "n.html") == "mine" and about(page)["title"] == "T"
+
+
+def test_a_series_is_not_begun_if_one_of_its_pages_cannot_be_written(
+    counting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save(tmp_path / "o.ipynb", "# O")
+    (tmp_path / "out").mkdir()
+    for name in ("o.html", "index.html"):
+        (tmp_path / "out" / name).write_text("mine")
+        assert reports.main([str(counting), str(other), "--out", str(tmp_path / "out")]) == 1
+        assert f"{name}' is kept" in capsys.readouterr().err and not (tmp_path / "ran").exists()
+        (tmp_path / "out" / name).unlink()
+    listed = save(tmp_path / "index.ipynb", "# I")
+    assert reports.main([str(listed), "--out", str(tmp_path / "out")]) == 1
+    assert "Two pages of the series would be index.html" in capsys.readouterr().err
+
+
+def test_an_index_replaces_no_report_and_nothing_of_anothers(page: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.html"
+    shutil.copy(page, copy)
+    with pytest.raises(SettingError, match=r"is copy.html, which is read"):
+        index([copy], copy, force=True)
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(SettingError, match=r"The index .* is kept"):
+        index([copy], tmp_path / "index.html")
+    index([copy], tmp_path / "index.html", force=True)
+    index(iter([copy]), tmp_path / "index.html")
 
 
 # --- provenance ---
@@ -581,6 +764,7 @@ def test_pdf_is_printed_by_chromium(page: Path, tmp_path: Path) -> None:
     if not any(map(shutil.which, reports._BROWSERS)):
         pytest.skip("Chromium is not installed")
     made = reports.write_pdf(page, tmp_path / "all.pdf")
+    reports.write_pdf(page, made)  # what kcwb wrote it may replace
     content = made.read_bytes()
     assert content.startswith(b"%PDF") and len(content) > 50_000
     assert [p.name for p in tmp_path.iterdir()] == ["all.pdf"]

@@ -1,0 +1,143 @@
+"""Where results may be written: asked before anything runs, so that neither another's file nor the work is lost.
+
+A file that is there is overwritten only if it is one that kcwb wrote, which a mark in it says, or if that is forced.
+A file that is read, under whatever name, is never overwritten.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from kcwb.errors import CircuitError, SettingError
+
+PAGE_MARK = '<meta name="generator" content="kcwb">'
+"""In the head of every page that we write."""
+
+PDF_MARK = b"\n% printed by kcwb\n"
+"""At the end of every PDF that we write, where a PDF may hold comments."""
+
+
+class Kind(NamedTuple):
+    """A kind of file: what it is called, and whether a file is one that kcwb wrote."""
+
+    name: str
+    ours: Callable[[Path], bool]
+
+
+def check_output(
+    path: str | Path,
+    kind: Kind,
+    *,
+    what: str = "The output",
+    inputs: Iterable[str | Path] = (),
+    force: bool = False,
+    make_folder: bool = False,
+) -> None:
+    """Raise SettingError unless a file of ours may and can be written there.
+
+    Parameters
+    ----------
+    path
+        The file; where it is a symbolic link, what that leads to.
+    kind
+        What is going to be written; only such a file, written by kcwb, is overwritten.
+    what
+        What the message calls it.
+    inputs
+        Files that are read: none of them is overwritten, under no name.
+    force
+        Overwrite also what kcwb did not write.
+    make_folder
+        Whether a folder that is missing is going to be made.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        said = _refusal(target, kind, inputs, force) or _hindrance(target, make_folder)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        said = f"cannot be written: {getattr(error, 'strerror', None) or error}."
+    if said:
+        raise SettingError(f"{what} {str(path)!r} {said}")
+
+
+def settle(path: Path, kind: Kind, *, force: bool = False) -> Path:
+    """The same path, or a new one beside it if a file of another's has appeared there since it was checked."""
+    if force or not _refusal(Path(os.path.realpath(path)), kind, (), force):
+        return path
+    free = next(one for i in range(2, 10_000) if not os.path.lexists(one := path.with_stem(f"{path.stem} ({i})")))
+    warnings.warn(f"Meanwhile something else wrote {path}, which is kept: this is in {free}.", stacklevel=2)
+    return free
+
+
+def _refusal(target: Path, kind: Kind, inputs: Iterable[str | Path], force: bool) -> str:
+    """Why a path must not be written to; empty if it may."""
+    for source in inputs:
+        if os.path.realpath(source) == str(target) or (target.exists() and _same(target, source)):
+            return (
+                f"is {Path(source).name}, which is read: only {kind.name} is overwritten, and nothing that is read. "
+                "Choose another name."
+            )
+    if target.is_dir():
+        return "is a folder. Give the name of a file."
+    if os.path.lexists(target) and not target.is_file():
+        return "is no file that could be replaced. Choose another name."
+    if not force and target.exists() and not kind.ours(target):
+        return (
+            f"is kept: only {kind.name} is overwritten, if kcwb wrote it. Choose another name, or force it (--force; "
+            "in Python, force=True)."
+        )
+    return ""
+
+
+def _hindrance(target: Path, make_folder: bool) -> str:
+    """Why a path cannot be written to; empty if it can, which is tried."""
+    if target.exists() and not os.access(target, os.W_OK):
+        return "is write-protected. Choose another name."
+    folder = target.parent
+    while make_folder and not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        return f"cannot be written: {folder} is not a folder. Make it first."
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"cannot be written: the folder {folder} is write-protected."
+    draft = folder / f".{target.name}.{uuid.uuid4().hex}.tmp"  # as `atomic_path` makes one
+    draft.touch()
+    draft.unlink()
+    return ""
+
+
+def _same(target: Path, source: str | Path) -> bool:
+    return os.path.exists(source) and os.path.samefile(target, source)
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return PAGE_MARK.encode() in file.read(2000)
+
+
+def _is_pdf(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, len(PDF_MARK)), os.SEEK_END)
+        return file.read() == PDF_MARK
+
+
+def _is_circuit(path: Path) -> bool:
+    from kcwb.circuits.circuit import Circuit
+
+    try:
+        Circuit.load(path)
+    except CircuitError:
+        return False
+    return True
+
+
+PAGE, PDF, CIRCUIT = Kind("a page", _is_page), Kind("a PDF", _is_pdf), Kind("a circuit", _is_circuit)
+
+
+def same_text(text: str) -> Kind:
+    """A file that may be written again because it already holds this very text."""
+    return Kind("the same text", lambda path: path.read_bytes() == text.encode("utf-8"))

@@ -80,7 +80,7 @@ def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], mas
         covered(config)
         if stored is not None:
             _require_room(config, kind, stored)
-        module, found = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -89,6 +89,7 @@ def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], mas
             **safe,
             **more,
         )
+        module, found = loaded
         tokenizer = _tokenizer(source, safe)
     except ModelError:
         raise

@@ -122,7 +122,7 @@ def reference_run(
 def output_weights(block: Any, n_heads: int) -> Float[Tensor, "H K D"]:
     """The output projection of a bridge's block by heads, from the Hugging Face module itself."""
     module = _original(block.attn.o)
-    weight = module.weight.T if isinstance(module, nn.Linear) else module.weight  # GPT-2's Conv1D is [in, out]
+    weight: Any = module.weight.T if isinstance(module, nn.Linear) else module.weight  # GPT-2's Conv1D is [in, out]
     return weight.unflatten(0, (n_heads, -1))
 
 

@@ -208,7 +208,9 @@ def _read_gguf(gguf: Path, dtype: Any = None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype or torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=dtype or torch.float32, trust_remote_code=False
+        )
         # Not AutoTokenizer: it reads the whole file once more, only to learn which class this is.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:  # a cut or foreign file fails in many ways

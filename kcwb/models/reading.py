@@ -91,6 +91,7 @@ def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], mas
         )
         module, found = loaded
         tokenizer = _tokenizer(source, safe)
+        tokenizer("a")  # one without a token for the unknown fails here
     except ModelError:
         raise
     except Exception as error:  # a cut or foreign file fails in many ways

@@ -195,6 +195,14 @@ def test_a_folders_tokenizer_is_the_one_that_was_written(name: str, tmp_path: Pa
     assert [read(text).input_ids for text in texts] == [tokenizer()(text).input_ids for text in texts]
 
 
+def test_a_tokenizer_that_cannot_read_a_word_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path) / "tokenizer.json"
+    words = {"type": "WordLevel", "vocab": {"w1": 1}, "unk_token": "<unk>"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": words, "added_tokens": []}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(tmp_path)
+
+
 # --- one model, one digest ---
 
 

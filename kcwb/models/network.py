@@ -59,6 +59,8 @@ class Norm:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         if x.dtype != self.weight.dtype:
             return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        if x.dtype.itemsize == 2:  # rounded before the gain, as in Llama
+            return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def factor(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:

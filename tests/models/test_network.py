@@ -237,3 +237,13 @@ def test_the_down_projection_is_the_models_own(tiny, architecture: str) -> None:
         weight.copy_(saved)
     assert (edited - before).abs().max() > 1e-3 and (ours - edited).abs().max() < 1e-4
     assert torch.equal(model.logits(tokens), before)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox", "qwen3", "phi3", "gemma", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_round_in_half_precision_as_hugging_face_does(architecture: str, dtype: torch.dtype) -> None:
+    model = load_model(tiny_hf(architecture).to(dtype), tokenizer(), device="cpu")
+    x = (3 * torch.randn(50, model.network.d_model)).to(dtype)
+    block, layer = model.bridge.blocks[1], model.network.layers[1]
+    for ours, theirs in ((layer.norm_attention, block.ln1), (model.network.norm_final, model.bridge.ln_final)):
+        torch.testing.assert_close(ours(x), theirs.original_component(x), rtol=0, atol=0)

@@ -120,7 +120,8 @@ def completeness_rows(frame: pd.DataFrame) -> pd.DataFrame:
         }
         for one in part.itertuples():
             place = f"{one.split} (n={one.n})"
-            ends = "" if one.low != one.low else f" [{one.low:.2f}, {one.high:.2f}]"  # all facts are alike
+            low: Any = one.low
+            ends = "" if pd.isna(low) else f" [{low:.2f}, {one.high:.2f}]"  # all facts are alike
             row[f"Hit@10, {place}"] = "–" if not one.n else f"{one.hit:.2f}{ends}"
             row[f"nll, {one.split}"] = "–" if not one.n else f"{one.nll:.2f}"
         rows.append(row)

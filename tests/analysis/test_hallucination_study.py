@@ -436,5 +436,6 @@ def test_it_can_be_cancelled():
 def test_three_relations_of_the_built_in_model(smollm2):
     names = ["country_capital", "country_language", "country_currency"]
     study = hallucination_study(smollm2, names, n=6, draws=20, resamples=200, progress=False)
-    assert study.relations["facts"].tolist() == [6, 6, 6] and study.measured.attention.shape == (18, 270)
+    assert study.relations["facts"].tolist() == [5, 6, 4]  # Dakar and Dhaka, rupiah and ruble begin alike
+    assert study.measured.attention.shape == (15, 270)
     assert (study.measured.attention.sum(1) > 0).all() and study.scores["auroc"].between(0, 1).all()

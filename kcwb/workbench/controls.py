@@ -55,12 +55,12 @@ class Controls:
         for name, value in (("edges", edges), ("within", within)):
             if value is not None and not 1 <= value <= self._n_edges:
                 raise SettingError(f"{name}={value}: {model.name} has {self._n_edges:,} edges; ask for 1 to that many.")
+        given = relation if isinstance(relation, Relation) else load_relation(relation)
+        given.template(template)
         self.relations: dict[str, Relation | Path] = dict(relation_files())
         if not isinstance(relation, str) or relation.endswith(".json"):
-            relation = relation if isinstance(relation, Relation) else load_relation(relation)
-            self.relations[relation.name] = relation
-        chosen = relation.name if isinstance(relation, Relation) else load_relation(relation).name
-        self.relation = dropdown("Relation", self._relation_options(), chosen, wide=True)
+            self.relations[given.name] = given
+        self.relation = dropdown("Relation", self._relation_options(), given.name, wide=True)
         self.template = dropdown("Template", *self._template_options(template), wide=True)
         self.method = dropdown("Method", list(METHODS), method)
         self.ablation = dropdown(
@@ -153,8 +153,4 @@ class Controls:
         options: list[tuple[str, int | str]] = [(brief(text), i) for i, text in enumerate(known)]
         if isinstance(wanted, str):
             options.append((brief(wanted), wanted))
-        elif not 0 <= wanted < len(known):
-            raise SettingError(
-                f"template={wanted}: {name} has {len(known)} zero-shot templates, 0 to {len(known) - 1}."
-            )
         return options, wanted

@@ -44,6 +44,8 @@ class _Found:
 class EditPanel(Panel):
     """Choose a fact, its new object, a method and a layer; see the model before and after; undo.
 
+    Closing the panel undoes its edit. One that is let go without `close` leaves its edit in the weights.
+
     Parameters
     ----------
     model
@@ -105,6 +107,9 @@ class EditPanel(Panel):
         layer = default_layer(model, method) if layer is None else layer
         if not 0 <= layer < model.graph.n_layers:
             raise SettingError(f"layer={layer}: {model.name} has layers 0 to {model.graph.n_layers - 1}.")
+        given = relation if isinstance(relation, Relation) else load_relation(relation)
+        given.template(template)
+        row = _row(given, subject)
         super().__init__()
         self.model = model
         self.edit: Edit | None = None
@@ -112,12 +117,11 @@ class EditPanel(Panel):
         self.comparison: EditComparison | None = None
         self._more: dict[str, Any] = {"edges": edges, "movers": movers, "draws": draws, "seed": seed}
         self._n, self._settings = n, settings or {}
-        given = relation if isinstance(relation, Relation) else load_relation(relation)
         self._relations: dict[str, Any] = {**relation_files(), given.name: given}
         names = sorted(self._relations)
         self._relation = dropdown("Relation", [(brief(name), name) for name in names], given.name)
         self._template = dropdown("Template", _templates(given), template, wide=True)
-        self._fact = dropdown("Fact", _facts(given), _row(given, subject), wide=True)
+        self._fact = dropdown("Fact", _facts(given), row, wide=True)
         self._target = W.Combobox(description="New object", ensure_option=False, layout=room(205))
         self._method = dropdown("Method", list(METHODS), method)
         self._layer = W.BoundedIntText(
@@ -191,6 +195,9 @@ class EditPanel(Panel):
                 self.edit.undo()
                 self._draw_summary(self.edit, "Undone: the weights are what they were.")
                 self.edit = None
+
+    def _leave(self) -> None:
+        self.undo()
 
     def to_html(self) -> str:
         """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""

@@ -6,14 +6,16 @@ import base64
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import ipywidgets as W
+from IPython.core.getipython import get_ipython
 from IPython.display import display, update_display
 
-from kcwb.errors import KcwbError
+from kcwb.errors import KcwbError, SettingError
 from kcwb.progress import ProgressCallback
 from kcwb.workbench import tables
 from kcwb.workbench.runner import Runner
@@ -27,8 +29,16 @@ PANEL_CLASS = "kcwb-panel"
 _REDRAW = 0.1  # seconds between two drawings of the progress bar
 _LOCK = threading.RLock()
 """Held while what any panel shows is changed, by whichever thread: one for all, since panels hold one another."""
-ROW = W.Layout(flex_flow="row wrap", align_items="center", grid_gap="2px 14px", width="100%", overflow="visible")
-"""Widgets side by side, on a second line where there is no room."""
+ROW = {
+    "flex_flow": "row wrap",
+    "align_items": "center",
+    "grid_gap": "2px 14px",
+    "width": "100%",
+    "overflow": "visible",
+}
+"""The layout of widgets side by side, on a second line where there is no room."""
+_SHOWN: dict[str, tuple[str, list[weakref.ref[Panel]]]] = {}
+"""By cell: in which of its runs it showed panels last, and which."""
 
 
 class _Notes:
@@ -83,10 +93,9 @@ class Panel:
 
     A subclass passes its widgets to `_assemble`, starts long work with `_start`, and draws itself in `to_html`.
 
-    Attributes
-    ----------
-    widget
-        The whole panel, to be put into other widgets.
+    A panel lives until `close`, or until nothing holds it any more: no name of yours, no cell that shows it and was not
+    run again since, nobody who took its `widget`, no running job. Then its widgets go, too. What a cell's last line
+    shows is also kept by IPython, in `Out`: end the cell with `display(panel)` instead, or close the panel.
     """
 
     def __init__(self) -> None:
@@ -95,14 +104,57 @@ class Panel:
         self._runner = Runner(on_change=self._show_state, on_error=self._tell)
         self._stage, self._stage_started, self._drawn = "", 0.0, 0.0
         self._displays: dict[str, str] = {}  # id -> what was last drawn there for pages without widgets
+        self._works: list[Callable[[Any], None]] = []  # what our widgets' callbacks do
         self._bar = W.FloatProgress(min=0, max=1, layout=W.Layout(width="220px", margin="0"))
         self._status = W.HTML()
         self._cancel_button = button("Cancel", "stop")
         self._cancel_button.on_click(self._guarded(lambda _: self.cancel()))
         self._message = W.HTML()
         self._progress = (self._cancel_button, self._bar, self._status)
-        self.widget = W.VBox(layout=W.Layout(width="100%", max_width="1100px"))
+        self._root: Any = W.VBox(layout=W.Layout(width="100%", max_width="1100px"))
+        self._root.kept = {}  # the panel itself, by those who need it as long as the widget is there
+        self._owned = _widgets(vars(self))
+        self._let_go = weakref.finalize(self, _close, self._owned)
+        self._let_go.atexit = False  # pages that show the panel outlive the kernel
         self._show_state()
+
+    @property
+    def widget(self) -> W.VBox:
+        """The whole panel, to be put into other widgets; whoever takes it keeps the panel, until `close`."""
+        self._keep("its taker", True)
+        return self._root
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._let_go.alive
+
+    def close(self) -> None:
+        """Stop what is running and wait for its end, then let the widgets go; results stay in the attributes.
+
+        On screen the panel is replaced by its plain drawing. In a `with` block, the panel is closed at its end.
+        """
+        if self.closed:
+            return
+        self._runner.close()
+        self._leave()
+        drawn = {"text/html": self.to_html(), "text/plain": repr(self)} if self._displays else {}
+        for key in self._displays:
+            update_display(drawn, display_id=key, raw=True)
+        self._displays.clear()
+        self._let_go()
+        self._root.kept = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except KcwbError as trouble:
+            if error is None:
+                raise
+            error.add_note(str(trouble))  # which must not hide what went wrong first
 
     @property
     def state(self) -> str:
@@ -143,13 +195,19 @@ class Panel:
     # --- for subclasses ---
 
     def _assemble(self, *children: W.Widget) -> None:
-        """The panel from top to bottom."""
-        self.widget.children = [W.HTML(tables.STYLE), *children]
+        """The panel from top to bottom; all of its widgets are made by now."""
+        self._root.children = [W.HTML(tables.STYLE), *children]
+        self._owned[:] = _widgets(vars(self))
+
+    def _leave(self) -> None:
+        """What else is to be done when the panel is closed; nothing is running then."""
 
     def _start(
         self, name: str, job: Callable[[ProgressCallback], Any], on_done: Callable[[Any], None] | None = None
     ) -> None:
         """Run a job on the worker; the latest wins. Its warnings are told as notes."""
+        if self.closed:
+            raise SettingError("This panel is closed. Make another one.")
 
         def noting(progress: ProgressCallback) -> Any:
             with _NOTES.taken() as notes:
@@ -166,18 +224,28 @@ class Panel:
         progress(0, 0, "")
 
     def _guarded(self, work: Callable[[Any], None]) -> Callable[[Any], None]:
-        """A callback for widgets: one at a time, not for our own changes, and what it raises is told."""
+        """A callback for widgets: one at a time, not for our own changes, and what it raises is told.
+
+        ipywidgets keeps all widgets, which must not keep the panel: they know it weakly, and it knows the work.
+        """
+        number, known = len(self._works), weakref.ref(self)
+        self._works.append(work)
 
         def callback(event: Any) -> None:
-            with self._lock:
-                if self._quiet:
-                    return
-                try:
-                    work(event)
-                except Exception as error:
-                    self._tell(error)
+            panel = known()
+            if panel is not None:
+                panel._answer(panel._works[number], event)
 
         return callback
+
+    def _answer(self, work: Callable[[Any], None], event: Any) -> None:
+        with self._lock:
+            if self._quiet:
+                return
+            try:
+                work(event)
+            except Exception as error:
+                self._tell(error)
 
     @contextmanager
     def _silently(self) -> Iterator[None]:
@@ -229,16 +297,23 @@ class Panel:
 
     # --- display ---
 
+    def _keep(self, by: str, kept: bool) -> None:
+        """Let the widgets hold the panel, as ipywidgets holds them; or let it go."""
+        self._root.kept.pop(by, None)
+        if kept and not self.closed:
+            self._root.kept[by] = self
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        bundle = dict(self.widget._repr_mimebundle_() or {})
+        bundle = {"text/plain": repr(self)} if self.closed else dict(self._root._repr_mimebundle_() or {})
         return {**bundle, "text/html": self.to_html()}
 
     def _ipython_display_(self) -> None:
         """Show the widgets, under an id by which `wait` can renew the plain drawing beside them."""
         bundle = self._repr_mimebundle_()
         handle = display(bundle, raw=True, display_id=True)
-        if handle is not None:
+        if handle is not None and not self.closed:
             self._displays[handle.display_id] = bundle["text/html"]
+            _keep_on_screen(self)
 
     def _refresh(self) -> None:
         bundle = self._repr_mimebundle_() if self._displays else {}
@@ -246,6 +321,42 @@ class Panel:
             if drawn != bundle["text/html"]:
                 update_display(bundle, display_id=key, raw=True)
                 self._displays[key] = bundle["text/html"]
+
+
+def _keep_on_screen(panel: Panel) -> None:
+    """Let the cell that shows a panel hold it, and no longer those that an earlier run of the cell showed."""
+    kernel = getattr(get_ipython(), "kernel", None)
+    request = kernel.get_parent() if kernel is not None else {}
+    run = request.get("header", {}).get("msg_id", "")
+    cell = request.get("metadata", {}).get("cellId", run)
+    before, shown = _SHOWN.get(cell, ("", []))
+    if before != run:
+        for earlier in filter(None, (known() for known in shown)):
+            earlier._keep(cell, False)
+        shown = []
+    panel._keep(cell, True)
+    _SHOWN[cell] = run, [*shown, weakref.ref(panel)]
+
+
+def _widgets(*values: Any) -> list[W.Widget]:
+    """All widgets among values and what they hold: children, layouts, styles."""
+    found: dict[int, W.Widget] = {}
+    queue = list(values)
+    while queue:
+        one = queue.pop()
+        if isinstance(one, Mapping):
+            queue += one.values()
+        elif isinstance(one, list | tuple):
+            queue += one
+        elif isinstance(one, W.Widget) and id(one) not in found:
+            found[id(one)] = one
+            queue += [getattr(one, key) for key in one.keys]
+    return list(found.values())
+
+
+def _close(widgets: list[W.Widget]) -> None:
+    for widget in widgets:
+        widget.close()
 
 
 def picture(plot: Plot, words: str) -> str:

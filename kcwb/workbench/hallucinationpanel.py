@@ -129,17 +129,18 @@ class HallucinationPanel(Panel):
         most = model.graph.n_layers * model.graph.n_heads
         if not 1 <= movers <= most or n < 1:
             raise SettingError(f"movers={movers}, n={n}: 1 to {most} heads, and at least one other fact, are needed.")
+        given = relation if isinstance(relation, Relation) else load_relation(relation)
+        given.template(template)
+        row = _row(given, subject)
         super().__init__()
         self.model = model
         self.diagnosis: Diagnosis | None = None
         self._n, self._seed = n, seed
-        given = relation if isinstance(relation, Relation) else load_relation(relation)
-        given.template(template)
         self._relations: dict[str, Any] = {**relation_files(), given.name: given}
         names = sorted(self._relations)
         self._relation = dropdown("Relation", [(brief(name), name) for name in names], given.name)
         self._template = dropdown("Template", _templates(given), template, wide=True)
-        self._fact = dropdown("Fact", _facts(given), _row(given, subject), wide=True)
+        self._fact = dropdown("Fact", _facts(given), row, wide=True)
         self._movers = W.BoundedIntText(movers, min=1, max=most, description="Movers", layout=room(120))
         self._run_button = button("Diagnose", "search", width=112, button_style="primary")
         self._result = W.HTML(layout=W.Layout(width="100%"))

@@ -185,9 +185,9 @@ class NodePanel(Panel):
         self._where = dropdown("In", [("the circuit alone", _CIRCUIT), ("the full model", _MODEL)], _CIRCUIT)
         self._prompt = dropdown("Prompt", [], None, wide=True)
         self._ablate_button = button("Ablate it", "scissors", width=120)
-        self._heading, self._attention, self._writes, self._joined, self._gone = (W.HTML() for _ in range(5))
-        for part in (self._attention, self._writes):
-            part.layout = W.Layout(flex="1 1 330px", min_width="0")
+        self._heading, self._joined, self._gone = W.HTML(), W.HTML(), W.HTML()
+        beside = {"flex": "1 1 330px", "min_width": "0"}
+        self._attention, self._writes = W.HTML(layout=beside), W.HTML(layout=beside)
         self._graph = W.HTML(layout=W.Layout(width="100%"))
         self._graph.add_class(GRAPH_CLASS)
         self.clicks = GraphClicks(self._guarded(self._on_click))
@@ -297,7 +297,7 @@ class NodePanel(Panel):
             self._joined,
         ]
         if graph:
-            self.widget.add_class(PANEL_CLASS)
+            self._root.add_class(PANEL_CLASS)
             rows = [self._graph, self.clicks.widget, *rows]
         self._assemble(*rows)
 

@@ -7,6 +7,7 @@ result stays on screen.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,12 @@ class DiscoveryPanel(Panel):
         draws: int = 10,
         height: int = 560,
     ) -> None:
-        super().__init__()
-        self.controls = Controls(
+        controls = Controls(
             model, relation, template=template, method=method, ablation=ablation, metric=metric,
             edges=edges, tau=tau, within=within, n=n, seed=seed,
         )  # fmt: skip
+        super().__init__()
+        self.controls = controls
         self.model = model
         self.history: list[Finding] = []
         self._shown: Finding | None = None
@@ -272,6 +274,9 @@ class DiscoveryPanel(Panel):
         self.nodes.wait(timeout)
         self._refresh()
 
+    def _leave(self) -> None:
+        self.nodes.close()
+
     def to_html(self) -> str:
         """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
         finding = self._shown
@@ -319,7 +324,7 @@ class DiscoveryPanel(Panel):
         size = f"{graph.n_layers} layers of {graph.n_heads} heads, {graph.n_edges:,} edges"
         about = W.HTML(tables.styled(tables.muted(f"{self.model.name}: {size}")))
         against = W.VBox([W.HBox([self._other], layout=ROW), self._tables[_COMPARE], self._both])
-        boxes = {_NODE: self.nodes.widget, _COMPARE: against}
+        boxes = {_NODE: self.nodes._root, _COMPARE: against}
         self._tabs = W.Tab([boxes.get(name, self._tables[name]) for name in _TABS], titles=_TABS, selected_index=0)
         self._result = W.VBox(
             [
@@ -336,7 +341,7 @@ class DiscoveryPanel(Panel):
         buttons = W.HBox([self._run_button, self._ask_button, self._predict_button, *self._progress], layout=ROW)
         self._offer_size()
         files = W.HBox([self._path, self._save_button, self._load_button], layout=ROW)
-        self.widget.add_class(PANEL_CLASS)
+        self._root.add_class(PANEL_CLASS)
         self._assemble(about, self.controls.widget, buttons, self._message, self._result, files)
 
     # --- events ---
@@ -510,4 +515,4 @@ class DiscoveryPanel(Panel):
 def _file(path: str | Path) -> Path:
     if not str(path).strip():
         raise SettingError("Give the file a name, for example circuit.json.")
-    return Path(path).expanduser()
+    return Path(os.path.expanduser(path))

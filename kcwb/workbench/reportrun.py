@@ -143,7 +143,7 @@ def check_kernel(path: Path, notebook: NotebookNode, kernel: str | None) -> None
 
 def _plain_value(name: str, value: Any, depth: int = 0) -> Any:
     """A value that papermill writes into a cell faithfully."""
-    if depth > _DEEPEST:
+    if depth == _DEEPEST and isinstance(value, list | tuple | Mapping):
         raise SettingError(_too_deep(name))
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy's and torch's numbers
         value = value.item()

@@ -134,6 +134,13 @@ class Runner:
             self.cancel()
             raise
 
+    def close(self) -> None:
+        """Cancel, and wait for the end of the thread; called on that thread itself, only cancel."""
+        thread = self._thread
+        self.cancel()
+        if self.wait() and thread is not None:
+            thread.join()
+
     def _work(self) -> None:
         """Take requests until none is left."""
         while True:

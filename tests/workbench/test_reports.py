@@ -390,6 +390,11 @@ def test_lists_too_deep_for_a_cell_are_refused_in_one_line(text: str) -> None:
     assert len(str(error.value)) < 200 and "\n" not in str(error.value)
 
 
+def test_lists_that_a_cell_can_hold_are_taken() -> None:
+    (value,) = read_parameters([("x", "[" * 100 + "]" * 100)]).values()
+    assert json.dumps(value) == "[" * 100 + "]" * 100
+
+
 def test_a_list_in_itself_is_refused(tmp_path: Path) -> None:
     notebook = save(tmp_path / "n.ipynb", code("x = 1", "parameters"))
     endless: list[Any] = []

@@ -165,7 +165,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     circuit = discover(model, task, progress=not args.quiet, **given)
     if args.out is not None:
         args.out = settle(args.out, CIRCUIT, force=args.force)
-        circuit.save(args.out)
+        circuit.save(args.out, force=args.force)
     if not circuit.n_edges:
         _say("warning: the circuit is empty: no chosen edge is on a path from input to logits. Ask for more edges.")
     origin, edges = circuit.provenance, _records(circuit.edges)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from kcwb.errors import CircuitError, SettingError
+from kcwb.errors import SettingError
 
 PAGE_MARK = '<meta name="generator" content="kcwb">'
 """In the head of every page that we write."""
@@ -126,13 +126,9 @@ def _is_pdf(path: Path) -> bool:
 
 
 def _is_circuit(path: Path) -> bool:
-    from kcwb.circuits.circuit import Circuit
+    from kcwb.circuits.circuitfile import is_ours
 
-    try:
-        Circuit.load(path)
-    except CircuitError:
-        return False
-    return True
+    return is_ours(path)
 
 
 PAGE, PDF, CIRCUIT = Kind("a page", _is_page), Kind("a PDF", _is_pdf), Kind("a circuit", _is_circuit)

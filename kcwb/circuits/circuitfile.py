@@ -38,7 +38,7 @@ def save_circuit(circuit: Circuit, path: Path, force: bool) -> None:
     """Write a circuit; see `Circuit.save`."""
     text, stored = _json(circuit)
     try:
-        if not (force or _may_be_replaced(path)):
+        if not (force or not path.exists() or is_ours(path)):
             raise CircuitError(
                 f"{path} is there and is no circuit, so it is left as it is. Choose another name, or save(..., "
                 "force=True)."
@@ -121,15 +121,12 @@ def _version(path: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _may_be_replaced(path: Path) -> bool:
-    """Whether nothing is lost when a circuit is written there: no file, an empty one, or a circuit."""
-    if not path.exists():
-        return True
+def is_ours(path: Path) -> bool:
+    """Whether a file is a circuit's, also one that was cut off or that another tool has written anew."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        beginning = file.read(2**20)
-    return not beginning or _OURS.search(beginning) is not None
+        return _OURS.search(file.read(2**20)) is not None
 
 
 # --- scores ---

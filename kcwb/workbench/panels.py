@@ -252,7 +252,7 @@ class DiscoveryPanel(Panel):
             raise SettingError("There is no circuit to save yet: press Run.")
         target = _file(path)
         check_output(target, CIRCUIT, what="The circuit", force=force)
-        self._shown.circuit.save(target)
+        self._shown.circuit.save(target, force=force)
         self._say("kc-note", f"Saved to {target.resolve()}")
 
     def load(self, path: str | Path) -> None:

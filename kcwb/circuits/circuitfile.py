@@ -158,14 +158,14 @@ def _remove_scores(path: Path, stored: str | None) -> None:
 def _read_scores(path: Path, digest: str) -> Tensor | None:
     """The scores of all edges; None if their file is not there."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     file = _scores_path(path, digest)
     if not file.is_file() and path.suffix != ".json":
         file = path.with_name(f"{path.name}.{digest[:12]}.scores.safetensors")  # as they were named before
     advice = "Without it the circuit loads with fewer scores."
     try:
-        scores = load_file(file)["scores"]
+        scores = load(file.read_bytes())["scores"]  # by its name torch opens it again, when it may be gone
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, KeyError) as error:

@@ -177,7 +177,7 @@ def test_the_curve_is_that_of_running_each_circuit_on_each_fact(tiny, name, abla
     model = tiny(name)
     task = make_task(model, known_relation(model, 24), n=5)
     cuts = make_ablation(model, task, ablation)
-    scores = score_edges(model, task, "eap", ablation=ablation, metric=metric, progress=False)
+    scores = score_edges(model, task, "eap-ig", ablation=ablation, metric=metric, progress=False)
     fractions = (0.02, 0.2, 0.6, 1)
     for split, prompts in (("val", cuts.usable(task.val)), ("test", cuts.usable(task.test))):
         curve = faithfulness_curve(

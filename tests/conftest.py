@@ -12,12 +12,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they and what they start share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+import signal
+
 import pytest
 import torch
 
 from kcwb.models.loading import Model, load_model
 from kcwb.tasks.relations import Relation
 from tests.tiny import tiny_model, word_relation
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _TINY: dict[str, Model] = {}
 

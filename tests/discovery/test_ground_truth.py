@@ -97,7 +97,7 @@ def test_the_true_edges_suffice_and_each_is_needed(name: str, ablation: str) -> 
         without = kept.clone()
         without[found.model.graph.edge_index(edge)] = False
         logits = run_circuit(found.model, without, loss.prompts, cuts)
-        assert float(loss(logits)) > float(loss(alone)) + 1.5, edge
+        assert float(loss(logits)) > float(loss(alone)) + 1.2, edge  # a mean gives back where the first token is
 
 
 def test_an_ablation_restores_what_is_the_same_on_every_prompt() -> None:

@@ -155,15 +155,17 @@ class EditPanel(Panel):
         }
 
     def run(self) -> None:
-        """Make the edit on screen, compare, and leave it in the weights; returns at once, see `wait`."""
-        self.undo()
+        """Make the edit on screen, compare, and leave it in the weights; returns at once, see `wait`.
+
+        The edit that stands is put back, bit for bit, if the new one is refused, fails or is cancelled.
+        """
         self._message.value = ""
-        relation, fact, target = self._source(), self._chosen(), self._target.value
-        number, compare = self._number, self._compare.value
+        relation, fact, target = self._source(), self._chosen(), str(self._target.value)
+        number, compare = self._number, bool(self._compare.value)
         method, layer = str(self._method.value), self._layer.value
         template = relation.prompt_templates_zs[number]
 
-        def job(progress: ProgressCallback) -> _Found:
+        def find(progress: ProgressCallback) -> _Found:
             self._enter(f"Looking for the {method} edit", progress)
             more = self._settings.get(method, {})
             made = edit(self.model, fact, target, method, template=template, layer=layer, progress=progress, **more)
@@ -173,28 +175,55 @@ class EditPanel(Panel):
             if compare:
                 self._enter(f"Asking {self.model.name} for the facts", progress)
                 try:
-                    task = make_task(self.model, relation, n=self._n, template=number)
+                    task = make_task(self.model, relation, n=self._n, template=number, progress=progress)
                     self._enter("Comparing circuits", progress)
                     comparison = compare_edit(self.model, made, task, progress=progress, **self._more)
                 except DataError as error:  # the edit is good, whatever cannot be compared
                     note = str(error)
+            progress(0, 0, "")  # the last moment for a cancel
             return _Found(made, said, comparison, note)
 
-        self._start("edit", job, self._show_found)
+        def job(progress: ProgressCallback) -> None:
+            standing = self.edit
+            if standing is not None:
+                standing.undo()
+            try:
+                found = find(progress)
+                found.made.apply()
+            except BaseException:
+                if standing is not None:
+                    standing.apply()
+                raise
+            self._show_found(found)
+
+        self._start("edit", job)
 
     def undo(self) -> None:
-        """Take the edit out of the weights; what was found stays on screen.
+        """Take the edit out of the weights, when nobody else runs the model; what was found stays on screen.
 
         Raises
         ------
         EditError
             If another edit was put in on top of it.
         """
+        with self.model.exclusive():  # before the lock of what is shown, as the worker takes them
+            self._take_out()
+
+    def _take_out(self) -> None:
         with self._lock:
             if self.edit is not None:
                 self.edit.undo()
                 self._draw_summary(self.edit, "Undone: the weights are what they were.")
                 self.edit = None
+
+    def _undo_clicked(self) -> None:
+        """Undo at once if the model is free. If not, wait for it on the worker: this thread has what is shown."""
+        hold = self.model.exclusive(_refuse_to_wait)
+        try:
+            with hold:
+                self._take_out()
+        except _Busy:
+            self._start("undo", lambda progress: self._take_out())
 
     def _leave(self) -> None:
         self.undo()
@@ -224,7 +253,7 @@ class EditPanel(Panel):
         self._relation.observe(self._guarded(lambda _: self._offer_facts()), "value")
         self._fact.observe(self._guarded(lambda _: self._offer_targets()), "value")
         self._run_button.on_click(self._guarded(lambda _: self.run()))
-        self._undo_button.on_click(self._guarded(lambda _: self.undo()))
+        self._undo_button.on_click(self._guarded(lambda _: self._undo_clicked()))
 
     def _lay_out(self) -> None:
         rows = [
@@ -255,7 +284,6 @@ class EditPanel(Panel):
 
     def _show_found(self, found: _Found) -> None:
         with self._lock:
-            found.made.apply()
             self.edit, self.said, self.comparison = found.made, found.said, found.comparison
             if found.note:
                 self._say("kc-note", f"Circuits were not compared. {found.note}")
@@ -296,6 +324,14 @@ class EditPanel(Panel):
             ),
         )
         pages["Roles"].value = tables.styled(tables.table(found.roles, scroll=True))
+
+
+class _Busy(Exception):
+    """Another thread has the model."""
+
+
+def _refuse_to_wait(done: int, total: int, note: str) -> None:
+    raise _Busy
 
 
 def _half(view: GraphView) -> str:

@@ -16,11 +16,13 @@ from IPython.core.getipython import get_ipython
 from IPython.display import display, update_display
 
 from kcwb.errors import KcwbError, SettingError
+from kcwb.locks import WAITING, Exclusive
 from kcwb.progress import ProgressCallback
 from kcwb.workbench import tables
 from kcwb.workbench.runner import Runner
 
 if TYPE_CHECKING:
+    from kcwb.models.loading import Model
     from kcwb.workbench.plots import Plot
 
 PANEL_CLASS = "kcwb-panel"
@@ -91,17 +93,21 @@ _NOTES = _Notes()
 class Panel:
     """What all panels share: a worker, its progress, a place for errors, and a plain drawing for pages without widgets.
 
-    A subclass passes its widgets to `_assemble`, starts long work with `_start`, and draws itself in `to_html`.
+    A subclass sets `model`, passes its widgets to `_assemble`, starts long work with `_start`, and draws itself in
+    `to_html`. From the first job to the last that follows from it, drawing included, the panel has the model to itself:
+    what it shows together is of one state of the weights. Meanwhile other panels on the model wait, and say so.
 
     A panel lives until `close`, or until nothing holds it any more: no name of yours, no cell that shows it and was not
     run again since, nobody who took its `widget`, no running job. Then its widgets go, too. What a cell's last line
     shows is also kept by IPython, in `Out`: end the cell with `display(panel)` instead, or close the panel.
     """
 
+    model: Model
+
     def __init__(self) -> None:
         self._lock = _LOCK
         self._quiet = False
-        self._runner = Runner(on_change=self._show_state, on_error=self._tell)
+        self._runner = Runner(on_change=self._show_state, on_error=self._tell, hold=self._hold)
         self._stage, self._stage_started, self._drawn = "", 0.0, 0.0
         self._displays: dict[str, str] = {}  # id -> what was last drawn there for pages without widgets
         self._works: list[Callable[[Any], None]] = []  # what our widgets' callbacks do
@@ -281,8 +287,15 @@ class Panel:
             failed = self._runner.state == "failed"
             self._status.value = _line("Failed; what was found before stays.") if failed else ""
 
+    def _hold(self, progress: ProgressCallback) -> Exclusive:
+        """The model, for all that one request leads to."""
+        return self.model.exclusive(progress)
+
     def _report(self, done: int, total: int, note: str) -> None:
         """Draw the progress, but not more often than an eye can follow."""
+        if note == WAITING:
+            self._stage, self._status.value = WAITING, _line(f"{WAITING.capitalize()}…")
+            return
         now = time.monotonic()
         if now - self._drawn < _REDRAW and done < total:
             return

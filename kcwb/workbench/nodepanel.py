@@ -174,7 +174,7 @@ class NodePanel(Panel):
         self.edges: pd.DataFrame | None = None
         self.ablated: pd.DataFrame | None = None
         self._k, self._height = k, height
-        self._cuts: tuple[Task, str, Ablation] | None = None  # the last one made, and of what
+        self._cuts: tuple[tuple[str, Task, str], Ablation] | None = None  # of what, and the last one made
         self._node = W.Combobox(
             description="Node",
             placeholder="click one in the graph, or type its name",
@@ -355,9 +355,10 @@ class NodePanel(Panel):
         """What the circuit's cut edges deliver, made anew only when it differs from the last one."""
         assert self.task is not None  # nothing is looked at without
         task, kind = self.task, circuit.ablation
-        if self._cuts is None or self._cuts[:2] != (task, kind):
-            self._cuts = task, kind, make_ablation(self.model, task, kind)
-        return self._cuts[2]
+        key = (self.model.digest, task, kind)
+        if self._cuts is None or self._cuts[0] != key:
+            self._cuts = key, make_ablation(self.model, task, kind)
+        return self._cuts[1]
 
     # --- drawing ---
 

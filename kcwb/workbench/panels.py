@@ -389,7 +389,7 @@ class DiscoveryPanel(Panel):
     def _make_task(
         self, relation: Relation, n: int, seed: int, template: int | str, progress: ProgressCallback
     ) -> Task:
-        key = (relation.digest, n, seed, template)
+        key = (self.model.digest, relation.digest, n, seed, template)
         if self._task is None or self._task[0] != key:
             self._task = key, make_task(self.model, relation, n, seed, template, progress=progress)
         return self._task[1]

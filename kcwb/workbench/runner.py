@@ -2,13 +2,14 @@
 
 A job is a function `job(progress) -> result`. It calls `progress(done, total, note)` between batches; there, and in
 every layer of a pass through a network, a cancelled or superseded job stops. Threads wait on a condition, never in a
-loop; the worker lives while there is work.
+loop; the worker lives while there is work, and so long it keeps what the first request had to wait for.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from kcwb.progress import ProgressCallback, cancellable
 
 State = Literal["idle", "running", "failed", "done"]
 Job = Callable[[ProgressCallback], Any]
+Hold = Callable[[ProgressCallback], AbstractContextManager[None]]
 
 
 class _Cancelled(BaseException):
@@ -52,18 +54,26 @@ class Runner:
         Called without arguments after every change of `state` or `job`.
     on_error
         Called with the exception of a request that failed.
+    hold
+        Gives, for a progress callback, what is entered before the first request's job, and left when no work is left:
+        a chain of requests has it without a gap. A request may be cancelled while it waits for it.
     """
 
     def __init__(
-        self, *, on_change: Callable[[], None] | None = None, on_error: Callable[[BaseException], None] | None = None
+        self,
+        *,
+        on_change: Callable[[], None] | None = None,
+        on_error: Callable[[BaseException], None] | None = None,
+        hold: Hold | None = None,
     ) -> None:
-        self._on_change, self._on_error = on_change, on_error
+        self._on_change, self._on_error, self._hold = on_change, on_error, hold
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
         self._current: _Request | None = None
         self._next: _Request | None = None
         self._state: State = "idle"
         self._error: BaseException | None = None
+        self._held = False  # read and written by the worker alone
 
     @property
     def state(self) -> State:
@@ -144,24 +154,39 @@ class Runner:
     def _work(self) -> None:
         """Take requests until none is left."""
         while True:
-            with self._changed:
-                request = self._current = self._next
-                self._next = None
-                if request is not None:
-                    self._error = None
-            if request is not None:
-                self._call(self._on_change)
-                state, error = _run(request)
-                with self._changed:
-                    self._current, self._state, self._error = None, state, error or self._error
-                if error is not None:
-                    self._call(self._on_error, error)
-            self._call(self._on_change)
-            with self._changed:
+            with ExitStack() as held:
+                while self._take(held):
+                    pass
+            with self._changed:  # a request may have come while it was let go
                 if self._next is None:
                     self._thread = None
                     self._changed.notify_all()
                     return
+
+    def _take(self, held: ExitStack) -> bool:
+        """Run the next request; False if there is none."""
+        with self._changed:
+            request = self._current = self._next
+            self._next = None
+            if request is not None:
+                self._error = None
+        if request is not None:
+            self._call(self._on_change)
+            state, error = _run(request, self._enter, held)
+            with self._changed:
+                self._current, self._state, self._error = None, state, error or self._error
+            if error is not None:
+                self._call(self._on_error, error)
+        self._call(self._on_change)
+        with self._changed:
+            return self._next is not None
+
+    def _enter(self, request: _Request, held: ExitStack) -> None:
+        """Enter what is held, unless an earlier request of this chain has."""
+        if self._hold is not None and not self._held:
+            held.enter_context(self._hold(request.progress))
+            self._held = True
+            held.callback(setattr, self, "_held", False)
 
     def _call(self, callback: Callable[..., None] | None, *values: Any) -> None:
         """Call back; what it raises must not end the worker."""
@@ -173,10 +198,13 @@ class Runner:
                 self._error = self._error or error
 
 
-def _run(request: _Request) -> tuple[State, BaseException | None]:
+def _run(
+    request: _Request, enter: Callable[[_Request, ExitStack], None], held: ExitStack
+) -> tuple[State, BaseException | None]:
     """Run one request: the state that it leaves, and what it failed with."""
     try:
         with cancellable(request.check):
+            enter(request, held)
             result = request.job(request.progress)
         if request.cancelled.is_set():
             return "idle", None

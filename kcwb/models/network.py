@@ -236,6 +236,8 @@ class Network:
     ) -> Float[Tensor, "h ... Q T"]:
         """Attention scores of queries at `positions` (default: 0..T-1) over keys at 0..T-1; -inf where hidden."""
         weights = self.layers[layer]
+        if self.family in _FLOAT32_SCORES:
+            q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
         scores = _capped(q @ k.transpose(-1, -2) * weights.scale, weights.softcap)
         seen = torch.arange(k.shape[-2], device=k.device)
         at = seen if positions is None else positions
@@ -252,7 +254,7 @@ class Network:
         positions: Int[Tensor, "*N Q"] | None = None,
     ) -> Float[Tensor, "h ... Q T"]:
         """Attention probabilities: the softmax of `scores`."""
-        return self.scores(layer, q, k, positions).softmax(-1)
+        return self.scores(layer, q, k, positions).softmax(-1).to(q.dtype)
 
     def head_outputs(
         self,
@@ -527,6 +529,8 @@ def _scale(config: Any, index: int, d_head: int) -> float:
     return scale
 
 
+#: Families whose attention scores Hugging Face computes in float32, whatever the precision of the weights.
+_FLOAT32_SCORES = ("gptj", "gpt_neo")
 _ATTENTION_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 _MLP_WEIGHTS = ("W_in", "W_gate", "W_out", "b_in", "b_gate", "b_out")
 

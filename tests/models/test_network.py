@@ -15,6 +15,7 @@ from kcwb.errors import KcwbError, ModelError
 from kcwb.models.forward import forward
 from kcwb.models.loading import load_model
 from kcwb.models.network import Network, Norm
+from kcwb.models.reference import reference_run
 from tests.tiny import ARCHITECTURES, POST_NORM, WORDS, tiny_hf, tokenizer
 
 
@@ -247,3 +248,19 @@ def test_norms_round_in_half_precision_as_hugging_face_does(architecture: str, d
     block, layer = model.bridge.blocks[1], model.network.layers[1]
     for ours, theirs in ((layer.norm_attention, block.ln1), (model.network.norm_final, model.bridge.ln_final)):
         torch.testing.assert_close(ours(x), theirs.original_component(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gptj", "gpt-neo", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_in_half_precision_are_as_exact_as_hugging_faces(architecture: str, dtype: torch.dtype) -> None:
+    model = load_model(tiny_hf(architecture).to(dtype), tokenizer(), device="cpu")
+    network, tokens = model.network, torch.randint(len(WORDS), (2, 12))
+    own = reference_run(model.bridge, tokens)
+    exact = reference_run(model.bridge, tokens, wide=torch.float32, like=own)
+    for layer, (theirs, right) in enumerate(zip(own.layers, exact.layers, strict=True)):
+        x = theirs.before[None]
+        ours = network.scores(layer, network.queries(layer, x), network.keys(layer, x)).transpose(0, 1)
+        seen = ~ours.isneginf()
+        error, cost = ((scores.float() - right.scores)[seen].norm() for scores in (ours, theirs.scores))
+        assert error <= 1.05 * cost
+        assert network.pattern(layer, network.queries(layer, x), network.keys(layer, x)).dtype == dtype

@@ -135,9 +135,10 @@ def check_roles(
     names, comparable = named["node"].tolist(), {"least": random_heads, "taken": named["node"]}
     alone = {node: matched_head_sets(model.graph, [node], random_heads, seed, **comparable) for node in names}
     matched = {node: [other for (other,) in sets] for node, sets in alone.items()}
+    n_free = model.graph.n_layers * model.graph.n_heads - len(named)
     by_role = {
-        role: matched_head_sets(model.graph, named.loc[named["role"] == role, "node"], draws, seed, **comparable)
-        for role in PREDICTIONS
+        role: matched_head_sets(model.graph, some["node"], draws, seed, **comparable) if len(some) <= n_free else []
+        for role, some in ((role, named[named["role"] == role]) for role in PREDICTIONS)
     }
     drawn = (node for sets in (*alone.values(), *by_role.values()) for heads in sets for node in heads)
     wanted = sorted({*names, *drawn}, key=model.graph.sender_index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -245,7 +246,8 @@ def test_a_storys_random_heads_are_all_others_of_the_layer():
 
 def test_more_heads_with_a_role_than_without_leave_the_role_without_p():
     found, task, roles = handmade(copying_head)
-    with pytest.warns(UserWarning, match="5 of the model's 8 heads"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the table says it
         check = check_roles(found.model, roles.head(5).assign(role="mover"), task, progress=False)
     assert check.heads["random_heads"].tolist() == [3] * 5
     assert np.isnan(check.roles.loc["mover", "p_answer"]) and np.isfinite(check.roles.loc["mover", "answer"])

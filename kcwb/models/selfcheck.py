@@ -23,6 +23,10 @@ In float32 a difference may be 1e-4. In half precision it is taken from a float3
 three times what the same precision costs Hugging Face's own code, measured the same way, plus twice the spacing of
 numbers at 1. A float32 difference above 1e-4 is judged in that way too, beside float64. Beyond its bound the model is
 refused; so it is where anything is not finite.
+
+In float32 an error of 1% of a typical entry is found in any one head or MLP. In half precision it is of the size of
+rounding. Of 312 such errors in tiny models of six architectures float16 missed 24 (all but one in what a head adds) and
+bfloat16 303; errors in kind (heads swapped, a bias, a norm's gain, a window, a rotary embedding left out) are found.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.discovery.acdc import Search, acdc, predict_seconds
 from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.baselines import random_circuit
-from kcwb.models import network
+from kcwb.models import loading, network
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model, load_model
+from kcwb.models.selfcheck import self_check
 from kcwb.tasks.metrics import Loss, at_answers, make_loss
 from kcwb.tasks.prompts import encode, make_task
 from tests.tiny import tokenizer, word_relation
@@ -79,6 +81,29 @@ def operations() -> Iterator[list[int]]:
         for name in plain:
             patch.setattr(network, name, counting(name))
         yield count
+
+
+def test_self_check() -> None:
+    taken: list[float] = []
+
+    def timed(*arguments: Any) -> dict[str, float]:
+        started = time.perf_counter()
+        found = self_check(*arguments)
+        taken.append(time.perf_counter() - started)
+        return found
+
+    shares = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "self_check", timed)
+        load_model()  # the first one imports, and fills the cache
+        for _ in range(5):
+            started = time.perf_counter()
+            load_model()
+            shares.append(taken[-1] / (time.perf_counter() - started))
+    say(
+        "self-check / loading the built-in model",
+        f"{sorted(shares)[2]:.0%} (5 runs: {min(shares):.0%} to {max(shares):.0%})",
+    )
 
 
 def test_attribution(smollm2: Model) -> None:

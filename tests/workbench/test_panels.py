@@ -25,6 +25,7 @@ from kcwb.workbench import frame, panels
 from kcwb.workbench.panels import DiscoveryPanel
 from tests.hostile import HOSTILE
 from tests.tasks import known_relation
+from tests.tiny import tiny_model
 
 SOON = 60.0
 
@@ -327,7 +328,8 @@ def test_warnings_become_a_note(panel, monkeypatch):
 def test_each_of_two_panels_at_work_takes_its_own_warnings(model, relation, recwarn):
     """Python has one list of filters; what this thread warns of meanwhile goes where it always went."""
     usual = warnings.showwarning
-    panels_, both = [DiscoveryPanel(model, relation, edges=60) for _ in range(2)], threading.Barrier(3)
+    models = model, tiny_model("llama")  # on one model they would take turns
+    panels_, both = [DiscoveryPanel(one, relation, edges=60) for one in models], threading.Barrier(3)
 
     def job(number: int, progress: Any) -> None:
         both.wait(SOON)

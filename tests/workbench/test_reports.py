@@ -794,10 +794,14 @@ def test_screenshot_of_a_report_is_not_blank_and_holds_the_labels_of_nodes(page:
     frame = element.content_frame()
     frame.wait_for_selector("#mynetwork canvas")
     frame.wait_for_function("document.getElementById('kc-shown').textContent !== ''")
-    frame.wait_for_timeout(300)
-    written = frame.evaluate("window.written")
+    element.scroll_into_view_if_needed()  # Chromium draws a frame out of sight later
+    before, written = None, {}
+    for _ in range(50):  # until the graph has come to rest
+        frame.wait_for_timeout(200)
+        before, written = written, frame.evaluate("window.written")
+        if written and written == before:
+            break
     assert {"input", "a0.h1", "a1.h0", "logits", "L0", "L1"} <= set(written)
-    element.scroll_into_view_if_needed()
     picture = imread(BytesIO(element.screenshot()))[..., :3]
     corner = frame.evaluate("(() => { const { x, y } = document.querySelector('#mynetwork canvas')"
                             ".getBoundingClientRect(); return [x, y]; })()")  # fmt: skip

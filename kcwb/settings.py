@@ -73,6 +73,8 @@ Seed = Annotated[int, Kind("a whole number from 0 to 2**63 - 1", lambda value: _
 Positive = Annotated[float, Kind("a number above 0", lambda value: _number(value) and value > 0)]
 #: A number that is 0 or above.
 NotNegative = Annotated[float, Kind("a number of at least 0", lambda value: _number(value) and value >= 0)]
+#: A number, NaN where there is none.
+Score = Annotated[float, Kind("a number or NaN", lambda value: type(value) in (int, float))]
 #: A share of a whole, not none of it.
 Share = Annotated[float, Kind("a number above 0 and at most 1", lambda value: _number(value) and 0 < value <= 1)]
 #: What must not be reached, perhaps never.
@@ -81,6 +83,7 @@ Limit = Annotated[float, Kind("a number above 0, or math.inf", lambda value: typ
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value is what an annotation says."""
+    hint = getattr(hint, "array_type", hint)  # of jaxtyping: what is done with tensors says how they have to be
     kind, origin, args = _kind(hint), typing.get_origin(hint), typing.get_args(hint)
     if kind is not None:
         return kind.test(value)
@@ -110,6 +113,7 @@ def plain(value: Any) -> Any:
 
 def words(hint: Any) -> str:
     """What an annotation asks for."""
+    hint = getattr(hint, "array_type", hint)
     kind, origin, args = _kind(hint), typing.get_origin(hint), typing.get_args(hint)
     if kind is not None:
         return kind.words

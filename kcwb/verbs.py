@@ -29,6 +29,7 @@ R = TypeVar("R")
 C = TypeVar("C", bound=type)
 #: What marks a function as checked: the function below, which tests look for.
 MARK = "__kcwb_verb__"
+_NOUN = "__kcwb_noun__"
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
@@ -57,8 +58,9 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def settings_class(kind: C) -> C:
+def noun(kind: C) -> C:
     """Have a dataclass check what its instances are made of, as `verb` does."""
+    setattr(kind.__init__, _NOUN, kind)
     kind.__init__ = verb(kind.__init__)
     return kind
 
@@ -111,27 +113,29 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 @functools.cache
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Parameter -> annotation. Resolved at the first call: before, modules may not be whole."""
-    return typing.get_type_hints(function, localns=_Names(function), include_extras=True)
+    owner = getattr(function, _NOUN, None)  # a dataclass's fields may be those of a class in another module
+    modules = [function.__module__] if owner is None else [base.__module__ for base in owner.__mro__]
+    return typing.get_type_hints(owner or function, localns=_Names(modules), include_extras=True)
 
 
 class _Names(dict[str, Any]):
-    """The names that annotations use: a module's own, and those that it imports for type checkers only."""
+    """The names that annotations use: some modules' own, and those that they import for type checkers only."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, modules: list[str]) -> None:
         super().__init__()
-        self.module = sys.modules[function.__module__]
+        self.modules = [sys.modules[name] for name in modules]
 
     def __missing__(self, name: str) -> Any:
-        known = vars(self.module)
-        if name in known:
-            return known[name]
-        if hasattr(builtins, name):
-            return getattr(builtins, name)
-        for node in ast.walk(ast.parse(inspect.getsource(self.module))):
-            if isinstance(node, ast.ImportFrom) and not node.level:
+        for module in (*self.modules, builtins):
+            if name in vars(module):
+                return vars(module)[name]
+        for module in self.modules:
+            for node in ast.walk(ast.parse(inspect.getsource(module))):
+                if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                    continue
                 for one in node.names:
                     if name == (one.asname or one.name):
+                        if isinstance(node, ast.Import):
+                            return importlib.import_module(one.name)
                         return getattr(importlib.import_module(str(node.module)), one.name)
-            if isinstance(node, ast.Import) and any(name == one.asname for one in node.names):
-                return importlib.import_module(next(one.name for one in node.names if name == one.asname))
         raise NameError(name)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kcwb.settings import Count, Limit, Natural, NotNegative, Positive, Seed, Share, fits, plain, shown, words
+from kcwb.settings import Count, Limit, Natural, NotNegative, Positive, Score, Seed, Share, fits, plain, shown, words
 
 OBJECT = object()
 HUGE = 10**40
@@ -37,6 +37,7 @@ TAKES: list[tuple[Any, list[Any], str]] = [
     (Positive, [1, HUGE, 0.5, 1.0], "a number above 0"),
     (NotNegative, [0, 1, HUGE, 0.5, 1.0], "a number of at least 0"),
     (Share, [1, 0.5, 1.0], "a number above 0 and at most 1"),
+    (Score, [0, 1, -1, HUGE, 0.5, 1.0, -2.5, math.nan, math.inf], "a number or NaN"),
     (Limit, [1, HUGE, 0.5, 1.0, math.inf], "a number above 0, or math.inf"),
     (Count | None, [None, 1, HUGE], "a whole number of at least 1 or None"),
     (int | str | None, [None, 0, 1, -1, HUGE, "x", "Ä", ""], "a whole number, text or None"),
@@ -47,7 +48,7 @@ TAKES: list[tuple[Any, list[Any], str]] = [
     (Mapping[str, int], [{"x": 1}], "a mapping from text to a whole number"),
     (Callable[[int], None], [len], "a function"),
     (Tensor, [ALL[-1]], "a Tensor"),
-    (Float[Tensor, "S R"], [ALL[-1]], "a Float[Tensor, 'S R']"),
+    (Float[Tensor, "S R"] | None, [None, ALL[-1]], "a Tensor or None"),
     (Any, ALL, "anything"),
 ]
 

@@ -25,8 +25,10 @@ from kcwb.errors import DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.tasks.prompts import Prompts, Task, encode, object_tokens
 from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.verbs import verb
 
 #: Kinds of answers: another object of the relation is a hallucination proper, another word often a generic one.
 KINDS = ("right", "another object", "another word")
@@ -79,13 +81,14 @@ class Measured:
         return Measured(self.graph, prompts, *arrays, self.movers, relations)
 
 
+@verb
 def measure_answers(
     model: Model,
     relations: Sequence[Relation | str],
     *,
-    n: int = 40,
+    n: Count = 40,
     template: int = 0,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> Measured:
     """Ask for the facts and record what every head does; parameters and errors as in `hallucination_study`."""

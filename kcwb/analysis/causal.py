@@ -38,9 +38,11 @@ from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.statistics import chance_range, matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights, object_tokens
+from kcwb.verbs import verb
 
 #: Role -> what its ablation should do: (effect, sign).
 PREDICTIONS = {
@@ -88,15 +90,16 @@ class RoleCheck:
     generic: tuple[str, ...]
 
 
+@verb
 def check_roles(
     model: Model,
     roles: pd.DataFrame,
     task: Task,
     *,
     split: str = "val",
-    random_heads: int = 50,
-    draws: int = 1000,
-    seed: int = 0,
+    random_heads: Count = 50,
+    draws: Count = 1000,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> RoleCheck:
     """Try the roles of heads on the model.
@@ -147,6 +150,7 @@ def check_roles(
     return RoleCheck(heads, _by_role(heads, every, by_role), every, generic)
 
 
+@verb
 def faithful_story(
     model: Model,
     circuit: Circuit,
@@ -155,8 +159,8 @@ def faithful_story(
     *,
     ablation: str | None = None,
     split: str = "val",
-    draws: int = 10,
-    seed: int = 0,
+    draws: Count = 10,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """Does keeping only the named heads and MLPs keep the answer.
@@ -197,8 +201,6 @@ def faithful_story(
     DataError
         If the roles are "too few to say", or no head has one.
     """
-    if draws < 1:
-        raise SettingError(f"draws={draws}: at least 1.")
     check_same_model(model, circuit)
     check_same_weights(model, task)
     named = _with_a_role(roles)["node"].tolist()

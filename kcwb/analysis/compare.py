@@ -5,8 +5,10 @@ from __future__ import annotations
 import pandas as pd
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.verbs import verb
 
 
+@verb
 def compare_circuits(left: Circuit, right: Circuit) -> pd.DataFrame:
     """Count the edges and nodes that two circuits of one graph share.
 

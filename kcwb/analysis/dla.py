@@ -36,6 +36,7 @@ from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.tasks.prompts import Prompts
+from kcwb.verbs import verb
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +185,7 @@ def named_heads(model: Model, nodes: Sequence[str]) -> list[_Head]:
     return found
 
 
+@verb
 def dla_by_source(model: Model, prompts: Prompts, heads: Sequence[str]) -> pd.DataFrame:
     """The direct logit attribution of some heads to each prompt's answer, token by token.
 

@@ -13,12 +13,15 @@ from kcwb.circuits.ablation import ABLATIONS, PositionClasses
 from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.encoder import Encoder, record_nodes, run_encoder
 from kcwb.progress import Progress, track
+from kcwb.settings import Count
 from kcwb.tasks.masked import MaskedPrompts, MaskedTask, at_masks
 from kcwb.tasks.ranks import rank_of
+from kcwb.verbs import verb
 
 
+@verb
 def ablate_encoder(
-    encoder: Encoder, task: MaskedTask, *, ablation: str = "mean", k: int = 10, progress: Progress = True
+    encoder: Encoder, task: MaskedTask, *, ablation: str = "mean", k: Count = 10, progress: Progress = True
 ) -> pd.DataFrame:
     """The effect of ablating each head and each MLP of an encoder, one at a time, at every position.
 
@@ -50,8 +53,6 @@ def ablate_encoder(
         Under `resample`, if no prompt of D_val has a partner.
     """
     choose("The ablation", ablation, ABLATIONS)
-    if k < 1:
-        raise SettingError(f"k={k}: it must be at least 1.")
     if task.model_digest != encoder.digest:
         raise SettingError(
             f"The task was made for {task.model_name!r} with weights {task.model_digest[:12]}; this is "

@@ -31,9 +31,11 @@ from kcwb.errors import CircuitError, DataError, KcwbError, SettingError, choose
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.statistics import statistic_interval
 from kcwb.tasks.metrics import METRICS, Loss, make_loss
 from kcwb.tasks.prompts import Prompts, Task
+from kcwb.verbs import verb
 
 #: MIB's edge fractions.
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -44,6 +46,7 @@ _SAME = 1e-6
 _ROWS, _LOGIT_BYTES = 512, 2**27
 
 
+@verb
 def faithfulness_curve(
     model: Model,
     task: Task,
@@ -54,7 +57,7 @@ def faithfulness_curve(
     select: str = "signed",
     fractions: Sequence[float] = FRACTIONS,
     split: str = "val",
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """The faithfulness of circuits of growing size, cut from one set of edge scores.
@@ -125,6 +128,7 @@ def faithfulness_curve(
     return pd.DataFrame(rows, columns=columns)
 
 
+@verb
 def cpr(curve: pd.DataFrame) -> float:
     """The area under a faithfulness curve (integrated circuit performance ratio): higher is better, about 1 is perfect.
 
@@ -135,6 +139,7 @@ def cpr(curve: pd.DataFrame) -> float:
     return float(trapezoid(*_points(curve)))
 
 
+@verb
 def cmd(curve: pd.DataFrame) -> float:
     """The area between a faithfulness curve and 1 (integrated circuit-model distance): lower is better, 0 is perfect.
 
@@ -146,15 +151,16 @@ def cmd(curve: pd.DataFrame) -> float:
     return float(trapezoid(np.abs(1 - shares), fractions))
 
 
+@verb
 def comprehensiveness(
     model: Model,
     circuit: Circuit,
     task: Task,
     *,
     ablation: str | None = None,
-    k: int = 10,
-    draws: int = 10,
-    seed: int = 0,
+    k: Count = 10,
+    draws: Count = 10,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """What the model still answers when the circuit is cut out of it.
@@ -184,6 +190,7 @@ def comprehensiveness(
     return table.assign(run=table["run"].replace(names))
 
 
+@verb
 def minimality(
     model: Model,
     circuit: Circuit,
@@ -191,9 +198,9 @@ def minimality(
     *,
     ablation: str | None = None,
     metric: str = "nll",
-    most: int = 300,
-    draws: int = 100,
-    seed: int = 0,
+    most: Count = 300,
+    draws: Count = 100,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """Whether the circuit's edges matter to it more than edges that were kept at random.
@@ -236,8 +243,6 @@ def minimality(
     check_same_model(model, circuit)
     check_same_weights(model, task)
     choose("The metric", metric, METRICS)
-    if most < 1 or draws < 1:
-        raise SettingError(f"most={most}, draws={draws}: both must be at least 1.")
     generator = torch.Generator().manual_seed(seed)
     edges = _sample(circuit.kept.nonzero(), most, generator)
     others = _sample(_edges_to_let_in(circuit).nonzero(), draws, generator)

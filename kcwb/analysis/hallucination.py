@@ -31,11 +31,13 @@ from kcwb.analysis.heads import circuit_heads, strongest_movers
 from kcwb.analysis.lens import arrival
 from kcwb.analysis.positions import check_prompts, position_groups, token_text, told_at_end, without_copies
 from kcwb.analysis.rivals import WHERE, WHO, Readings, read_answers
-from kcwb.errors import DataError, SettingError, choose
+from kcwb.errors import DataError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.tasks.prompts import Prompts, Task, encode, make_task
 from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.verbs import verb
 
 FAILURES = ("none", "enrichment", "selection")
 _FEWEST_FACTS = 4
@@ -106,15 +108,16 @@ class Diagnosis:
         return f"Diagnosis({self.prompt!r:.100} -> {self.fact.object!r:.60}: {verdict})"
 
 
+@verb
 def diagnose(
     model: Model,
     relation: Relation | str,
     fact: Fact | str,
     *,
     template: int | str = 0,
-    movers: int | Sequence[str] = 10,
-    n: int = 8,
-    seed: int = 0,
+    movers: Count | Sequence[str] = 10,
+    n: Count = 8,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> Diagnosis:
     """Follow one prompt from its subject to its answer, and say where it goes wrong.
@@ -157,8 +160,6 @@ def diagnose(
     relation = load_relation(relation) if isinstance(relation, str) else relation
     text = relation.template(template)
     fact = fact if isinstance(fact, Fact) else _fact_of(relation, fact)
-    if n < 1 or (isinstance(movers, int) and movers < 1):
-        raise SettingError(f"n={n}, movers={movers}: at least one other fact and one head are needed.")
     if not isinstance(movers, int):
         named_heads(model, movers)
     prompts = encode(model, [fact], text, relation.objects)

@@ -43,8 +43,10 @@ from kcwb.analysis.answers import FEWEST_FACTS, KINDS, Measured, check_labels, m
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.statistics import chance_range, matched_head_sets, p_value, statistic_interval
 from kcwb.tasks.relations import Relation
+from kcwb.verbs import verb
 
 CONFIDENCE = ("max_probability", "entropy")
 MOVERS = ("attention_subject", "movers_predicted")
@@ -105,16 +107,17 @@ class HallucinationStudy:
     measured: Measured
 
 
+@verb
 def hallucination_study(
     model: Model,
     relations: Sequence[Relation | str],
     *,
-    n: int = 40,
+    n: Count = 40,
     template: int = 0,
-    movers: int = 10,
-    draws: int = 100,
-    resamples: int = 2000,
-    seed: int = 0,
+    movers: Count = 10,
+    draws: Count = 100,
+    resamples: Count = 2000,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> HallucinationStudy:
     """Ask a model for facts of several relations, and try whether its wrong answers can be told from its right ones.
@@ -148,7 +151,7 @@ def hallucination_study(
     SettingError
         If a number or a template cannot be meant.
     """
-    _check(movers, draws, resamples)
+    _check(draws, resamples)
     measured = measure_answers(model, relations, n=n, template=template, seed=seed, progress=progress)
     return predict_wrong(measured, movers=movers, draws=draws, resamples=resamples, seed=seed, progress=progress)
 
@@ -156,17 +159,18 @@ def hallucination_study(
 # --- whether it can be predicted ---
 
 
+@verb
 def predict_wrong(
     measured: Measured,
     *,
-    movers: int = 10,
-    draws: int = 100,
-    resamples: int = 2000,
-    seed: int = 0,
+    movers: Count = 10,
+    draws: Count = 100,
+    resamples: Count = 2000,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> HallucinationStudy:
     """Try on each relation what the others teach; parameters and errors as in `hallucination_study`."""
-    _check(movers, draws, resamples)
+    _check(draws, resamples)
     names = measured.relations["relation"].tolist()
     wrong = measured.prompts["wrong"].to_numpy(dtype=bool)
     place = pd.Categorical(measured.prompts["relation"], categories=names).codes.astype(int)
@@ -366,8 +370,6 @@ def _share(recalled: np.ndarray, prompts: np.ndarray, axis: int = -1) -> np.ndar
 # --- what is refused ---
 
 
-def _check(movers: int, draws: int, resamples: int) -> None:
-    if movers < 1 or draws < _FEWEST_DRAWS or resamples < 100:
-        raise SettingError(
-            f"movers={movers}, draws={draws}, resamples={resamples}: at least 1, {_FEWEST_DRAWS} and 100 are needed."
-        )
+def _check(draws: int, resamples: int) -> None:
+    if draws < _FEWEST_DRAWS or resamples < 100:
+        raise SettingError(f"draws={draws}, resamples={resamples}: at least {_FEWEST_DRAWS} and 100 are needed.")

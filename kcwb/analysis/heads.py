@@ -51,8 +51,10 @@ from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.statistics import proportion_interval
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.verbs import verb
 
 #: Roles that say how a head helps the answer, and all roles that a head can have.
 NAMED = ("mover", "relation", "mixture")
@@ -68,16 +70,17 @@ _PATTERNS = ("previous_token", "duplicate_token", "induction")
 _SEQUENCES, _PERIOD = 4, 16
 
 
+@verb
 def head_roles(
     model: Model,
     circuit: Circuit | None,
     task: Task,
     *,
     split: str = "val",
-    shuffles: int = 200,
-    resamples: int = 200,
-    top: int = 5,
-    seed: int = 0,
+    shuffles: Count = 200,
+    resamples: Count = 200,
+    top: Count = 5,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """What each attention head of a circuit does for the answer.
@@ -132,8 +135,8 @@ def head_roles(
     SettingError
         If a setting cannot be meant.
     """
-    if shuffles < 20 or resamples < 1 or top < 1:
-        raise SettingError(f"shuffles={shuffles}, resamples={resamples}, top={top}: at least 20, 1 and 1 are needed.")
+    if shuffles < 20:
+        raise SettingError(f"shuffles={shuffles}: at least 20 are needed.")
     check_same_weights(model, task)
     heads = named_heads(model, circuit_heads(model, circuit))
     rows = torch.tensor([place.layer * model.graph.n_heads + place.head for place in heads])
@@ -169,8 +172,6 @@ COLUMNS = (
 
 def strongest_movers(model: Model, task: Task, n: int = 10, seed: int = 0) -> list[str]:
     """The mover heads of a task with the largest D_S, at most n; DataError if there is none."""
-    if n < 1:
-        raise SettingError(f"movers={n}: at least 1.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of facts that are left out
         table = head_roles(model, None, task, shuffles=50, resamples=1, seed=seed, progress=False)
@@ -182,6 +183,7 @@ def strongest_movers(model: Model, task: Task, n: int = 10, seed: int = 0) -> li
     return names[:n]
 
 
+@verb
 def role_agreement(roles: pd.DataFrame) -> pd.DataFrame:
     """How often contribution and attention give a head the same name.
 

@@ -23,16 +23,18 @@ from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.baselines import random_circuit
-from kcwb.discovery.methods import check_method
+from kcwb.discovery.methods import check_method, check_size
 from kcwb.discovery.selection import matched_circuit, select_edges
 from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.statistics import mean_interval, p_value
 from kcwb.tasks.hops import HOPS, Hops
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import Task, check_same_weights
+from kcwb.verbs import verb
 from kcwb.versions import versions
 
 INTEGRATED = "integrated"
@@ -73,15 +75,16 @@ class HopCircuits:
         return ["hop 1", "hop 2", INTEGRATED, *self.controls]
 
 
+@verb
 def hop_circuits(
     model: Model,
     hops: Hops,
     *,
     controls: Mapping[str, Task] | None = None,
-    edges: int = 300,
+    edges: Count = 300,
     metric: str = "nll",
     ablation: str | None = None,
-    steps: int | None = None,
+    steps: Count | None = None,
     progress: Progress = True,
 ) -> HopCircuits:
     """Find the circuits of both hops and of the two-hop question, all at one size.
@@ -149,8 +152,9 @@ def hop_circuits(
     return HopCircuits(hops, circuits, of_fact, scores, controls, settings)
 
 
+@verb
 def hop_overlap(
-    found: HopCircuits, *, draws: int = 20, resamples: int = 100, seed: int = 0, progress: Progress = True
+    found: HopCircuits, *, draws: Count = 20, resamples: Count = 100, seed: Seed = 0, progress: Progress = True
 ) -> pd.DataFrame:
     """How much of each circuit the two-hop circuit has, beside chance and controls.
 
@@ -185,8 +189,6 @@ def hop_overlap(
         interval is that of the circuits of resampled chains, whose overlap is lower than that of the circuits
         themselves where resampling blurs them: it may lie below the value.
     """
-    if draws < 1 or resamples < 1:
-        raise SettingError(f"draws={draws}, resamples={resamples}: both must be at least 1.")
     graph, rows = found.circuits["two-hop"].graph, []
     n_facts = len(found.of_fact["two-hop"])
     parts: dict[str, dict[str, list[_Parts]]] = {
@@ -230,8 +232,7 @@ def hop_overlap(
 
 
 def _check(model: Model, hops: Hops, controls: Mapping[str, Task], edges: int) -> None:
-    if not 1 <= edges <= model.graph.n_edges:
-        raise SettingError(f"edges={edges}: {model.name} has {model.graph.n_edges:,} edges; ask for 1 to that many.")
+    check_size(model.graph, edges, model.name)
     taken = {*HOPS, INTEGRATED} & set(controls)
     if taken:
         raise SettingError(f"A control cannot be named {min(taken)!r}: a circuit of the hops is.")

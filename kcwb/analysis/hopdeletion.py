@@ -21,24 +21,27 @@ from kcwb.analysis.hopcircuits import INTEGRATED, HopCircuits, usable_chains
 from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import run_circuit
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.statistics import mean_interval, p_value, proportion_interval
 from kcwb.tasks.hops import HOPS
 from kcwb.tasks.metrics import answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts
+from kcwb.verbs import verb
 
 #: The question whose cost is the two-hop question's less hop 2's.
 DIFFERENCE = "two-hop less hop 2"
 
 
+@verb
 def delete_first_hop(
     model: Model,
     found: HopCircuits,
     *,
-    draws: int = 20,
-    seed: int = 0,
+    draws: Count = 20,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """Cut what the first hop's circuit has and the second's has not out of the model, and ask again.
@@ -68,8 +71,6 @@ def delete_first_hop(
         (itself counted in) that cost as much. The question `two-hop less hop 2` holds the difference of the costs,
         chain by chain.
     """
-    if draws < 1:
-        raise SettingError(f"draws={draws}: at least 1.")
     cuts = _cuts(found)
     if not len(cuts["hop 1 only"]):
         raise DataError(

@@ -37,18 +37,19 @@ from kcwb.analysis.positions import split_of, told_at_end
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
-from kcwb.discovery.methods import METHODS, STEPS
+from kcwb.discovery.methods import METHODS, STEPS, check_size
 from kcwb.discovery.selection import matched_circuit, select_edges
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward
-from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Natural, Seed, Share
 from kcwb.statistics import chance_range, matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import check_same_weights
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.shots import GROUPS, ShotTask, shot_tasks
+from kcwb.verbs import verb
 
 #: In how many of the resamples a head must be new, or shared.
 LEAST_PRESENCE = 0.8
@@ -106,22 +107,23 @@ class InContext:
         return heads_with(self.nodes, status)
 
 
+@verb
 def in_context(
     model: Model,
     relation: Relation | str,
-    k: int = 3,
+    k: Count = 3,
     kind: str = "shots",
     *,
-    beside: Sequence[tuple[int, str]] = (),
-    edges: int = 300,
-    n: int = 8,
-    n_test: int = 16,
+    beside: Sequence[tuple[Natural, str]] = (),
+    edges: Count = 300,
+    n: Count = 8,
+    n_test: Natural = 16,
     template: int | str = 0,
-    sets: int = 2,
-    steps: int = STEPS,
-    resamples: int = 100,
-    draws: int = 100,
-    seed: int = 0,
+    sets: Count = 2,
+    steps: Count = STEPS,
+    resamples: Count = 100,
+    draws: Count = 100,
+    seed: Seed = 0,
     unrelated: Sequence[Relation] | None = None,
     progress: Progress = True,
 ) -> InContext:
@@ -147,10 +149,7 @@ def in_context(
     DataError, SettingError
         As `make_shots` and the steps raise them.
     """
-    if k < 1:
-        raise SettingError(f"k={k}: what is compared with no shot needs at least one.")
-    _check_counts(edges=edges, steps=steps, resamples=resamples, draws=draws)
-    _check_edges(model.graph, edges)
+    check_size(model.graph, edges, model.name)
     wanted = list(dict.fromkeys([(0, "shots"), (k, kind), *beside]))
 
     def within(note: str) -> Progress:
@@ -174,6 +173,7 @@ def in_context(
     return InContext(tasks, shot_accuracy(tasks.values()), circuits, nodes, ablation, heads, reading)
 
 
+@verb
 def shot_accuracy(tasks: Iterable[ShotTask]) -> pd.DataFrame:
     """How often the model answers the questions of D_test, after each context.
 
@@ -194,14 +194,15 @@ def shot_accuracy(tasks: Iterable[ShotTask]) -> pd.DataFrame:
 # --- circuits and new heads ---
 
 
+@verb
 def context_circuits(
     model: Model,
     tasks: Mapping[str, ShotTask],
     *,
-    edges: int = 300,
-    steps: int = STEPS,
-    resamples: int = 100,
-    seed: int = 0,
+    edges: Count = 300,
+    steps: Count = STEPS,
+    resamples: Count = 100,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> dict[str, ResampledCircuit]:
     """The circuits of tasks that ask the same facts, at one size, and of resamples of those facts.
@@ -231,8 +232,7 @@ def context_circuits(
     SettingError
         If a setting cannot be meant.
     """
-    _check_counts(edges=edges, steps=steps, resamples=resamples)
-    _check_edges(model.graph, edges)
+    check_size(model.graph, edges, model.name)
     facts = {task.val.facts for task in tasks.values()}
     n_facts = len(next(iter(facts), ()))
     if len(facts) != 1 or n_facts < 2:
@@ -259,7 +259,8 @@ def context_circuits(
     return found
 
 
-def new_heads(before: ResampledCircuit, after: ResampledCircuit, least: float = LEAST_PRESENCE) -> pd.DataFrame:
+@verb
+def new_heads(before: ResampledCircuit, after: ResampledCircuit, least: Share = LEAST_PRESENCE) -> pd.DataFrame:
     """Which heads and MLPs a context brings into a circuit, keeps in it, and drives out of it.
 
     Parameters
@@ -285,10 +286,10 @@ def new_heads(before: ResampledCircuit, after: ResampledCircuit, least: float = 
     SettingError
         If `least` is not a share, or the resamples are not the same.
     """
-    if not 0 < least <= 1 or before.presence.shape[0] != after.presence.shape[0]:
+    if before.presence.shape[0] != after.presence.shape[0]:
         raise SettingError(
-            f"least={least}, {before.presence.shape[0]} and {after.presence.shape[0]} resamples: give a share above 0, "
-            "and circuits of one call of context_circuits."
+            f"{before.presence.shape[0]} and {after.presence.shape[0]} resamples: give circuits of one call of "
+            "context_circuits."
         )
     graph = (before.circuit | after.circuit).graph  # raises where graphs differ
     own = [_nodes_in(one.circuit) for one in (before, after)]
@@ -362,6 +363,7 @@ def _provenance(model: Model, task: ShotTask, parameters: dict[str, int | str]) 
 # --- ablation ---
 
 
+@verb
 def ablate_new(
     model: Model,
     task: ShotTask,
@@ -369,8 +371,8 @@ def ablate_new(
     shared: Sequence[str] = (),
     *,
     split: str = "test",
-    draws: int = 100,
-    seed: int = 0,
+    draws: Count = 100,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """How the model answers without its new heads, without random ones of the same layers, and without the shared ones.
@@ -411,7 +413,6 @@ def ablate_new(
     SettingError
         If there are no draws.
     """
-    _check_counts(draws=draws)
     check_same_weights(model, task)
     prompts = split_of(task, split)
     if not len(prompts):
@@ -450,8 +451,9 @@ def ablate_new(
 # --- what they read ---
 
 
+@verb
 @torch.no_grad()
-def demonstration_attention(model: Model, task: ShotTask, *, split: str = "test", seed: int = 0) -> pd.DataFrame:
+def demonstration_attention(model: Model, task: ShotTask, *, split: str = "test", seed: Seed = 0) -> pd.DataFrame:
     """Where every head's END looks among the demonstrations, and how it behaves on repeated random tokens.
 
     Returns
@@ -540,13 +542,3 @@ def _accuracy(ranks: Int[np.ndarray, "sets N"], seed: int | None = None) -> dict
         low, high = proportion_interval(hits) if seed is None else mean_interval(hits, seed)
         found |= {f"hit_{k}": float(hits.mean()), f"low{end}": low, f"high{end}": high}
     return found
-
-
-def _check_counts(**settings: int) -> None:
-    if min(settings.values()) < 1:
-        raise SettingError(f"{', '.join(f'{key}={value}' for key, value in settings.items())}: all must be at least 1.")
-
-
-def _check_edges(graph: Graph, edges: int) -> None:
-    if edges > graph.n_edges:
-        raise SettingError(f"edges={edges}: {graph} has {graph.n_edges:,} edges; ask for 1 to that many.")

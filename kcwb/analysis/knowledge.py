@@ -10,20 +10,23 @@ import pandas as pd
 from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.tasks.prompts import KNOWN_RANK, encode, object_tokens, told_apart
 from kcwb.tasks.ranks import deciding_tokens
 from kcwb.tasks.relations import Relation, load_relations
+from kcwb.verbs import verb
 
 COLUMNS = ("relation", "category", "template", "facts", "answers", "first_tells", "hit_10", "hit_1")
 
 
+@verb
 def knowledge_table(
     model: Model,
     relations: Sequence[Relation] | None = None,
     *,
     template: int = 0,
-    n: int | None = None,
-    seed: int = 0,
+    n: Count | None = None,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """How well a model recalls the facts of some relations: one forward pass per fact, none per answer.
@@ -61,8 +64,6 @@ def knowledge_table(
         of which this is so are left out with a warning).
     """
     relations = load_relations() if relations is None else relations
-    if n is not None and n < 1:
-        raise SettingError(f"n={n}: at least one fact of each relation must be asked (None asks all).")
     texts = [_template(relation, template) for relation in relations]
     samples = [_sample(relation, n, seed) for relation in relations]
     rows = []

@@ -25,21 +25,24 @@ from kcwb.errors import DataError, nearest
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Seed
 from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, answer_tokens, check_same_weights
 from kcwb.tasks.ranks import rank_of
+from kcwb.verbs import verb
 
 #: What is looked for, and where.
 WHO = ("object", "subject", "object, subject's tokens")
 
 
+@verb
 def lens(
     model: Model,
     task: Task,
     *,
     fact: str | None = None,
     split: str = "val",
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """Rank and probability of object and subject after each layer, over a task's facts or for one of them.
@@ -115,6 +118,7 @@ def lens_by_fact(
     return pd.concat(parts)[columns].sort_values("layer", kind="stable").reset_index(drop=True)
 
 
+@verb
 def arrival(
     model: Model, task: Task, *, fact: str | None = None, split: str = "val", progress: Progress = True
 ) -> pd.DataFrame:

@@ -23,22 +23,24 @@ from scipy import stats
 from torch import Tensor
 
 from kcwb.analysis.positions import rows_told_at_end
-from kcwb.errors import SettingError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count
 from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.compose import Wording, reverse
 from kcwb.tasks.hops import Hops
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts, answer_tokens, check_same_weights, encode, encode_one
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.verbs import verb
 
 #: Where the stream is read, and what is looked for there.
 PLACES = ("subject", "description", "END")
 WHO = ("bridge", "other bridges", "object", "other objects")
 
 
+@verb
 def hop_lens(model: Model, hops: Hops, *, progress: Progress = True) -> pd.DataFrame:
     """Where bridge and object stand in the two-hop prompts of D_val, after each layer.
 
@@ -112,6 +114,7 @@ def lens_summary(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values(["place", "quantity"], kind="stable", ignore_index=True)
 
 
+@verb
 def hop_arrival(table: pd.DataFrame) -> pd.DataFrame:
     """In which layer bridge and object of each chain are first among the ten likeliest tokens.
 
@@ -190,7 +193,8 @@ def both_ways(
     return pd.DataFrame(facts, columns=["subject", "object"]).assign(**ranks)
 
 
-def reversal(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
+@verb
+def reversal(table: pd.DataFrame, k: Count = 1) -> pd.DataFrame:
     """How many facts of the table of `both_ways` are known each way.
 
     Returns
@@ -201,8 +205,6 @@ def reversal(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
         row: that of McNemar's exact test, two-sided, for as many facts known one way only being known forward as
         backward.
     """
-    if k < 1:
-        raise SettingError(f"k={k}: it must be at least 1.")
     forward_, backward = (table[way].to_numpy() <= k for way in ("forward", "backward"))
     both = forward_ & backward
     one_way = int((forward_ ^ backward).sum())

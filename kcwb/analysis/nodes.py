@@ -31,11 +31,14 @@ from kcwb.models.forward import Pass, forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.progress import Progress, track
+from kcwb.settings import Count
 from kcwb.statistics import proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.verbs import verb
 
 
+@verb
 def attention_pattern(
     model: Model,
     task: Task | Prompts,
@@ -149,12 +152,13 @@ def node_logits(
     return torch.cat(found)
 
 
+@verb
 def component_logits(
     model: Model,
     task: Task | Prompts,
     node: str,
     *,
-    k: int = 10,
+    k: Count = 10,
     prompt: int | None = None,
     circuit: Circuit | None = None,
     ablation: str | Ablation | None = None,
@@ -176,7 +180,7 @@ def component_logits(
         (whether an answer to the prompts starts with it, and no other object of the relation does). With one `prompt`,
         whose answer is not among the first k, the answer follows with its own rank.
     """
-    if not 1 <= k <= model.network.d_vocab:
+    if k > model.network.d_vocab:
         raise SettingError(f"k={k}: the vocabulary has {model.network.d_vocab:,} tokens; ask for 1 to that many.")
     prompts = _prompts(task)
     logits = node_logits(model, task, node, prompt=prompt, circuit=circuit, ablation=ablation).mean(0)
@@ -201,6 +205,7 @@ def component_logits(
     )
 
 
+@verb
 def node_edges(circuit: Circuit, node: str) -> pd.DataFrame:
     """A circuit's edges into and out of a node.
 
@@ -222,6 +227,7 @@ def node_edges(circuit: Circuit, node: str) -> pd.DataFrame:
     return both[["direction", "sender", "receiver", "score"]]
 
 
+@verb
 def ablate_nodes(
     model: Model,
     circuit: Circuit | None,
@@ -229,7 +235,7 @@ def ablate_nodes(
     nodes: Sequence[str],
     *,
     ablation: str | None = None,
-    k: int = 10,
+    k: Count = 10,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """How well the model, and a circuit alone, answer each fact before and after nodes are ablated.
@@ -264,10 +270,8 @@ def ablate_nodes(
     SettingError
         If no node is named, `k` is below 1, or the ablation is not known.
     """
-    if isinstance(nodes, str) or not nodes:
+    if not nodes:
         raise SettingError(f"nodes={nodes!r}: give a list of at least one node, for example ['a0.h0'].")
-    if k < 1:
-        raise SettingError(f"k={k}: it must be at least 1.")
     rows = [model.graph.sender_index(node) for node in nodes]
     if circuit is not None:
         check_same_model(model, circuit)
@@ -291,6 +295,7 @@ def ablate_nodes(
     return pd.concat(tables, ignore_index=True)[columns]
 
 
+@verb
 def ablation_summary(table: pd.DataFrame) -> pd.DataFrame:
     """Means of the table of `ablate_nodes` over facts.
 

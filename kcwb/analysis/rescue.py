@@ -38,10 +38,12 @@ from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.statistics import matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Relation, load_relation
+from kcwb.verbs import verb
 
 _ROLE_FACTS = 16
 #: What is put in, in the order of the table.
@@ -72,16 +74,17 @@ class Rescue:
     relations: pd.DataFrame
 
 
+@verb
 def rescue(
     model: Model,
     relations: Sequence[Relation | str],
     *,
     templates: Sequence[int] = (0, 1),
-    n: int = 40,
-    pairs: int = 10,
-    movers: int | Sequence[str] = 10,
-    draws: int = 100,
-    seed: int = 0,
+    n: Count = 40,
+    pairs: Count = 10,
+    movers: Count | Sequence[str] = 10,
+    draws: Count = 100,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> Rescue:
     """Patch mover heads' outputs at END from a template in which the model is right into one in which it is wrong.
@@ -325,11 +328,8 @@ def _check(
         raise DataError("There is no relation to look at.")
     if len(set(templates)) < 2:
         raise SettingError(f"templates={list(templates)}: two different ones are needed, one right and one wrong.")
-    if n < FEWEST_FACTS or pairs < 1 or draws < 20:
-        raise SettingError(f"n={n}, pairs={pairs}, draws={draws}: at least {FEWEST_FACTS}, 1 and 20 are needed.")
-    if isinstance(movers, int):
-        if movers < 1:
-            raise SettingError(f"movers={movers}: at least 1.")
-    elif not named_heads(model, movers):
+    if n < FEWEST_FACTS or draws < 20:
+        raise SettingError(f"n={n}, draws={draws}: at least {FEWEST_FACTS} and 20 are needed.")
+    if not isinstance(movers, int) and not named_heads(model, movers):
         raise SettingError("movers=[]: name a head, or give a number.")
     return [[relation.template(which) for which in templates] for relation in relations]

@@ -23,11 +23,14 @@ from kcwb.discovery.baselines import random_circuit
 from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.statistics import p_value
+from kcwb.verbs import verb
 
 _SERVING = (*NAMED, "suppressor")
 
 
+@verb
 def relation_matrix(tables: Mapping[str, pd.DataFrame], value: str = "contribution") -> pd.DataFrame:
     """What each head does for each relation, as a matrix to cluster and draw.
 
@@ -67,6 +70,7 @@ def relation_matrix(tables: Mapping[str, pd.DataFrame], value: str = "contributi
     return matrix.rename_axis(index="relation", columns="node")
 
 
+@verb
 def shared_heads(graph: Graph, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Which heads serve how many relations, beside what chance gives a head of their layer.
 
@@ -129,8 +133,9 @@ def shared_heads(graph: Graph, tables: Mapping[str, pd.DataFrame]) -> pd.DataFra
     return order[columns].reset_index(drop=True)
 
 
+@verb
 def circuit_overlap(
-    circuits: Mapping[str, Circuit], *, draws: int = 20, seed: int = 0, progress: Progress = True
+    circuits: Mapping[str, Circuit], *, draws: Count = 20, seed: Seed = 0, progress: Progress = True
 ) -> pd.DataFrame:
     """How many edges and nodes circuits of different relations share, beside random ones of the same sizes.
 
@@ -161,8 +166,8 @@ def circuit_overlap(
     SettingError
         If there are fewer than two circuits, or no draws.
     """
-    if len(circuits) < 2 or draws < 1:
-        raise SettingError(f"{len(circuits)} circuits, draws={draws}: an overlap needs at least 2 circuits and 1 draw.")
+    if len(circuits) < 2:
+        raise SettingError(f"{len(circuits)} circuits: an overlap needs at least 2.")
     graph = next(iter(circuits.values())).graph
     for name, circuit in circuits.items():
         if circuit.graph != graph or not circuit.n_edges:

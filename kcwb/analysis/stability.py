@@ -28,11 +28,14 @@ from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import Task, check_same_weights, encode, make_task
 from kcwb.tasks.relations import Relation, load_relation
+from kcwb.verbs import verb
 
 
+@verb
 def bootstrap_stability(
     model: Model,
     task: Task,
@@ -40,11 +43,11 @@ def bootstrap_stability(
     *,
     metric: str = "nll",
     ablation: str | None = None,
-    edges: int | None = None,
+    edges: Count | None = None,
     select: str = "signed",
-    steps: int | None = None,
-    draws: int = 20,
-    seed: int = 0,
+    steps: Count | None = None,
+    draws: Count = 20,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """How much of the circuit stays when D_val's facts are drawn again.
@@ -84,8 +87,6 @@ def bootstrap_stability(
         If a setting cannot be meant.
     """
     ablation, size = _check(model, method, metric, ablation, edges, select, steps)
-    if draws < 1:
-        raise SettingError(f"draws={draws}: it must be at least 1.")
     check_same_weights(model, task)
     cuts = make_ablation(model, task, ablation)
     loss = make_loss(model, cuts.usable(task.val), metric)
@@ -107,19 +108,20 @@ def bootstrap_stability(
     return _pairs(circuits, seed)
 
 
+@verb
 def template_stability(
     model: Model,
     relation: Relation | str,
     method: str = "eap-ig",
     *,
     templates: Sequence[int | str] | None = None,
-    n: int = 8,
+    n: Count = 8,
     metric: str = "nll",
     ablation: str | None = None,
-    edges: int | None = None,
+    edges: Count | None = None,
     select: str = "signed",
-    steps: int | None = None,
-    seed: int = 0,
+    steps: Count | None = None,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> pd.DataFrame:
     """How much of the circuit stays when the same facts are asked for in other words.
@@ -160,8 +162,6 @@ def template_stability(
     wanted = list(range(len(relation.prompt_templates_zs))) if templates is None else list(templates)
     if len(wanted) < 2 or len(set(wanted)) < len(wanted):
         raise SettingError(f"Stability over templates of {relation.name} needs at least two, all different: {wanted}.")
-    if n < 1:
-        raise SettingError(f"n={n}: it must be at least 1.")
     circuits: dict[str, Circuit] = {}
     with track(progress, 2 * len(wanted), "stability") as step:
         tasks, everything = [], []

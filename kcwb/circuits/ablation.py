@@ -21,6 +21,7 @@ from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.tasks.prompts import Prompts, Task
+from kcwb.verbs import verb
 
 ABLATIONS = ("zero", "mean", "resample")
 #: A class of positions has at least this many prompts, where any has.
@@ -141,6 +142,7 @@ class Ablation:
         return self.means[:, self.classes.of(prompts.ends, prompts.tokens.shape[1])]
 
 
+@verb
 def make_ablation(model: Model, task: Task, kind: str) -> Ablation:
     """An ablation for the prompts of a task.
 

@@ -8,7 +8,7 @@ as in MIB (`input->a0.h0<q>`). The scores of all edges, kept or not, go into a s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,11 @@ from torch import Tensor
 from kcwb.circuits.circuitfile import edges_digest, load_circuit, save_circuit
 from kcwb.errors import CircuitError
 from kcwb.models.graph import Graph
+from kcwb.settings import Score
+from kcwb.verbs import noun, verb
 
 
+@noun
 @dataclass(frozen=True, eq=False)
 class Circuit:
     """A subgraph.
@@ -64,17 +67,20 @@ class Circuit:
             raise CircuitError(f"{self.graph} has no edge {self.graph.edge_name(*wrong[0].tolist())}.")
 
     @classmethod
+    @verb
     def full(cls, graph: Graph) -> Circuit:
         """The circuit that keeps every edge."""
         return cls(graph, graph.exists.clone())
 
     @classmethod
+    @verb
     def empty(cls, graph: Graph) -> Circuit:
         """The circuit that keeps none."""
         return cls(graph, torch.zeros_like(graph.exists))
 
     @classmethod
-    def from_edges(cls, graph: Graph, edges: Mapping[str, float] | list[str], **more: Any) -> Circuit:
+    @verb
+    def from_edges(cls, graph: Graph, edges: Mapping[str, Score] | Sequence[str], **more: Any) -> Circuit:
         """The circuit that keeps the named edges (`sender->receiver`), with their scores if given."""
         kept = torch.zeros_like(graph.exists)
         scores = torch.full(kept.shape, math.nan) if isinstance(edges, Mapping) else None
@@ -177,6 +183,7 @@ class Circuit:
         """The edges that it cuts."""
         return Circuit.full(self.graph) - self
 
+    @verb
     def iou(self, other: Circuit) -> float:
         """Edges of both over edges of either; 1.0 for two empty circuits."""
         either = (self | other).n_edges
@@ -205,6 +212,7 @@ class Circuit:
         """SHA-256 of the graph's sizes and the kept edges' names."""
         return edges_digest(self.graph, sorted(self.edges["sender"] + "->" + self.edges["receiver"]))
 
+    @verb
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the circuit to a JSON file, and the scores of all edges to a safetensors file beside it.
 
@@ -223,6 +231,7 @@ class Circuit:
         save_circuit(self, Path(path), force)
 
     @classmethod
+    @verb
     def load(cls, path: str | Path) -> Circuit:
         """Read a circuit that `save` wrote; without the scores file beside it, only kept edges have scores.
 

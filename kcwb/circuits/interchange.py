@@ -34,6 +34,8 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.errors import CircuitError
 from kcwb.files import write_text
 from kcwb.models.graph import Graph
+from kcwb.settings import Count
+from kcwb.verbs import verb
 
 
 def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
@@ -128,7 +130,8 @@ def from_mib(data: Any, *, where: str = "The circuit") -> Circuit:
     return Circuit(graph, kept, None if bool(scores.isnan().all()) else scores, dict(provenance))
 
 
-def save_mib(circuit: Circuit, path: str | Path, *, d_model: int | None = None) -> None:
+@verb
+def save_mib(circuit: Circuit, path: str | Path, *, d_model: Count | None = None) -> None:
     """Write a circuit as MIB's JSON; parameters as in `to_mib`."""
     try:
         text = json.dumps(to_mib(circuit, d_model=d_model), ensure_ascii=False, allow_nan=False)
@@ -139,6 +142,7 @@ def save_mib(circuit: Circuit, path: str | Path, *, d_model: int | None = None) 
     write_text(Path(path), text)
 
 
+@verb
 def load_mib(path: str | Path) -> Circuit:
     """Read a circuit from MIB's JSON.
 
@@ -224,6 +228,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+@verb
 def load_gv(path: str | Path, graph: Graph) -> Circuit:
     """Read a circuit that Knowledge Circuits released as a graphviz file.
 

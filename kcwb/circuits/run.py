@@ -15,8 +15,10 @@ from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.tasks.metrics import at_answers
 from kcwb.tasks.prompts import Prompts
+from kcwb.verbs import verb
 
 
+@verb
 @torch.no_grad()
 def run_circuit(
     model: Model, circuit: Circuit | Bool[Tensor, "S R"] | None, prompts: Prompts, ablation: Ablation

@@ -13,7 +13,9 @@ from kcwb.errors import SettingError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Natural
 from kcwb.tasks.metrics import Loss
+from kcwb.verbs import verb
 
 
 def exact_effects(model: Model, loss: Loss, ablation: Ablation, *, progress: Progress = False) -> Float[Tensor, "S R"]:
@@ -36,7 +38,8 @@ def exact_effects(model: Model, loss: Loss, ablation: Ablation, *, progress: Pro
     return scores
 
 
-def random_circuit(graph: Graph, edges: int, seed: int) -> Circuit:
+@verb
+def random_circuit(graph: Graph, edges: int, seed: Natural) -> Circuit:
     """A random circuit with exactly `edges` edges, all of them on a path from `input` to `logits`.
 
     Edges are drawn in random order; of the longest beginning that has at most `edges` edges once its dangling ones are
@@ -44,7 +47,7 @@ def random_circuit(graph: Graph, edges: int, seed: int) -> Circuit:
     """
     if not 1 <= edges <= graph.n_edges:
         raise SettingError(f"edges={edges}: this graph has {graph.n_edges:,}; ask for 1 to that many.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     pairs = graph.exists.nonzero()
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from kcwb.circuits.circuit import Circuit
 from kcwb.errors import CircuitError, SettingError, choose
 from kcwb.models.graph import Graph
+from kcwb.settings import Count
+from kcwb.verbs import verb
 
 SELECTIONS = ("signed", "absolute", "greedy")
 
@@ -94,10 +96,11 @@ def _greedy(graph: Graph, value: Float[Tensor, "S R"], edges: int) -> Bool[Tenso
     return kept
 
 
+@verb
 def resize(
     circuit: Circuit,
     *,
-    edges: int | None = None,
+    edges: Count | None = None,
     threshold: float | None = None,
     select: str | None = None,
 ) -> Circuit:

@@ -16,22 +16,25 @@ from kcwb.editing.edit import EditError, edit, is_answer
 from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.statistics import mean_interval
 from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Fact
+from kcwb.verbs import verb
 
 
+@verb
 def compare_edits(
     model: Model,
     cases: Sequence[EditCase],
     method: str = "rome",
     *,
     layer: int | None = None,
-    edges: int = 300,
-    movers: int = 10,
-    draws: int = 100,
-    n: int = 8,
-    seed: int = 0,
+    edges: Count = 300,
+    movers: Count = 10,
+    draws: Count = 100,
+    n: Count = 8,
+    seed: Seed = 0,
     progress: Progress = True,
     **settings: Any,
 ) -> pd.DataFrame:
@@ -89,7 +92,8 @@ def compare_edits(
     return pd.DataFrame(rows)
 
 
-def account(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+@verb
+def account(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
     """Test the account of Knowledge Circuits claim by claim, over many edits of one method.
 
     Parameters

@@ -11,9 +11,11 @@ from typing import Any
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Natural, Seed
 from kcwb.tasks.prompts import encode, object_tokens
 from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations, read_json, readable
 from kcwb.tasks.subjects import blank
+from kcwb.verbs import noun, verb
 
 #: Relations with shared objects, from which edits are made where none are named.
 RELATIONS = (
@@ -37,6 +39,7 @@ _SECOND_STEPS = ("country_capital", "country_language", "country_currency", "cou
 _AT_ONCE = 16  # facts that are asked together
 
 
+@noun
 @dataclass(frozen=True)
 class EditCase:
     """One edit to be made, and the prompts that judge it.
@@ -73,16 +76,17 @@ class EditCase:
         return self.template.replace("{}", self.fact.subject)
 
 
+@verb
 def edit_cases(
     model: Model,
     relations: Sequence[Relation | str] = RELATIONS,
     *,
-    n: int = 50,
-    seed: int = 0,
+    n: Count = 50,
+    seed: Seed = 0,
     template: int = 0,
-    rank: int = 1,
-    neighbours: int = 5,
-    others: int = 5,
+    rank: Count = 1,
+    neighbours: Count = 5,
+    others: Natural = 5,
     progress: Progress = False,
 ) -> list[EditCase]:
     """Edits made from relations: facts that the model knows, each with another object of the relation as its target.
@@ -118,8 +122,6 @@ def edit_cases(
     DataError
         If no relation has a fact that is known and has a neighbour.
     """
-    if n < 1 or rank < 1 or neighbours < 1:
-        raise SettingError(f"n={n}, rank={rank}, neighbours={neighbours}: all must be at least 1.")
     loaded = [load_relation(one) if isinstance(one, str) else one for one in relations]
     everything = load_relations()
     counts = {"neighbours": neighbours, "others": others}
@@ -206,6 +208,7 @@ def _compositions(name: str, fact: Fact, target: str, everything: Iterable[Relat
             yield relation.prompt_templates_zs[0].replace("{}", whose), new, old
 
 
+@verb
 def load_counterfact(path: str | Path) -> list[EditCase]:
     """Read edits from a file in the format of CounterFact: a JSON list of records.
 

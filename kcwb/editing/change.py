@@ -24,12 +24,14 @@ from kcwb.locks import Exclusive, WeightsLock
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.tasks.relations import Fact
+from kcwb.verbs import noun
 
 
 class EditError(KcwbError):
     """An edit did not converge, or cannot be put in or taken out; the model is as it was."""
 
 
+@noun
 @dataclass(frozen=True, eq=False)
 class Edit:
     """A change of a model's weights that makes it say something else; made by `edit`.

@@ -38,7 +38,7 @@ from kcwb.analysis.positions import check_prompts, position_groups, told_at_end
 from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
-from kcwb.discovery.methods import STEPS
+from kcwb.discovery.methods import STEPS, check_size
 from kcwb.discovery.selection import matched_circuit
 from kcwb.editing.edit import Edit, EditError
 from kcwb.editing.passes import Block
@@ -47,10 +47,12 @@ from kcwb.errors import DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights, encode
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact
+from kcwb.verbs import verb
 
 #: Logits: the least |D_S| + |D_R| with which a head has a role on a single prompt.
 LEAST_LOGITS = 0.1
@@ -120,16 +122,17 @@ class EditComparison:
         return {**row, "p": self.p}
 
 
+@verb
 def compare_edit(
     model: Model,
     made: Edit,
     task: Task,
     *,
     paraphrase: str | None = None,
-    edges: int = 300,
-    movers: int | Sequence[str] = 10,
-    draws: int = 100,
-    seed: int = 0,
+    edges: Count = 300,
+    movers: Count | Sequence[str] = 10,
+    draws: Count = 100,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> EditComparison:
     """Compare the model before and after one edit; afterwards the model is as it was.
@@ -167,7 +170,7 @@ def compare_edit(
     EditError
         If the edit is in the weights, or was made for other ones.
     """
-    _check(model, made, task, edges, draws)
+    _check(model, made, task, edges)
     fact, new = made.facts[0], Fact(made.facts[0].subject, made.targets[0])
     other = _paraphrase_of(task) if paraphrase is None else paraphrase
     asked = {answer: _asked(model, task, answer, made.templates[0]) for answer in (fact, new)}
@@ -214,7 +217,7 @@ def compare_edit(
     )
 
 
-def _check(model: Model, made: Edit, task: Task, edges: int, draws: int) -> None:
+def _check(model: Model, made: Edit, task: Task, edges: int) -> None:
     if made.active:
         raise EditError(f"{made} is in the weights; undo it first, so that there is a before.")
     if made.parameters.get("model") != model.digest:
@@ -225,8 +228,7 @@ def _check(model: Model, made: Edit, task: Task, edges: int, draws: int) -> None
         raise SettingError(
             f"The task asks {task.template!r:.120}, the edit {made.templates[0]!r:.120}; use one template."
         )
-    if draws < 1 or not 1 <= edges <= model.graph.n_edges:
-        raise SettingError(f"edges={edges}, draws={draws}: 1 to {model.graph.n_edges:,} edges, and at least 1 draw.")
+    check_size(model.graph, edges, model.name)
 
 
 def _paraphrase_of(task: Task) -> str:

@@ -29,7 +29,9 @@ from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.files import write_tensors
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.tasks.relations import load_relations
+from kcwb.verbs import verb
 
 #: Sampled texts begin with one of these words.
 OPENINGS = ("The", "In", "A", "When", "If", "People", "You", "We", "Today", "There")
@@ -88,17 +90,19 @@ def whiten(matrix: Float[Tensor, "M M"], keys: Float[Tensor, "M *n"], ridge: flo
     return torch.cholesky_solve(columns, factor).reshape(keys.shape).to(keys.dtype)
 
 
+@verb
 def covariance(model: Model, layer: int, **more: Any) -> Covariance:
     """The covariance of one layer's MLP activations; parameters and errors as in `covariances`."""
     return covariances(model, [layer], **more)[layer]
 
 
+@verb
 def covariances(
     model: Model,
     layers: Sequence[int],
     *,
-    tokens: int | None = None,
-    seed: int = 0,
+    tokens: Count | None = None,
+    seed: Seed = 0,
     cache: str | Path | bool = True,
     progress: Progress = False,
 ) -> dict[int, Covariance]:

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from kcwb.editing.passes import Rows, answer_logits, answer_nll, make_rows, make_tail
 from kcwb.editing.rome import Fit
-from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, NotNegative, Positive
 from kcwb.tasks.relations import Fact
+from kcwb.verbs import noun
 
 
+@noun
 @dataclass(frozen=True)
 class TuningSettings:
     """What fine-tuning depends on.
@@ -36,20 +38,10 @@ class TuningSettings:
         The loss below which it ends.
     """
 
-    steps: int = 25
-    lr: float = 5e-4
-    clamp: float = 2e-3
-    stop: float = 0.01
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if self.steps < 1:
-            raise SettingError(f"steps={self.steps}: at least 1.")
-        for name in ("lr", "clamp"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise SettingError(f"{name}={getattr(self, name)}: must be above 0.")
-        if not 0 <= self.stop < math.inf:
-            raise SettingError(f"stop={self.stop}: must be 0 or above.")
+    steps: Count = 25
+    lr: Positive = 5e-4
+    clamp: Positive = 2e-3
+    stop: NotNegative = 0.01
 
 
 def fine_tune(

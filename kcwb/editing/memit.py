@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,12 +19,14 @@ from torch import Tensor
 from kcwb.editing.covariance import covariances, whiten
 from kcwb.editing.passes import make_rows, read_places
 from kcwb.editing.rome import DeltaSettings, Fit, all_contexts, optimise_delta
-from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Positive
 from kcwb.tasks.relations import Fact
+from kcwb.verbs import noun
 
 
+@noun
 @dataclass(frozen=True)
 class MemitSettings(DeltaSettings):
     """What MEMIT depends on; the clamp's scale is the norm of the stream.
@@ -39,15 +40,9 @@ class MemitSettings(DeltaSettings):
         that leaves a single edit without effect, and 1,500 does not.
     """
 
-    clamp: float = 0.75
-    spread: int = 3
-    weight: float = 1_500.0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        super().__post_init__()
-        if self.spread < 1 or not 0 < self.weight < math.inf:
-            raise SettingError(f"spread={self.spread}, weight={self.weight}: at least 1 layer, and a weight above 0.")
+    clamp: Positive = 0.75
+    spread: Count = 3
+    weight: Positive = 1_500.0
 
 
 def memit(

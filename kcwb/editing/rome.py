@@ -26,16 +26,19 @@ from torch import Tensor
 from kcwb.editing.covariance import OPENINGS, covariance, sample_texts, whiten
 from kcwb.editing.passes import Rows, Tail, answer_logits, answer_nll, make_rows, make_tail, read_places
 from kcwb.editing.writing import writer
-from kcwb.errors import DataError, SettingError, choose
+from kcwb.errors import DataError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Natural, NotNegative, Positive
 from kcwb.tasks.relations import Fact
+from kcwb.verbs import noun
 
 #: The prompt whose next-token distribution at the subject is to stay.
 ESSENCE = "{} is a"
 _PREFIX_LENGTHS = (5, 10)
 
 
+@noun
 @dataclass(frozen=True)
 class DeltaSettings:
     """What the search for δ depends on.
@@ -62,31 +65,24 @@ class DeltaSettings:
         happens with ReLUs.
     """
 
-    steps: int = 25
-    lr: float = 0.5
-    clamp: float = 4.0
-    decay: float = 1e-3
+    steps: Count = 25
+    lr: Positive = 0.5
+    clamp: Positive = 4.0
+    decay: NotNegative = 1e-3
     penalty: str = "square"
-    kl: float = 0.0625
-    stop: float = 0.05
-    prefixes: int = 20
+    kl: NotNegative = 0.0625
+    stop: NotNegative = 0.05
+    prefixes: Natural = 20
     covariance: str = "text"
-    ridge: float = 0.01
+    ridge: NotNegative = 0.01
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         choose("The covariance", self.covariance, ("text", "identity"))
         choose("The penalty", self.penalty, ("square", "norm"))
-        if self.steps < 1 or self.prefixes < 0:
-            raise SettingError(f"steps={self.steps}, prefixes={self.prefixes}: at least 1 step and 0 prefixes.")
-        for name in ("lr", "clamp"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise SettingError(f"{name}={getattr(self, name)}: must be above 0.")
-        for name in ("decay", "kl", "stop", "ridge"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise SettingError(f"{name}={getattr(self, name)}: must be 0 or above.")
 
 
+@noun
 @dataclass(frozen=True)
 class RomeSettings(DeltaSettings):
     """What ROME depends on.

@@ -33,9 +33,11 @@ from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.statistics import mean_interval, proportion_interval, statistic_interval
 from kcwb.tasks.prompts import padded
 from kcwb.tasks.relations import Fact
+from kcwb.verbs import verb
 
 #: What `edit_scores` reports of each edit.
 SCORES = ("ES", "PS", "NS", "EM", "PM", "NM", "bleed_subject", "bleed_other", "portability")
@@ -121,14 +123,15 @@ def _answer_logits(model: Model, rows: Sequence[_Tokens]) -> Iterator[Float[Tens
         yield model.network.logits(torch.cat(streams)).float()
 
 
+@verb
 def edit_scores(
     model: Model,
     cases: Sequence[EditCase],
     method: str = "rome",
     *,
     layer: int | None = None,
-    batch: int = 1,
-    seed: int = 0,
+    batch: Count = 1,
+    seed: Seed = 0,
     progress: Progress = True,
     **settings: Any,
 ) -> pd.DataFrame:
@@ -164,7 +167,7 @@ def edit_scores(
     DataError
         If a prompt of any case does not fit into the context, or an answer runs into its prompt.
     """
-    if not cases or batch < 1 or (batch > 1 and method != "memit"):
+    if not cases or (batch > 1 and method != "memit"):
         raise SettingError(f"{len(cases)} cases in batches of {batch}: at least one, and batches for memit alone.")
     for i, case in enumerate(cases):
         if case.target == case.fact.object:
@@ -263,7 +266,8 @@ def layer_sweep(
     return pd.DataFrame(rows)
 
 
-def score_summary(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+@verb
+def score_summary(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
     """Means over cases of the scores of `edit_scores`, with 95% intervals over cases.
 
     Returns

@@ -28,6 +28,7 @@ from kcwb.models.digest import weights_digest
 from kcwb.models.families import ENCODERS
 from kcwb.models.loading import known_device, known_dtype
 from kcwb.models.reading import UNFORESEEN, not_run, read_pretrained, require_fast, require_fit
+from kcwb.verbs import verb
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +83,7 @@ class Encoder:
         return f"Encoder({self.name!r}: {self.n_layers} layers x {self.n_heads} heads, {kind} on {self.device})"
 
 
+@verb
 def load_encoder(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,

@@ -32,6 +32,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kcwb.errors import CircuitError
+from kcwb.verbs import noun
 
 #: Entries of the largest mask that a file may ask for; Llama's 70 billion weights have 80 million.
 _LARGEST = 2**27
@@ -46,6 +47,7 @@ class Node(NamedTuple):
     head: int
 
 
+@noun
 @dataclass(frozen=True)
 class Graph:
     """The graph of a transformer with `n_layers` layers of `n_heads` heads.

@@ -18,7 +18,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from kcwb.errors import DataError, SettingError, nearest
+from kcwb.settings import Count
 from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations
+from kcwb.verbs import verb
 
 #: First relation -> words that describe its object by its subject.
 DESCRIPTIONS = {
@@ -167,6 +169,7 @@ class Composition:
         )
 
 
+@verb
 def compose(
     first: Relation | str, second: Relation | str, *, wordings: Sequence[tuple[str, str]] | None = None
 ) -> Composition:
@@ -214,7 +217,8 @@ def compose(
     )
 
 
-def compositions(least: int = 10) -> pd.DataFrame:
+@verb
+def compositions(least: Count = 10) -> pd.DataFrame:
     """The packaged relations that can be chained.
 
     Parameters
@@ -245,6 +249,7 @@ def compositions(least: int = 10) -> pd.DataFrame:
     return table.sort_values("chains", ascending=False, kind="stable").reset_index(drop=True)
 
 
+@verb
 def reverse(relation: Relation | str, *, templates: Sequence[str] | None = None) -> Relation:
     """The relation from its objects to its subjects.
 

@@ -21,12 +21,14 @@ from functools import partial
 
 import pandas as pd
 
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
 from kcwb.tasks.compose import Composition, Wording
 from kcwb.tasks.prompts import Prompts, Task, encode
 from kcwb.tasks.relations import Fact, Relation
+from kcwb.verbs import verb
 
 #: What is asked about each chain: both hops, both together, and what would do without them.
 ASKED = ("hop 1", "hop 2", "two-hop", "entity alone", "relation alone")
@@ -99,6 +101,7 @@ class HopAnswers:
     asked: dict[str, Asked]
 
 
+@verb
 def ask_hops(
     model: Model,
     composition: Composition,
@@ -106,7 +109,7 @@ def ask_hops(
     template: int = 0,
     first_template: int = 0,
     second_template: int = 0,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress = True,
 ) -> HopAnswers:
     """Ask a model about both hops of every chain, both together, and the shortcuts.
@@ -151,7 +154,8 @@ def ask_hops(
     return HopAnswers(model.name, model.digest, composition, wording, table, asked)
 
 
-def funnel(ranks: pd.DataFrame, k: int = 1, shortcut_k: int | None = 1) -> pd.DataFrame:
+@verb
+def funnel(ranks: pd.DataFrame, k: Count = 1, shortcut_k: Count | None = 1) -> pd.DataFrame:
     """How many chains are left after each filter.
 
     Parameters
@@ -169,7 +173,6 @@ def funnel(ranks: pd.DataFrame, k: int = 1, shortcut_k: int | None = 1) -> pd.Da
         One row per filter, applied one after the other: `filter`; `left`; `lost`, to this filter; `share`, of those
         that came to it (NaN where none did).
     """
-    _check(k, shortcut_k)
     passed = _passed(ranks, k, shortcut_k)
     left = len(ranks)
     rows: list[tuple[str, int, int, float]] = [("chains", left, 0, float("nan"))]
@@ -180,7 +183,8 @@ def funnel(ranks: pd.DataFrame, k: int = 1, shortcut_k: int | None = 1) -> pd.Da
     return pd.DataFrame(rows, columns=["filter", "left", "lost", "share"])
 
 
-def make_hops(answers: HopAnswers, *, k: int = 1, shortcut_k: int | None = 1, n: int = 8, seed: int = 0) -> Hops:
+@verb
+def make_hops(answers: HopAnswers, *, k: Count = 1, shortcut_k: Count | None = 1, n: Count = 8, seed: Seed = 0) -> Hops:
     """Keep the chains in which the model takes both hops, and make the three tasks of them.
 
     Parameters
@@ -203,9 +207,6 @@ def make_hops(answers: HopAnswers, *, k: int = 1, shortcut_k: int | None = 1, n:
     SettingError
         If a setting cannot be meant.
     """
-    _check(k, shortcut_k)
-    if n < 1:
-        raise SettingError(f"n={n}: D_val needs at least one chain.")
     composition, ranks = answers.composition, answers.ranks
     ranks = ranks.assign(kept=_passed(ranks, k, shortcut_k).all(axis=1))
     rows = ranks.index[ranks["kept"]].tolist()
@@ -265,11 +266,6 @@ def _passed(ranks: pd.DataFrame, k: int, shortcut_k: int | None) -> pd.DataFrame
     if shortcut_k is not None:
         passed |= {f"not by {name}": ranks[name] > shortcut_k for name in ASKED[3:]}
     return pd.DataFrame(passed)
-
-
-def _check(k: int, shortcut_k: int | None) -> None:
-    if k < 1 or (shortcut_k is not None and shortcut_k < 1):
-        raise SettingError(f"k={k}, shortcut_k={shortcut_k}: ranks begin at 1 (shortcut_k may be None).")
 
 
 def _by_bridge(rows: Sequence[int], bridges: Sequence[str], draw: random.Random) -> list[int]:

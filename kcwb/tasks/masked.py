@@ -18,11 +18,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import DataError
 from kcwb.models.encoder import Encoder, run_encoder
+from kcwb.settings import Count, Seed
 from kcwb.tasks.prompts import KNOWN_RANK, padded, split
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.verbs import verb
 
 _CHUNK = 32
 
@@ -109,11 +111,12 @@ class _Row(NamedTuple):
     answer: int
 
 
+@verb
 def make_masked_task(
     encoder: Encoder,
     relation: Relation | str,
-    n: int = 8,
-    seed: int = 0,
+    n: Count = 8,
+    seed: Seed = 0,
     template: int | str = 0,
     ending: str = ".",
 ) -> MaskedTask:
@@ -144,8 +147,6 @@ def make_masked_task(
     """
     if isinstance(relation, str):
         relation = load_relation(relation)
-    if n < 1:
-        raise SettingError(f"n={n}: D_val needs at least one fact.")
     text = relation.template(template)
     found = [_row(encoder, fact, text, ending) for fact in relation.facts]
     objects = {(row.answer, row.fact.object) for row in found if row is not None}

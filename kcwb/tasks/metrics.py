@@ -20,8 +20,10 @@ from torch import Tensor
 from kcwb.errors import DataError, KcwbError, choose
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
+from kcwb.settings import Count
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.ranks import rank_of, rank_product
+from kcwb.verbs import verb
 
 METRICS = ("nll", "kl", "logit_diff")
 
@@ -74,6 +76,7 @@ class Loss:
         return Loss(self.metric, part, full)
 
 
+@verb
 def make_loss(model: Model, prompts: Prompts, metric: str = "nll") -> Loss:
     """A metric on prompts.
 
@@ -114,11 +117,13 @@ def at_answers(residual: Float[Tensor, "... N T D"], prompts: Prompts) -> Float[
     return residual[..., rows, prompts.positions, :]
 
 
-def hit_at_k(logits: Float[Tensor, "... N A V"], prompts: Prompts, k: int = 10) -> Bool[Tensor, "... N"]:
+@verb
+def hit_at_k(logits: Float[Tensor, "... N A V"], prompts: Prompts, k: Count = 10) -> Bool[Tensor, "... N"]:
     """Whether the answer's rank is at most k; ties count against it."""
     return answer_ranks(logits, prompts) <= k
 
 
+@verb
 def answer_ranks(logits: Float[Tensor, "... N A V"], prompts: Prompts) -> Int[Tensor, "... N"]:
     """The rank of each answer, from 1: the product of those of its tokens up to the one that decides."""
     width = max(1, int(prompts.decides.max()) + 1) if len(prompts) else 1

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kcwb.errors import DataError
+from kcwb.settings import Count
 from kcwb.tasks.compose import Chain, Composition, Wording, drop_copies
 from kcwb.tasks.relations import Fact, Relation, read_json, readable
 from kcwb.tasks.subjects import blank
+from kcwb.verbs import verb
 
 _MOST_TEMPLATES = 4
 
@@ -35,7 +37,8 @@ class _Case(NamedTuple):
     questions: list[str]
 
 
-def load_mquake(path: str | Path, *, least: int = 2) -> list[Composition]:
+@verb
+def load_mquake(path: str | Path, *, least: Count = 2) -> list[Composition]:
     """Read the two-hop chains of a file in the format of MQuAKE.
 
     Records that are something else are left out, with a warning that names them. Left out as well are records of more

@@ -25,7 +25,7 @@ from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed
 from kcwb.tasks.ranks import NEVER, deciding_tokens, rank_of, rank_product
 from kcwb.tasks.relations import Fact, Relation, load_relation
-from kcwb.verbs import verb
+from kcwb.verbs import noun, verb
 
 #: A fact is known when the model gives its answer at most this rank (`kcwb.tasks.ranks`).
 KNOWN_RANK = 10
@@ -117,6 +117,7 @@ class Prompts:
         return Prompts(**chosen)
 
 
+@noun
 @dataclass(frozen=True, eq=False)
 class Task:
     """A relation as a model meets it in one template.

@@ -24,8 +24,10 @@ from typing import Any, TypeVar
 
 from kcwb.errors import DataError, SettingError, nearest
 from kcwb.files import write_text
+from kcwb.verbs import noun, verb
 
 
+@noun
 @dataclass(frozen=True, order=True)
 class Fact:
     """A subject and the object that the relation gives it."""
@@ -34,6 +36,7 @@ class Fact:
     object: str
 
 
+@noun
 @dataclass(frozen=True)
 class Relation:
     """A relation: templates and facts.
@@ -78,6 +81,7 @@ class Relation:
         """The different objects, in order of first appearance."""
         return tuple(dict.fromkeys(fact.object for fact in self.facts))
 
+    @verb
     def template(self, which: int | str) -> str:
         """A zero-shot template by its number, or one of the caller's own, checked.
 
@@ -117,6 +121,7 @@ class Relation:
         start = json.dumps(head, ensure_ascii=False, indent=2)[:-2]
         return start + ',\n  "samples": [\n    ' + ",\n    ".join(samples) + "\n  ]\n}\n"
 
+    @verb
     def save(self, path: str | Path) -> None:
         """Write the relation to a JSON file."""
         write_text(Path(path), self.to_json())
@@ -142,6 +147,7 @@ def relation_files(folder: str | Path | None = None) -> dict[str, Path]:
     return files
 
 
+@verb
 def load_relation(name: str | Path) -> Relation:
     """Read and validate one relation.
 
@@ -167,6 +173,7 @@ def load_relation(name: str | Path) -> Relation:
     return _parse(read_json(path), path)
 
 
+@verb
 def load_relations(folder: str | Path | None = None) -> list[Relation]:
     """Read and validate every relation of a folder (default: those that come with the package).
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
+from kcwb.settings import Count, Natural, Seed
 from kcwb.tasks.prompts import (
     KNOWN_RANK,
     Prompts,
@@ -49,6 +50,7 @@ from kcwb.tasks.prompts import (
 )
 from kcwb.tasks.ranks import deciding_tokens
 from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations
+from kcwb.verbs import verb
 
 KINDS = ("shots", "shuffled", "unrelated")
 #: What a token before END can belong to, see `ShotTask.groups`.
@@ -134,17 +136,18 @@ class ShotTask(Task):
         return groups.to(prompts.tokens.device)
 
 
+@verb
 def make_shots(
     model: Model,
     relation: Relation | str,
-    k: int,
+    k: Natural,
     kind: str = "shots",
     *,
-    n: int = 8,
-    seed: int = 0,
+    n: Count = 8,
+    seed: Seed = 0,
     template: int | str = 0,
-    sets: int = 2,
-    n_test: int | None = None,
+    sets: Count = 2,
+    n_test: Natural | None = None,
     unrelated: Sequence[Relation] | None = None,
     progress: Progress = False,
 ) -> ShotTask:
@@ -187,16 +190,17 @@ def make_shots(
     return tasks[k, kind]
 
 
+@verb
 def shot_tasks(
     model: Model,
     relation: Relation | str,
-    wanted: Sequence[tuple[int, str]] = tuple((k, "shots") for k in (0, 1, 3, 5)),
+    wanted: Sequence[tuple[Natural, str]] = tuple((k, "shots") for k in (0, 1, 3, 5)),
     *,
-    n: int = 8,
-    seed: int = 0,
+    n: Count = 8,
+    seed: Seed = 0,
     template: int | str = 0,
-    sets: int = 2,
-    n_test: int | None = None,
+    sets: Count = 2,
+    n_test: Natural | None = None,
     unrelated: Sequence[Relation] | None = None,
     progress: Progress = False,
 ) -> dict[tuple[int, str], ShotTask]:
@@ -213,12 +217,8 @@ def shot_tasks(
         (k, kind) -> task, in the order of `wanted`.
     """
     relation = load_relation(relation) if isinstance(relation, str) else relation
-    for k, kind in wanted:
+    for _, kind in wanted:
         choose("The kind of context", kind, KINDS)
-        if k < 0:
-            raise SettingError(f"k={k}: there are no, or some, demonstrations.")
-    if n < 1 or sets < 1 or (n_test is not None and n_test < 0):
-        raise SettingError(f"n={n}, sets={sets}, n_test={n_test}: at least 1, 1 and 0.")
     text = _template(relation, template)
     deal = _Deal(model, relation, text, seed, sets, unrelated)
     for k, kind in dict.fromkeys(wanted):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from kcwb.errors import SettingError
+from kcwb.settings import Count, Positive
+from kcwb.verbs import verb
 from kcwb.workbench.graphdrawing import (
     COLOURS,
     DASHES,
@@ -31,14 +33,15 @@ _LEGEND = 760  # the least width
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif"
 
 
+@verb
 def graph_svg(
     circuit: Circuit,
     *,
     roles: Roles | None = None,
-    max_edges: int = 2000,
+    max_edges: Count = 2000,
     title: str | None = None,
     details: Mapping[str, str] | None = None,
-    aspect: float = 1.6,
+    aspect: Positive = 1.6,
     dark: bool = False,
 ) -> str:
     """Draw a circuit as SVG, in the fixed layout of `graph_view`.

@@ -36,6 +36,8 @@ from pyvis.network import Network
 from kcwb.errors import KcwbError, SettingError
 from kcwb.files import write_text
 from kcwb.outputs import PAGE, PAGE_MARK, check_output
+from kcwb.settings import Count
+from kcwb.verbs import verb
 from kcwb.workbench.graphdrawing import COLOURS, DASHES, ROLES, Drawing, Roles, draw, draw_two
 
 if TYPE_CHECKING:
@@ -123,12 +125,13 @@ class GraphView:
         return None
 
 
+@verb
 def graph_view(
     circuit: Circuit,
     *,
     roles: Roles | None = None,
-    max_edges: int = 2000,
-    height: int = 640,
+    max_edges: Count = 2000,
+    height: Count = 640,
     title: str | None = None,
     details: Mapping[str, str] | None = None,
 ) -> GraphView:
@@ -166,14 +169,15 @@ def graph_view(
     return _view(draw(circuit, roles=roles, max_edges=max_edges, title=title, details=details), height)
 
 
+@verb
 def compare_view(
     left: Circuit,
     right: Circuit,
     *,
     names: Sequence[str] = ("left", "right"),
     roles: Roles | None = None,
-    max_edges: int = 2000,
-    height: int = 640,
+    max_edges: Count = 2000,
+    height: Count = 640,
     title: str | None = None,
     details: Mapping[str, str] | None = None,
 ) -> GraphView:

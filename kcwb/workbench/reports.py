@@ -33,6 +33,8 @@ from kcwb.errors import DataError, KcwbError, SettingError, nearest
 from kcwb.files import atomic_path, write_text
 from kcwb.outputs import PAGE, PDF, PDF_MARK, check_output, settle
 from kcwb.progress import Progress
+from kcwb.settings import Positive
+from kcwb.verbs import verb
 from kcwb.versions import versions
 from kcwb.workbench.harmless import policy
 from kcwb.workbench.reportpage import facts_table, notebook_body, render
@@ -74,6 +76,7 @@ _BROWSERS = (
 _BROWSER_ON_MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 
 
+@verb
 def report(
     notebook: str | Path,
     output: str | Path | None = None,
@@ -82,7 +85,7 @@ def report(
     pdf: bool | str | Path | None = None,
     hide_code: bool = False,
     kernel: str | None = None,
-    timeout: float | None = None,
+    timeout: Positive | None = None,
     force: bool = False,
     progress: Progress = True,
 ) -> Path:
@@ -167,6 +170,7 @@ def report(
     return target
 
 
+@verb
 def provenance(model: Model | None, *tasks_or_circuits: Task | Circuit) -> None:
     """Display what a notebook's results come from, as a small table; reports repeat it in their footer.
 

@@ -25,7 +25,9 @@ from typing import Any
 import pandas as pd
 
 from kcwb.errors import DataError, choose
+from kcwb.settings import Seed
 from kcwb.tasks.relations import Fact, Relation
+from kcwb.verbs import verb
 
 #: What countries, and all that belongs to them, begin with.
 STEMS = ("Bor", "Cal", "Dru", "Fen", "Gal", "Hos", "Jor", "Kel")
@@ -107,6 +109,7 @@ class World:
         """The names of the relations that follow from others, see `STEPS`."""
         return tuple(_COMPOSED)
 
+    @verb
     def relation(self, name: str, part: str = "all") -> Relation:
         """A relation by its name, with all its facts or with a part of them.
 
@@ -161,13 +164,15 @@ class World:
         orders = {"relation": [*self.relations], "kind": KINDS}
         return table.astype({name: pd.CategoricalDtype(order, ordered=True) for name, order in orders.items()})
 
+    @verb
     def save(self, folder: str | Path) -> None:
         """Write each relation, with all its facts, to a file that `load_relation` reads: `<folder>/<name>.json`."""
         for name, relation in self.relations.items():
             relation.save(Path(folder) / f"{name}.json")
 
 
-def make_world(seed: int = 0) -> World:
+@verb
+def make_world(seed: Seed = 0) -> World:
     """The world.
 
     Parameters

@@ -32,11 +32,13 @@ from kcwb.models.encoder import Encoder, load_encoder, run_encoder
 from kcwb.models.families import ENCODERS
 from kcwb.models.loading import Model, load_model
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Natural, NotNegative, Seed, Share
 from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.masked import at_masks
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Relation
+from kcwb.verbs import noun, verb
 from kcwb.versions import versions
 from kcwb.world.facts import World, make_world, world_tokenizer
 
@@ -45,6 +47,7 @@ _CONTEXT = 64
 _FORMAT = 1
 
 
+@noun
 @dataclass(frozen=True)
 class Recipe:
     """What the weights of a model depend on, beside its world and its architecture.
@@ -65,30 +68,22 @@ class Recipe:
         Of the first weights and of the batches.
     """
 
-    layers: int = 4
-    heads: int = 8
-    width: int = 64
-    steps: int = 1200
-    encoder_steps: int = 3000
-    batch: int = 64
-    lr: float = 3e-3
-    warmup: int = 100
-    decay: float = 0.1
-    masked: float = 0.3
-    seed: int = 0
+    layers: Count = 4
+    heads: Count = 8
+    width: Count = 64
+    steps: Count = 1200
+    encoder_steps: Count = 3000
+    batch: Count = 64
+    lr: Share = 3e-3
+    warmup: Natural = 100
+    decay: NotNegative = 0.1
+    masked: Share = 0.3
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        for name in ("layers", "heads", "width", "steps", "encoder_steps", "batch"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)}: must be 1 or above.")
         if self.width % (2 * self.heads):
             raise SettingError(f"width={self.width} with heads={self.heads}: a head's width must be an even number.")
-        if not (0 < self.lr < 1 and 0 <= self.decay < 1 and 0 < self.masked < 1 and self.warmup >= 0):
-            raise SettingError(
-                f"lr={self.lr}, decay={self.decay}, masked={self.masked}, warmup={self.warmup}: shares lie between 0 "
-                "and 1, and there are 0 or more steps of warm-up."
-            )
 
 
 #: Hugging Face `model_type` of what can be trained; `bert` is an encoder.
@@ -115,6 +110,7 @@ def _settings(architecture: str, recipe: Recipe) -> dict[str, Any]:
     }[architecture]
 
 
+@verb
 def train_world(
     architectures: Sequence[str] = ARCHITECTURES,
     *,
@@ -257,6 +253,7 @@ def draw_masks(words: Bool[Tensor, "N T"], share: float, draw: torch.Generator) 
     return (chance < share) | (chance == chance.min(1, keepdim=True).values) & words
 
 
+@verb
 def load_world(folder: str | Path, **more: Any) -> Model | Encoder:
     """Load a model that `train_world` wrote, decoder or encoder; other parameters as in `load_model`."""
     kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -285,13 +282,14 @@ def known_facts(model: Model | Encoder, world: World, template: int | None = Non
     return world.table().assign(known=torch.cat(known).numpy())
 
 
+@verb
 def world_knowledge(
     model: Model | Encoder,
     world: World,
     *,
     template: int | None = None,
     by: Sequence[str] = ("kind",),
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> pd.DataFrame:
     """How many facts of a world a model knows.
 

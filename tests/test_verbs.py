@@ -1,0 +1,148 @@
+"""Every public function checks every setting before it begins, in one line that names what was wrong."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import kcwb
+from kcwb.discovery.discover import discover
+from kcwb.errors import SettingError
+from kcwb.settings import Count, Positive, fits, plain
+from kcwb.tasks.relations import Fact
+from kcwb.verbs import MARK, _check, check_settings, verb
+from kcwb.verbs import _hints as hints_of
+
+#: What no setting or only some setting can be.
+WRONG: list[Any] = [
+    True, None, 2, 2.5, math.nan, math.inf, 10**40, -1, "x", "\0", "\ud800", b"x", [], [object()], {"a": object()},
+    object(), Path("\0"), torch.zeros(1), complex(1, 1),
+]  # fmt: skip
+#: Nouns that are made by verbs alone.
+MADE = {"Model"}
+
+
+def public() -> dict[str, Any]:
+    """Name -> function, for all that is public: functions, constructors, and methods that take something."""
+    found: dict[str, Any] = {}
+    for name in kcwb.__all__:
+        value = getattr(kcwb, name)
+        if not inspect.isclass(value):
+            found[name] = value
+            continue
+        if issubclass(value, BaseException):
+            continue
+        if name not in MADE:
+            found[name] = value.__init__
+        for key, method in vars(value).items():
+            function = getattr(method, "__func__", method)
+            takes = inspect.isfunction(function) and len(inspect.signature(function).parameters) > 1
+            if takes and not key.startswith("_"):
+                found[f"{name}.{key}"] = function
+    return found
+
+
+PUBLIC = public()
+#: Methods that take no settings: names and indices of a graph, and what other verbs have checked already.
+BARE = {name for name in PUBLIC if name.startswith("Graph.")} | {
+    "Edit.require_own", "Model.exclusive", "Model.has_weights", "ShotTask.groups",
+}  # fmt: skip
+
+
+def settings() -> list[Any]:
+    """Each parameter of each public function, but for those that take anything."""
+    return [
+        pytest.param(function, name, id=f"{where}-{name}")
+        for where, function in PUBLIC.items()
+        if where not in BARE
+        for name in inspect.signature(function).parameters
+        if name not in ("self", "cls")
+    ]
+
+
+def test_every_public_function_is_checked():
+    assert len(PUBLIC) > 90
+    assert [name for name, function in PUBLIC.items() if not hasattr(function, MARK) and name not in BARE] == []
+
+
+@pytest.mark.parametrize(("function", "name"), settings())
+def test_a_wrong_setting_is_refused_in_one_line_before_anything_runs(function, name):
+    inner = getattr(function, MARK)
+    hint, kind = hints_of(inner).get(name), inspect.signature(inner).parameters[name].kind
+    for value in WRONG:
+        if hint is None or fits(value, hint) or fits(plain(value), hint):
+            continue
+        bound = inspect.signature(inner).bind_partial()  # all else is missing, so nothing but the check can run
+        named = kind is inspect.Parameter.VAR_KEYWORD
+        several = kind is inspect.Parameter.VAR_POSITIONAL
+        bound.arguments[name] = {"some": value} if named else (value,) if several else value
+        with pytest.raises(SettingError) as caught:
+            _check(inner, bound)
+        text = str(caught.value)
+        text.encode()
+        assert ("some" if named else name) in text and " is not " in text
+        assert "\n" not in text and "\0" not in text and len(text) < 300
+
+
+@verb
+def scaled(times: Count, by: Positive = 1.0, *more: Count, **named: Positive) -> tuple[Any, ...]:
+    """A verb."""
+    return times, by, more, named
+
+
+def test_a_verb_keeps_its_name_words_and_signature():
+    assert scaled.__name__ == "scaled" and scaled.__doc__ == "A verb."
+    assert list(inspect.signature(scaled).parameters) == ["times", "by", "more", "named"]
+
+
+@pytest.mark.parametrize(
+    ("args", "more", "said"),
+    [
+        ((True,), {}, "scaled: times=True is not a whole number of at least 1."),
+        ((1, math.nan), {}, "scaled: by=nan is not a number above 0."),
+        ((1, 1, 2, 2.5), {}, "scaled: more[1]=2.5 is not a whole number of at least 1."),
+        ((1,), {"other": 0}, "scaled: other=0 is not a number above 0."),
+    ],
+)
+def test_the_line_says_verb_setting_value_and_what_is_wanted(args, more, said):
+    with pytest.raises(SettingError) as caught:
+        scaled(*args, **more)
+    assert str(caught.value) == said
+
+
+def test_numbers_of_numpy_arrive_as_pythons_own():
+    found = scaled(np.int64(2), np.float64(0.5), np.int32(3), z=np.float32(1))
+    assert found == (2, 0.5, (3,), {"z": 1.0})
+    assert [type(one) for one in found[:2]] == [int, float]
+
+
+def test_missing_and_unknown_arguments_are_told_as_python_does():
+    with pytest.raises(TypeError, match=r"scaled.. missing 1 required positional argument"):
+        scaled()
+
+
+def test_a_noun_checks_what_it_is_made_of():
+    with pytest.raises(SettingError, match=r"^Fact: subject=5 is not text\.$"):
+        Fact(5, "x")  # type: ignore[arg-type]
+    assert Fact("a", "b") == Fact("a", "b")
+
+
+def test_settings_are_checked_without_a_call():
+    check_settings(discover, edges=3)
+    with pytest.raises(SettingError, match=r"^discover: edges=-5 is not a whole number of at least 1 or None\.$"):
+        check_settings(discover, edges=-5)
+
+
+def test_a_check_costs_little():
+    scaled(1)
+    started = time.perf_counter()
+    for _ in range(2000):
+        scaled(1, 0.5)
+    assert (time.perf_counter() - started) / 2000 < 200e-6  # some 10 us on an idle machine

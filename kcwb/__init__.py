@@ -16,33 +16,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
-    from kcwb.analysis.answers import measure_answers
-    from kcwb.analysis.causal import check_roles, faithful_story
-    from kcwb.analysis.compare import compare_circuits
-    from kcwb.analysis.completeness import completeness
-    from kcwb.analysis.dla import dla_by_source
-    from kcwb.analysis.encoders import ablate_encoder
-    from kcwb.analysis.faithfulness import cmd, comprehensiveness, cpr, faithfulness_curve, minimality
-    from kcwb.analysis.hallucination import diagnose
-    from kcwb.analysis.hallucination_study import hallucination_study, predict_wrong
-    from kcwb.analysis.heads import head_roles, role_agreement
-    from kcwb.analysis.hopcircuits import hop_circuits, hop_overlap
-    from kcwb.analysis.hopdeletion import delete_first_hop
-    from kcwb.analysis.in_context import (
-        ablate_new,
-        context_circuits,
-        demonstration_attention,
-        in_context,
-        new_heads,
-        shot_accuracy,
-    )
-    from kcwb.analysis.knowledge import knowledge_table
-    from kcwb.analysis.lens import arrival, lens
-    from kcwb.analysis.multihop import hop_arrival, hop_lens, reversal
-    from kcwb.analysis.nodes import ablate_nodes, ablation_summary, attention_pattern, component_logits, node_edges
-    from kcwb.analysis.rescue import rescue
-    from kcwb.analysis.shared import circuit_overlap, relation_matrix, shared_heads
-    from kcwb.analysis.stability import bootstrap_stability, template_stability
     from kcwb.circuits.ablation import make_ablation
     from kcwb.circuits.circuit import Circuit
     from kcwb.circuits.interchange import load_gv, load_mib, save_mib
@@ -50,16 +23,43 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kcwb.discovery.baselines import random_circuit
     from kcwb.discovery.discover import discover, predict, score_edges, tau_from_kc, tau_path
     from kcwb.discovery.selection import resize
-    from kcwb.editing.account import account, compare_edits
     from kcwb.editing.cases import EditCase, edit_cases, load_counterfact
-    from kcwb.editing.compare import compare_edit
     from kcwb.editing.covariance import covariance
     from kcwb.editing.edit import Edit, EditError, edit
     from kcwb.editing.scores import edit_scores, score_summary
     from kcwb.errors import CircuitError, DataError, KcwbError, ModelError, SettingError
+    from kcwb.evaluation.compare import compare_circuits
+    from kcwb.evaluation.completeness import completeness
+    from kcwb.evaluation.faithfulness import cmd, comprehensiveness, cpr, faithfulness_curve, minimality
+    from kcwb.evaluation.knowledge import knowledge_table
+    from kcwb.evaluation.overlap import circuit_overlap, relation_matrix, shared_heads
+    from kcwb.evaluation.stability import bootstrap_stability, template_stability
+    from kcwb.interventions.encoder import ablate_encoder
+    from kcwb.interventions.role_tests import check_roles, faithful_story
     from kcwb.models.encoder import load_encoder
     from kcwb.models.graph import Graph
     from kcwb.models.loading import Model, load_model
+    from kcwb.reading.dla import dla_by_source
+    from kcwb.reading.lens import arrival, lens
+    from kcwb.reading.nodes import ablate_nodes, ablation_summary, attention_pattern, component_logits, node_edges
+    from kcwb.reading.roles import head_roles, role_agreement
+    from kcwb.studies.editing_account.claims import account, compare_edits
+    from kcwb.studies.editing_account.comparison import compare_edit
+    from kcwb.studies.hallucination.diagnosis import diagnose
+    from kcwb.studies.hallucination.measurement import measure_answers
+    from kcwb.studies.hallucination.prediction import hallucination_study, predict_wrong
+    from kcwb.studies.hallucination.rescue import rescue
+    from kcwb.studies.in_context.heads import (
+        ablate_new,
+        context_circuits,
+        demonstration_attention,
+        in_context,
+        new_heads,
+        shot_accuracy,
+    )
+    from kcwb.studies.two_hop.circuits import hop_circuits, hop_overlap
+    from kcwb.studies.two_hop.deletion import delete_first_hop
+    from kcwb.studies.two_hop.lens import hop_arrival, hop_lens, reversal
     from kcwb.tasks.compose import compose, compositions, reverse
     from kcwb.tasks.hops import ask_hops, funnel, make_hops
     from kcwb.tasks.masked import make_masked_task
@@ -68,26 +68,26 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from kcwb.tasks.prompts import Task, make_task
     from kcwb.tasks.relations import Fact, Relation, load_relation, load_relations
     from kcwb.tasks.shots import make_shots, shot_tasks
-    from kcwb.workbench.graphsvg import graph_svg
-    from kcwb.workbench.graphview import compare_view, graph_view
-    from kcwb.workbench.reports import provenance, report
+    from kcwb.workbench.graph.page import compare_view, graph_view
+    from kcwb.workbench.graph.svg import graph_svg
+    from kcwb.workbench.report.write import provenance, report
     from kcwb.world.facts import make_world
     from kcwb.world.models import load_world, train_world, world_knowledge
 
 _HOME = {
-    "kcwb.analysis.answers": ("measure_answers",),
-    "kcwb.analysis.causal": ("check_roles", "faithful_story"),
-    "kcwb.analysis.compare": ("compare_circuits",),
-    "kcwb.analysis.completeness": ("completeness",),
-    "kcwb.analysis.dla": ("dla_by_source",),
-    "kcwb.analysis.encoders": ("ablate_encoder",),
-    "kcwb.analysis.faithfulness": ("cmd", "comprehensiveness", "cpr", "faithfulness_curve", "minimality"),
-    "kcwb.analysis.hallucination": ("diagnose",),
-    "kcwb.analysis.hallucination_study": ("hallucination_study", "predict_wrong"),
-    "kcwb.analysis.heads": ("head_roles", "role_agreement"),
-    "kcwb.analysis.hopcircuits": ("hop_circuits", "hop_overlap"),
-    "kcwb.analysis.hopdeletion": ("delete_first_hop",),
-    "kcwb.analysis.in_context": (
+    "kcwb.studies.hallucination.measurement": ("measure_answers",),
+    "kcwb.interventions.role_tests": ("check_roles", "faithful_story"),
+    "kcwb.evaluation.compare": ("compare_circuits",),
+    "kcwb.evaluation.completeness": ("completeness",),
+    "kcwb.reading.dla": ("dla_by_source",),
+    "kcwb.interventions.encoder": ("ablate_encoder",),
+    "kcwb.evaluation.faithfulness": ("cmd", "comprehensiveness", "cpr", "faithfulness_curve", "minimality"),
+    "kcwb.studies.hallucination.diagnosis": ("diagnose",),
+    "kcwb.studies.hallucination.prediction": ("hallucination_study", "predict_wrong"),
+    "kcwb.reading.roles": ("head_roles", "role_agreement"),
+    "kcwb.studies.two_hop.circuits": ("hop_circuits", "hop_overlap"),
+    "kcwb.studies.two_hop.deletion": ("delete_first_hop",),
+    "kcwb.studies.in_context.heads": (
         "ablate_new",
         "context_circuits",
         "demonstration_attention",
@@ -95,13 +95,13 @@ _HOME = {
         "new_heads",
         "shot_accuracy",
     ),
-    "kcwb.analysis.knowledge": ("knowledge_table",),
-    "kcwb.analysis.lens": ("arrival", "lens"),
-    "kcwb.analysis.multihop": ("hop_arrival", "hop_lens", "reversal"),
-    "kcwb.analysis.nodes": ("ablate_nodes", "ablation_summary", "attention_pattern", "component_logits", "node_edges"),
-    "kcwb.analysis.rescue": ("rescue",),
-    "kcwb.analysis.shared": ("circuit_overlap", "relation_matrix", "shared_heads"),
-    "kcwb.analysis.stability": ("bootstrap_stability", "template_stability"),
+    "kcwb.evaluation.knowledge": ("knowledge_table",),
+    "kcwb.reading.lens": ("arrival", "lens"),
+    "kcwb.studies.two_hop.lens": ("hop_arrival", "hop_lens", "reversal"),
+    "kcwb.reading.nodes": ("ablate_nodes", "ablation_summary", "attention_pattern", "component_logits", "node_edges"),
+    "kcwb.studies.hallucination.rescue": ("rescue",),
+    "kcwb.evaluation.overlap": ("circuit_overlap", "relation_matrix", "shared_heads"),
+    "kcwb.evaluation.stability": ("bootstrap_stability", "template_stability"),
     "kcwb.circuits.ablation": ("make_ablation",),
     "kcwb.circuits.circuit": ("Circuit",),
     "kcwb.circuits.interchange": ("load_gv", "load_mib", "save_mib"),
@@ -109,9 +109,9 @@ _HOME = {
     "kcwb.discovery.baselines": ("random_circuit",),
     "kcwb.discovery.discover": ("discover", "predict", "score_edges", "tau_from_kc", "tau_path"),
     "kcwb.discovery.selection": ("resize",),
-    "kcwb.editing.account": ("account", "compare_edits"),
+    "kcwb.studies.editing_account.claims": ("account", "compare_edits"),
     "kcwb.editing.cases": ("EditCase", "edit_cases", "load_counterfact"),
-    "kcwb.editing.compare": ("compare_edit",),
+    "kcwb.studies.editing_account.comparison": ("compare_edit",),
     "kcwb.editing.covariance": ("covariance",),
     "kcwb.editing.edit": ("Edit", "EditError", "edit"),
     "kcwb.editing.scores": ("edit_scores", "score_summary"),
@@ -127,9 +127,9 @@ _HOME = {
     "kcwb.tasks.prompts": ("Task", "make_task"),
     "kcwb.tasks.relations": ("Fact", "Relation", "load_relation", "load_relations"),
     "kcwb.tasks.shots": ("make_shots", "shot_tasks"),
-    "kcwb.workbench.graphsvg": ("graph_svg",),
-    "kcwb.workbench.graphview": ("compare_view", "graph_view"),
-    "kcwb.workbench.reports": ("provenance", "report"),
+    "kcwb.workbench.graph.svg": ("graph_svg",),
+    "kcwb.workbench.graph.page": ("compare_view", "graph_view"),
+    "kcwb.workbench.report.write": ("provenance", "report"),
     "kcwb.world.facts": ("make_world",),
     "kcwb.world.models": ("load_world", "train_world", "world_knowledge"),
 }

@@ -25,7 +25,7 @@ import kcwb
 from kcwb.errors import CircuitError, DataError, KcwbError, SettingError, choose
 from kcwb.outputs import CIRCUIT, check_output, same_text, settle
 from kcwb.tasks.relations import Relation, load_relation, relation_files
-from kcwb.workbench.reportrun import read_parameters, take_parameters
+from kcwb.workbench.report.run import read_parameters, take_parameters
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -195,8 +195,8 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     Hit@k and its 95% interval (Wilson's, of the share of facts; of random circuits the bootstrap's, of the mean), on
     the facts that the circuit was found on (D_val) and on others (D_test).
     """
-    from kcwb.analysis.completeness import completeness
     from kcwb.circuits.circuit import Circuit
+    from kcwb.evaluation.completeness import completeness
     from kcwb.tasks.prompts import make_task
 
     circuit = Circuit.load(args.circuit)
@@ -227,7 +227,7 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
 )
 def report(args: argparse.Namespace) -> tuple[Any, str]:
     """Run a notebook with parameters and write it as one HTML file that opens without a network."""
-    from kcwb.workbench.reports import report
+    from kcwb.workbench.report.write import report
 
     parameters = read_parameters(args.p)
     path = report(
@@ -260,7 +260,7 @@ def sweep(args: argparse.Namespace) -> tuple[Any, str]:
         raise SettingError("Give either --scheduler or --workers, not both.")
     if args.workers is not None and args.workers < 1:
         raise SettingError(f"--workers {args.workers}: there is at least one.")
-    from kcwb.sweep import read_sweep_file, sweep
+    from kcwb.sweep.what import read_sweep_file, sweep
 
     settings = read_sweep_file(args.file)
     with contextlib.ExitStack() as stack:
@@ -319,14 +319,14 @@ def world(args: argparse.Namespace) -> tuple[Any, str]:
 def _executor(args: argparse.Namespace, stack: contextlib.ExitStack) -> Any:
     """What a sweep is computed by: a cluster, processes, or None for this process."""
     if args.scheduler is not None:
-        from kcwb.sweep import connect
+        from kcwb.sweep.what import connect
 
         return stack.enter_context(connect(args.scheduler)).get_executor(pure=False)
     if args.workers is not None:
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
 
-        from kcwb.sweeprun import leave_with_parent
+        from kcwb.sweep.run import leave_with_parent
 
         workers = ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), initializer=leave_with_parent)
         return stack.enter_context(workers)

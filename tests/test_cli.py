@@ -19,11 +19,11 @@ import pytest
 
 import kcwb
 from kcwb import cli
-from kcwb.analysis.completeness import completeness
 from kcwb.circuits.ablation import ABLATIONS
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import METHODS, discover
 from kcwb.discovery.selection import SELECTIONS
+from kcwb.evaluation.completeness import completeness
 from kcwb.models.families import ENCODERS, FAMILIES
 from kcwb.models.loading import load_model
 from kcwb.tasks.metrics import METRICS
@@ -470,7 +470,7 @@ def test_completeness_is_on_the_facts_that_the_circuit_was_found_on(run, file, f
         seen.update(model=model, task=task, circuit=circuit, **more)
         return completeness(model, circuit, task, **more)
 
-    monkeypatch.setattr("kcwb.analysis.completeness.completeness", look)
+    monkeypatch.setattr("kcwb.evaluation.completeness.completeness", look)
     path = tmp_path / "circuit.json"
     run("discover", file, "--model", folder, "--facts", 3, "--seed", 5, "--template", 2, "--out", path)
     assert run("completeness", path, "--relation", file, "--draws", 1).code == 0
@@ -594,7 +594,7 @@ def test_report_never_overwrites_the_notebook_or_a_file_of_anothers(run, noteboo
     def refuse(*_, **__):
         raise AssertionError("the notebook is run before its output is checked")
 
-    monkeypatch.setattr("kcwb.workbench.reports.execute", refuse)
+    monkeypatch.setattr("kcwb.workbench.report.write.execute", refuse)
     monkeypatch.chdir(tmp_path)
     before = notebook.read_bytes()
     (tmp_path / "link.html").symlink_to(notebook)

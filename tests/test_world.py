@@ -13,15 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import kcwb.world.models as training
-from kcwb.analysis.encoders import ablate_encoder
-from kcwb.analysis.heads import head_roles
 from kcwb.discovery.discover import discover
 from kcwb.editing.edit import edit
 from kcwb.errors import DataError, KcwbError, ModelError, SettingError
+from kcwb.interventions.encoder import ablate_encoder
 from kcwb.models.cache import MANIFEST
 from kcwb.models.digest import weights_digest
 from kcwb.models.encoder import Encoder, load_encoder
 from kcwb.models.loading import Model, load_model
+from kcwb.reading.roles import head_roles
 from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.masked import make_masked_task
 from kcwb.tasks.prompts import make_task

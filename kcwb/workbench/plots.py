@@ -56,7 +56,7 @@ def plain(text: object, longest: int = 60) -> str:
 
 
 def plot_knowledge(table: pd.DataFrame) -> Plot:
-    """Draw the table of `kcwb.analysis.knowledge.knowledge_table`: Hit@10 as pale bars, Hit@1 as full ones inside.
+    """Draw the table of `kcwb.evaluation.knowledge.knowledge_table`: Hit@10 as pale bars, Hit@1 as full ones inside.
 
     Bars are coloured and grouped by category; beside each relation stands how many different answers it has.
     """
@@ -121,7 +121,7 @@ def plot_lens(
     Parameters
     ----------
     table
-        As of `kcwb.analysis.lens.lens`: columns `layer`, `quantity`, `who`, `value`, and `low` and `high`, the interval
+        As of `kcwb.reading.lens.lens`: columns `layer`, `quantity`, `who`, `value`, and `low` and `high`, the interval
         drawn as a band (NaN for none).
     quantities
         Which of them, a pane each. Ranks are on a logarithmic axis, the best at the top.
@@ -203,7 +203,7 @@ def plot_attention(pattern: pd.DataFrame, *, title: str | None = None) -> Plot:
     Parameters
     ----------
     pattern
-        As of `kcwb.analysis.nodes.attention_pattern`: rows are queries, columns keys, both labelled by their tokens;
+        As of `kcwb.reading.nodes.attention_pattern`: rows are queries, columns keys, both labelled by their tokens;
         shares of attention between 0 and 1. What a causal model cannot see, keys after the query, stays blank.
     title
         A heading, for example the head.
@@ -242,7 +242,7 @@ def plot_faithfulness(curves: pd.DataFrame | Mapping[str, pd.DataFrame], *, titl
     Parameters
     ----------
     curves
-        A table of `kcwb.analysis.faithfulness.faithfulness_curve`, or several by name.
+        A table of `kcwb.evaluation.faithfulness.faithfulness_curve`, or several by name.
     title
         A heading.
 

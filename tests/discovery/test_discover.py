@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from kcwb.analysis.stability import bootstrap_stability, template_stability
 from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery.discover import discover, score_edges, tau_from_kc, tau_path
 from kcwb.discovery.methods import METHODS, check_method
 from kcwb.discovery.selection import resize
 from kcwb.errors import DataError, SettingError
+from kcwb.evaluation.stability import bootstrap_stability, template_stability
 from kcwb.models.loading import Model
 from kcwb.progress import cancellable
 from kcwb.tasks.metrics import make_loss

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from kcwb.editing.compare import EditComparison, compare_edit
 from kcwb.editing.edit import Edit, edit
 from kcwb.models.loading import Model
+from kcwb.studies.editing_account.comparison import EditComparison, compare_edit
 from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Fact, Relation
 from tests.tasks import known_relation

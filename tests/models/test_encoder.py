@@ -10,8 +10,8 @@ import torch
 import transformers as T
 from tokenizers.normalizers import Lowercase
 
-from kcwb.analysis.encoders import _ablated, _mean_nodes, ablate_encoder
 from kcwb.errors import DataError, ModelError, SettingError
+from kcwb.interventions.encoder import _ablated, _mean_nodes, ablate_encoder
 from kcwb.models.encoder import Encoder, load_encoder, record_nodes, run_encoder
 from kcwb.models.loading import load_model
 from kcwb.tasks.masked import at_masks, make_masked_task

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kcwb.analysis.completeness import completeness
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import discover
+from kcwb.evaluation.completeness import completeness
 from kcwb.models.families import ENCODERS, FAMILIES
 from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Relation

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from kcwb.workbench.graphview import GraphView, graph_view
+from kcwb.workbench.graph.page import GraphView, graph_view
 from tests.hostile import HOSTILE, SURROGATE
 
 LAYERS, HEADS = 30, 9

@@ -21,10 +21,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from kcwb.circuits.circuit import Circuit
 from kcwb.models.graph import Graph
 from kcwb.workbench import plots, tables
-from kcwb.workbench.graphsvg import graph_svg
-from kcwb.workbench.graphview import compare_view, graph_view
-from kcwb.workbench.reportpage import facts_table
-from kcwb.workbench.reports import index, report
+from kcwb.workbench.graph.page import compare_view, graph_view
+from kcwb.workbench.graph.svg import graph_svg
+from kcwb.workbench.report.page import facts_table
+from kcwb.workbench.report.write import index, report
 from tests.hostile import HOSTILE, SURROGATE
 from tests.workbench.pages import about, colours, drawn, graph_of, hostile_view, inner, make_circuit, ready
 

@@ -1,1 +1,0 @@
-"""What a circuit means: whether it is the model, and what its heads do."""

@@ -1,0 +1,1 @@
+"""The editors: ROME, MEMIT, fine-tuning of one matrix."""

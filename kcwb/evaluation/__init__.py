@@ -1,0 +1,1 @@
+"""Is a circuit the model: completeness, faithfulness, stability, and what circuits share."""

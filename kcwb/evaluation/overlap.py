@@ -1,0 +1,225 @@
+"""Shared machinery: which heads serve many relations, and how much circuits of different relations overlap.
+
+Knowledge Circuits (arXiv 2405.17969) found a few heads again in the circuits of several relations. Two things give such
+overlap by themselves, and are taken off here: late layers hold most of the heads that write answers, so that a head is
+compared with others *of its layer*; and large circuits overlap more than small ones, so that a pair of circuits is
+compared with random ones *of the same sizes*. With H heads in a layer, of which relation r uses n_r, a head that is
+drawn at random serves r with probability n_r / H: the number of relations that it serves is a sum of such draws, whose
+distribution is the Poisson binomial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from kcwb.circuits.circuit import Circuit
+from kcwb.discovery.baselines import random_circuit
+from kcwb.errors import CircuitError, DataError, SettingError
+from kcwb.models.graph import Graph
+from kcwb.progress import Progress, track
+from kcwb.reading.roles import NAMED, TOO_FEW
+from kcwb.settings import Count, Seed
+from kcwb.statistics import p_value
+from kcwb.verbs import verb
+
+_SERVING = (*NAMED, "suppressor")
+
+
+@verb
+def relation_matrix(tables: Mapping[str, pd.DataFrame], value: str = "contribution") -> pd.DataFrame:
+    """What each head does for each relation, as a matrix to cluster and draw.
+
+    Parameters
+    ----------
+    tables
+        Relation -> a table of `kcwb.head_roles`.
+    value
+        A column of numbers of those tables, such as `D_S` or `z`, or `contribution`, D_S + D_R (logits).
+
+    Returns
+    -------
+    DataFrame
+        One row per relation, one column per head that has a role in at least one of them, from the first layer to the
+        last. Where a head has no role the value is 0.
+
+    Raises
+    ------
+    DataError
+        If no head has a role.
+    SettingError
+        If a table has no such column.
+    """
+    rows = {}
+    for relation, table in tables.items():
+        some = table[table["role"].isin(_SERVING)].set_index("node")
+        if value != "contribution" and not pd.api.types.is_numeric_dtype(table.get(value, pd.Series(["no"]))):
+            raise SettingError(
+                f"The table of {relation} has no column of numbers {value!r}; 'contribution' is D_S + D_R."
+            )
+        rows[relation] = some["D_S"] + some["D_R"] if value == "contribution" else some[value]
+    places = pd.concat(tables.values()).drop_duplicates("node").sort_values(["layer", "head"])["node"]
+    matrix = pd.DataFrame(rows).T.reindex(index=list(tables))
+    matrix = matrix[[node for node in places if node in matrix.columns]].astype(float).fillna(0.0)
+    if matrix.empty:
+        raise DataError(f"No head has a role in any of {', '.join(map(repr, tables)) or 'no relations'}.")
+    return matrix.rename_axis(index="relation", columns="node")
+
+
+@verb
+def shared_heads(graph: Graph, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Which heads serve how many relations, beside what chance gives a head of their layer.
+
+    Parameters
+    ----------
+    graph
+        The model's graph.
+    tables
+        Relation -> a table of `kcwb.head_roles`. A head serves a relation if it has a role in it (is not `other`).
+        Relations with too few facts for roles are left out.
+
+    Returns
+    -------
+    DataFrame
+        One row per head that serves a relation, those that serve most first: `node`, `layer`, `head`; `relations`, how
+        many it serves, and `of`, how many there are; `expected`, how many a head drawn at random from its layer would
+        serve; `p`, the probability that such a head serves as many or more; `q`, the same after Benjamini and Hochberg
+        over all heads of the model; `roles`, how often it has which role; `names`, the relations.
+
+    Raises
+    ------
+    DataError
+        If fewer than two relations have roles.
+    """
+    tables = {name: table for name, table in tables.items() if not (table["role"] == TOO_FEW).any()}
+    if len(tables) < 2:
+        raise DataError(f"Shared machinery needs at least two relations with roles; there are {len(tables)}.")
+    serving = pd.concat(
+        [table[table["role"].isin(_SERVING)].assign(relation=name) for name, table in tables.items()], ignore_index=True
+    )
+    per_layer = serving.groupby(["layer", "relation"]).size().unstack(fill_value=0) / graph.n_heads
+    shares = {layer: row.to_numpy(dtype=float) for layer, row in per_layer.iterrows()}
+    rows = []
+    for (node, layer, head), some in serving.groupby(["node", "layer", "head"]):
+        chances = shares[layer]
+        counts = some["role"].value_counts()
+        rows.append(
+            {
+                "node": node,
+                "layer": layer,
+                "head": head,
+                "relations": len(some),
+                "of": len(tables),
+                "expected": chances.sum(),
+                # summed from the tail: 1 - cdf would round small ones to 0
+                "p": float(stats.poisson_binom.pmf(np.arange(len(some), len(tables) + 1), chances).sum()),
+                "roles": ", ".join(f"{role} {counts[role]}" for role in _SERVING if role in counts),
+                "names": ", ".join(some["relation"]),
+            }
+        )
+    columns = ["node", "layer", "head", "relations", "of", "expected", "p", "q", "roles", "names"]
+    if not rows:
+        return pd.DataFrame(columns=columns)
+    found = pd.DataFrame(rows)
+    idle = np.ones(
+        graph.n_layers * graph.n_heads - len(found)
+    )  # heads that serve nothing: "as many or more" is certain
+    found["q"] = stats.false_discovery_control(np.concatenate([found["p"], idle]))[: len(found)]
+    order = found.sort_values(["relations", "p", "layer", "head"], ascending=[False, True, True, True], kind="stable")
+    return order[columns].reset_index(drop=True)
+
+
+@verb
+def circuit_overlap(
+    circuits: Mapping[str, Circuit], *, draws: Count = 20, seed: Seed = 0, progress: Progress = True
+) -> pd.DataFrame:
+    """How many edges and nodes circuits of different relations share, beside random ones of the same sizes.
+
+    Parameters
+    ----------
+    circuits
+        Relation -> circuit, all of one graph and none of them empty.
+    draws
+        Random connected circuits for each circuit, with as many edges. Random sets of nodes, which are cheap, are
+        drawn 1,000 times, with as many heads and as many MLPs: most circuits hold nearly all MLPs, and overlap in
+        those already by chance.
+    seed
+        Of the draws.
+    progress
+        Reported per random circuit.
+
+    Returns
+    -------
+    DataFrame
+        One row per pair: `left`, `right`; for edges, nodes and heads the Jaccard (those of both over those of either)
+        as `edges`, `nodes`, `heads`; `random_...`, the mean of the same between random ones; and `p_...`, the share of
+        draws (the pair itself counted in) in which it is at least as large.
+
+    Raises
+    ------
+    CircuitError
+        If a circuit is empty, or graphs differ.
+    SettingError
+        If there are fewer than two circuits, or no draws.
+    """
+    if len(circuits) < 2:
+        raise SettingError(f"{len(circuits)} circuits: an overlap needs at least 2.")
+    graph = next(iter(circuits.values())).graph
+    for name, circuit in circuits.items():
+        if circuit.graph != graph or not circuit.n_edges:
+            reason = "has no edges" if circuit.graph == graph else f"is part of {circuit.graph}, not of {graph}"
+            raise CircuitError(f"The circuit of {name!r} {reason}.")
+    random: dict[str, list[Circuit]] = {}
+    with track(progress, len(circuits) * draws, "random circuits") as step:
+        for i, (name, circuit) in enumerate(circuits.items()):
+            random[name] = []
+            for draw in range(draws):
+                random[name].append(random_circuit(graph, circuit.n_edges, seed + i * draws + draw))
+                step()
+    nodes = {name: _nodes(circuit) for name, circuit in circuits.items()}
+    generator = np.random.default_rng(seed)
+    rows = []
+    for left, right in combinations(circuits, 2):
+        row: dict[str, object] = {"left": left, "right": right}
+        chance = np.array([a.iou(b) for a, b in zip(random[left], random[right], strict=True)])
+        row |= _beside("edges", circuits[left].iou(circuits[right]), chance)
+        drawn = _random_overlaps(graph, nodes[left], nodes[right], generator)
+        for what, kinds in {"nodes": ("heads", "mlps"), "heads": ("heads",)}.items():
+            sizes = [sum(len(side[kind]) for kind in kinds) for side in (nodes[left], nodes[right])]
+            both = np.array([sum(len(nodes[left][kind] & nodes[right][kind]) for kind in kinds)])
+            chance = _jaccard(np.sum([drawn[kind] for kind in kinds], axis=0), *sizes)
+            row |= _beside(what, float(_jaccard(both, *sizes)[0]), chance)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+_NODE_DRAWS = 1000
+
+
+def _nodes(circuit: Circuit) -> dict[str, set[str]]:
+    nodes = circuit.nodes
+    return {f"{kind}s": set(nodes.loc[nodes["kind"] == kind, "node"]) for kind in ("head", "mlp")}
+
+
+def _random_overlaps(
+    graph: Graph, left: dict[str, set[str]], right: dict[str, set[str]], generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """How many heads, and MLPs, two random sets of these sizes have in common."""
+    total = {"heads": graph.n_layers * graph.n_heads, "mlps": graph.n_layers}
+    return {
+        kind: generator.hypergeometric(len(left[kind]), every - len(left[kind]), len(right[kind]), _NODE_DRAWS)
+        for kind, every in total.items()
+    }
+
+
+def _jaccard(both: np.ndarray, left: int, right: int) -> np.ndarray:
+    """Shared over either; 1 for two empty sets."""
+    return both / (left + right - both) if left + right else np.ones(both.shape)
+
+
+def _beside(what: str, own: float, chance: np.ndarray) -> dict[str, float]:
+    return {what: own, f"random_{what}": float(chance.mean()), f"p_{what}": p_value(own, chance)}

@@ -1,0 +1,1 @@
+"""What becomes of an answer when outputs of nodes are taken out or put in."""

@@ -1,0 +1,179 @@
+"""The logit lens: what the residual stream says after each layer, and at which layer a fact arrives.
+
+After each block the residual stream is read as if the model ended there, W_U . LN_final(residual)
+(nostalgebraist 2020; as Figure 3 of Knowledge Circuits, arXiv 2405.17969):
+
+- `object`: the answer's first token, at END;
+- `subject`: the first token of the subject, as it would follow the prompt, at END;
+- `object, subject's tokens`: the object at that one of the subject's tokens where it stands best.
+
+Layer l means after block l; layer -1 is the embedding alone. The last layer is the model's own answer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kcwb.errors import DataError, nearest
+from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.loading import Model
+from kcwb.progress import Progress, track
+from kcwb.reading.positions import split_of, told_at_end, without_copies
+from kcwb.settings import Seed
+from kcwb.statistics import mean_interval, proportion_interval
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, answer_tokens, check_same_weights
+from kcwb.tasks.ranks import rank_of
+from kcwb.verbs import verb
+
+#: What is looked for, and where.
+WHO = ("object", "subject", "object, subject's tokens")
+
+
+@verb
+def lens(
+    model: Model,
+    task: Task,
+    *,
+    fact: str | None = None,
+    split: str = "val",
+    seed: Seed = 0,
+    progress: Progress = True,
+) -> pd.DataFrame:
+    """Rank and probability of object and subject after each layer, over a task's facts or for one of them.
+
+    Parameters
+    ----------
+    model, task
+        The full model is run. A fact whose object begins with a token of its subject, or with that of another object of
+        the relation, is left out with a warning.
+    fact
+        The subject of one fact of D_val or D_test; None for all facts of a split.
+    split
+        `val` or `test`; not read when a fact is named.
+    seed
+        Of the bootstrap.
+    progress
+        Reported per layer.
+
+    Returns
+    -------
+    DataFrame
+        One row per layer, quantity and `who` (see the top of this module): `layer`, `quantity`, `who`, `value`, `low`,
+        `high`, `facts`. `low` and `high` are the 95% bootstrap interval of the mean over facts, and for `hit_10`
+        Wilson's of the share of facts; NaN for a single fact. The quantities:
+
+        - `rank`: the geometric mean of the ranks, from 1 (ranks run from 1 to the size of the vocabulary, and one fact
+          at rank 30,000 would outweigh all others in a plain mean);
+        - `probability`: the mean probability;
+        - `hit_10`: the share of facts with a rank of at most 10.
+
+    Raises
+    ------
+    DataError
+        If the named fact is not in the task, or no fact is left.
+    """
+    table = lens_by_fact(model, task, fact=fact, split=split, progress=progress)
+    table["hit_10"] = (table["rank"] <= KNOWN_RANK).astype(float)
+    rows = []
+    for (layer, who), some in table.groupby(["layer", "who"], sort=False):
+        logs = np.log(some["rank"].to_numpy(dtype=float))
+        ends = {"rank": [math.exp(x) for x in (logs.mean(), *mean_interval(logs, seed))]}
+        ends["probability"] = [some["probability"].mean(), *mean_interval(some["probability"], seed)]
+        hits = proportion_interval(some["hit_10"]) if len(some) > 1 else (math.nan, math.nan)
+        ends["hit_10"] = [some["hit_10"].mean(), *hits]
+        rows += [(layer, quantity, who, *values, len(some)) for quantity, values in ends.items()]
+    found = pd.DataFrame(rows, columns=["layer", "quantity", "who", "value", "low", "high", "facts"])
+    return found.sort_values(["quantity", "who", "layer"], kind="stable").reset_index(drop=True)
+
+
+def lens_by_fact(
+    model: Model, task: Task, *, fact: str | None = None, split: str = "val", progress: Progress = True
+) -> pd.DataFrame:
+    """The same fact by fact: `subject`, `object`, `layer`, `who`, `rank` (from 1), `probability`."""
+    check_same_weights(model, task)
+    prompts = split_of(task, split) if fact is None else _one_fact(task, fact)
+    if not len(prompts):
+        raise DataError(f"The split {split!r} of {task.relation.name} has no facts; make the task with more.")
+    prompts = without_copies(model, told_at_end(prompts))
+    parts = []
+    chunks = list(prompt_chunks(model.network, prompts.tokens))
+    with track(progress, len(chunks) * (model.graph.n_layers + 1), "lens") as step:
+        for rows in chunks:
+            part = prompts.select(range(len(prompts))[rows])
+            run = forward(model.network, part.tokens, receivers=True)
+            assert run.receivers is not None  # asked for in the line above
+            stream = [x[0] for x, _ in run.receivers]
+            firsts = [answer_tokens(model, task.template, fact.subject, fact.subject)[0] for fact in part.facts]
+            subjects = torch.tensor(firsts, device=model.device)
+            for layer, residual in enumerate([*stream, run.residual], start=-1):
+                parts.append(_read_layer(model, part, subjects, residual).assign(layer=layer))
+                step()
+    columns = ["subject", "object", "layer", "who", "rank", "probability"]
+    return pd.concat(parts)[columns].sort_values("layer", kind="stable").reset_index(drop=True)
+
+
+@verb
+def arrival(
+    model: Model, task: Task, *, fact: str | None = None, split: str = "val", progress: Progress = True
+) -> pd.DataFrame:
+    """At which layer each fact arrives: where its object is first among the ten likeliest tokens.
+
+    Returns
+    -------
+    DataFrame
+        One row per fact: `subject`, `object`; `at_subject`, the first layer where the object has rank 10 or better at
+        one of the subject's tokens; `at_end`, the same at END; `stays`, the layer from which on it keeps that at END
+        until the model's answer; `rank`, that of the answer. Missing (NA) where it never does.
+    """
+    table = lens_by_fact(model, task, fact=fact, split=split, progress=progress)
+    rows = []
+    for (subject, obj), some in table.groupby(["subject", "object"], sort=False):
+        ranks = some.pivot(index="layer", columns="who", values="rank")
+        at_end, at_subject = ranks[WHO[0]] <= KNOWN_RANK, ranks[WHO[2]] <= KNOWN_RANK
+        kept = at_end[::-1].cummin()[::-1]
+        firsts = [hits.index[hits.to_numpy()].min() if hits.any() else pd.NA for hits in (at_subject, at_end, kept)]
+        rows.append((subject, obj, *firsts, ranks[WHO[0]].iloc[-1]))
+    found = pd.DataFrame(rows, columns=["subject", "object", "at_subject", "at_end", "stays", "rank"])
+    return found.astype(dict.fromkeys(["at_subject", "at_end", "stays", "rank"], "Int64"))
+
+
+def _one_fact(task: Task, subject: str) -> Prompts:
+    for prompts in (task.val, task.test):
+        for row, fact in enumerate(prompts.facts):
+            if fact.subject == subject:
+                return prompts.select([row])
+    known = [fact.subject for prompts in (task.val, task.test) for fact in prompts.facts]
+    raise DataError(f"The task of {task.relation.name} has no fact about {subject!r:.60}. {nearest(subject, known)}")
+
+
+@torch.no_grad()
+def _read_layer(
+    model: Model, prompts: Prompts, subjects: Int[Tensor, " N"], residual: Float[Tensor, "N T D"]
+) -> pd.DataFrame:
+    """Rank and probability of what is looked for, one row per prompt and `who`."""
+    rows = torch.arange(len(prompts), device=residual.device)
+    at_end = model.network.logits(residual[rows, prompts.ends]).float()
+    spans = [range(*span) for span in zip(prompts.subject_start.tolist(), prompts.subject_stop.tolist(), strict=True)]
+    places = torch.tensor([(n, s) for n, span in enumerate(spans) for s in span], device=residual.device)
+    at_subject = model.network.logits(residual[places[:, 0], places[:, 1]]).float()
+    there = _standing(at_subject, prompts.answers[places[:, 0], 0]).assign(row=places[:, 0].tolist())
+    best = there.groupby("row").agg(rank=("rank", "min"), probability=("probability", "max"))
+    looked_for = {
+        WHO[0]: _standing(at_end, prompts.answers[:, 0]),
+        WHO[1]: _standing(at_end, subjects),
+        WHO[2]: best.reset_index(drop=True),
+    }
+    facts = pd.DataFrame(prompts.facts, columns=["subject", "object"])
+    return pd.concat(pd.concat([facts, found], axis=1).assign(who=who) for who, found in looked_for.items())
+
+
+def _standing(logits: Float[Tensor, "n V"], tokens: Int[Tensor, " n"]) -> pd.DataFrame:
+    """Ranks and probabilities of tokens."""
+    probability = logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    return pd.DataFrame({"rank": rank_of(logits, tokens).tolist(), "probability": probability.tolist()})

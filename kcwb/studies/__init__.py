@@ -1,0 +1,1 @@
+"""What circuits explain: wrong answers, learning in context, two hops, edits."""

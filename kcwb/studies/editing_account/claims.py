@@ -1,0 +1,146 @@
+"""Does Knowledge Circuits' account of editing hold: `compare_edit` over many edits, and its claims one by one."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from kcwb.editing.cases import EditCase
+from kcwb.editing.edit import EditError, edit, is_answer
+from kcwb.errors import DataError
+from kcwb.models.loading import Model
+from kcwb.progress import Progress, track
+from kcwb.reading.roles import strongest_movers
+from kcwb.settings import Count, Seed
+from kcwb.statistics import mean_interval
+from kcwb.studies.editing_account.comparison import compare_edit
+from kcwb.tasks.prompts import Task, make_task
+from kcwb.tasks.relations import Fact
+from kcwb.verbs import verb
+
+
+@verb
+def compare_edits(
+    model: Model,
+    cases: Sequence[EditCase],
+    method: str = "rome",
+    *,
+    layer: int | None = None,
+    edges: Count = 300,
+    movers: Count = 10,
+    draws: Count = 100,
+    n: Count = 8,
+    seed: Seed = 0,
+    progress: Progress = True,
+    **settings: Any,
+) -> pd.DataFrame:
+    """`compare_edit` over many edits.
+
+    Parameters
+    ----------
+    model, cases
+        The model, and edits from `edit_cases` (their relation is needed: its facts tell the mover heads).
+    method, layer, settings
+        As in `kcwb.editing.edit.edit`. An edit that does not get under its bound (default 1 nat) is left out with a
+        warning: a model that does not say the new object has no circuit for it.
+    edges, movers, draws
+        As in `compare_edit`.
+    n
+        Facts of each relation on which mover heads are found.
+    seed
+        Of everything.
+    progress
+        Reported per edit.
+
+    Returns
+    -------
+    DataFrame
+        One row per edit: `relation`, `subject`, `true`, `target`, `method`, and `EditComparison.summary`.
+    """
+    tasks: dict[tuple[str, str], tuple[Task, list[str]]] = {}
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    with track(progress, len(cases), f"{method}: circuits before and after") as step:
+        for case in cases:
+            key = case.relation, case.template
+            try:
+                if key not in tasks:
+                    task = make_task(model, case.relation, n=n, seed=seed, template=case.template)
+                    tasks[key] = task, strongest_movers(model, task, movers, seed)
+                task, names = tasks[key]
+                if is_answer(model, Fact(case.fact.subject, case.target), case.template):
+                    raise DataError(f"the target {case.target!r:.60} is the answer already")
+                more = {"layer": layer, "seed": seed, "progress": False, **settings}
+                made = edit(model, case.fact, case.target, method, template=case.template, **more)
+                found = compare_edit(
+                    model, made, task, edges=edges, movers=names, draws=draws, seed=seed, progress=False
+                )
+            except (EditError, DataError) as error:
+                left_out.append(f"{case.fact.subject}: {error}")
+            else:
+                head = {"relation": case.relation, "subject": case.fact.subject, "true": case.fact.object}
+                rows.append({**head, "target": case.target, "method": method, "nll": made.nll, **found.summary})
+            step(note=case.fact.subject)
+    if left_out:
+        warnings.warn(f"{len(left_out)} of {len(cases)} edits left out: {'; '.join(left_out)}", stacklevel=2)
+    if not rows:
+        raise DataError(f"None of the {len(cases)} {method} edits could be compared; the last: {left_out[-1]}")
+    return pd.DataFrame(rows)
+
+
+@verb
+def account(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
+    """Test the account of Knowledge Circuits claim by claim, over many edits of one method.
+
+    Parameters
+    ----------
+    table
+        Of `compare_edits`.
+    seed
+        Of the bootstrap over edits.
+
+    Returns
+    -------
+    DataFrame
+        One row per claim: `claim`, what is measured (`quantity`, a mean over edits), `mean`, `low`, `high` (the
+        95% bootstrap interval of the mean over edits, taken as independent, though those of one relation share its
+        mover heads; NaN for fewer than two), `n`, and `holds`: `yes` if the interval lies above `least`, `no` if below,
+        else `undecided`.
+    """
+    claims = {
+        "the edit is written at the subject": ("te_subject", table["te_subject"], 0.5),
+        "the edit is written at END": ("te_end", table["te_end"], 0.5),
+        "mover heads carry it, more than other heads": (
+            "te_movers - te_random",
+            table["te_movers"] - table["te_random"],
+            0.0,
+        ),
+        "mover heads carry most of it": ("te_movers", table["te_movers"], 0.5),
+        "the circuit changes more than by a paraphrase": (
+            "edge_iou_paraphrase - edge_iou",
+            table["edge_iou_paraphrase"] - table["edge_iou"],
+            0.0,
+        ),
+        "the circuit changes more than the new answer alone does": (
+            "edge_iou_answer - edge_iou",
+            table["edge_iou_answer"] - table["edge_iou"],
+            0.0,
+        ),
+        "the change sits in the edited layer": (
+            "edited_share - node_share",
+            table["edited_share"] - table["node_share"],
+            0.0,
+        ),
+    }
+    rows = []
+    for claim, (quantity, values, least) in claims.items():
+        found = values.dropna().to_numpy(float)
+        low, high = mean_interval(found, seed)
+        holds = "yes" if low > least else "no" if high < least else "undecided"
+        mean = float(found.mean()) if len(found) else math.nan
+        rows.append((claim, quantity, least, mean, low, high, len(found), holds))
+    return pd.DataFrame(rows, columns=["claim", "quantity", "least", "mean", "low", "high", "n", "holds"])

@@ -1,0 +1,360 @@
+"""The circuit before and after an edit, and which way the edit takes to the answer.
+
+Knowledge Circuits (arXiv 2405.17969) claims that ROME acts through the circuit (the new object is written at the
+subject and carried to END by mover heads), and that FT-M writes straight at the edited layer, whatever the circuit
+does. Measured here, for one edit that turns the old object into the new one:
+
+- **circuits** of the same size on the fact's own prompt: for the old object before the edit, and for the new one after
+  it. They also differ because they answer differently, so two more stand beside them: the unedited model's circuit for
+  the new object, and its circuit for the old object in other words (the paraphrase null);
+- **layers**: where the edges are that only one of the two circuits has. An edge counts half for each of its ends, so
+  that shares add up to 1; beside it stands the layer's share of the circuits' nodes;
+- **lens**: rank and probability of both objects after each layer, at END and at the subject's last token;
+- **roles**: D_S and D_R (`kcwb.reading.roles`) of each head of the circuits for the object that the model now says.
+  One prompt has no standard error, so a head counts here from |D_S| + |D_R| >= 0.1 logits;
+- **transport**: TE = (LD_edit - LD_patched) / (LD_edit - LD_clean), LD the logit of the new object minus the old one's
+  at END; patched: the edited model, into which some outputs of the unedited run are put back. TE is 1 if all of the
+  edit's effect goes through them, 0 if none does. Put back are the relation's strongest mover heads at END, random
+  sets of heads with as many in each layer, and the edited MLP's outputs at the subject, at END and elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kcwb.circuits.ablation import Ablation, make_ablation
+from kcwb.circuits.circuit import Circuit
+from kcwb.discovery.attribution import attribution_scores
+from kcwb.discovery.methods import STEPS, check_size
+from kcwb.discovery.selection import matched_circuit
+from kcwb.editing.edit import Edit, EditError
+from kcwb.editing.passes import Block
+from kcwb.errors import DataError, SettingError
+from kcwb.evaluation.compare import compare_circuits
+from kcwb.models.graph import Graph
+from kcwb.models.loading import Model
+from kcwb.progress import Progress, track
+from kcwb.reading.dla import attribute
+from kcwb.reading.positions import check_prompts, position_groups, told_at_end
+from kcwb.reading.roles import RATIO, strongest_movers
+from kcwb.settings import Count, Seed
+from kcwb.studies.editing_account.transport import mlp_outputs, trace_blocks, transport
+from kcwb.tasks.metrics import make_loss
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights, encode
+from kcwb.tasks.ranks import rank_of
+from kcwb.tasks.relations import Fact
+from kcwb.verbs import verb
+
+#: Logits: the least |D_S| + |D_R| with which a head has a role on a single prompt.
+LEAST_LOGITS = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class EditComparison:
+    """What `compare_edit` found; see the module's text.
+
+    Attributes
+    ----------
+    edit
+        The edit.
+    circuits
+        `before`, `after`, `new answer` (unedited) and `paraphrase` (unedited).
+    overlap
+        Each of the last three against `before`: `edges` of either, `edge_iou`, `node_jaccard`.
+    layers
+        One row per layer: `layer`, `edited`, `change` (its share of the edges that differ between before and after),
+        `change_paraphrase` (the same against the paraphrase), `nodes` (its share of nodes).
+    lens
+        As `kcwb.reading.lens.lens` has it, with a `state`, `before` or `after`: `quantity` (`rank`, `probability`),
+        `who` (`old, END`, `new, subject`, ...), `value`.
+    roles
+        One row per head of the circuits before and after: `node`, `mover` (of the relation), and `D_S`, `D_R`, `role`
+        with the ending `_before` (old object, unedited) and `_after` (new object, edited).
+    transport
+        One row per thing put back: `what`, `TE`, and for `random heads` the 95% range of the draws in `low`, `high`.
+    p
+        The share of random head sets (this one counted in) whose TE is at least that of the mover heads.
+    """
+
+    edit: Edit
+    circuits: Mapping[str, Circuit]
+    overlap: pd.DataFrame
+    layers: pd.DataFrame
+    lens: pd.DataFrame
+    roles: pd.DataFrame
+    transport: pd.DataFrame
+    p: float
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """The numbers of one edit, for statistics over many."""
+        row: dict[str, float] = {}
+        for name, key in (("after", ""), ("new answer", "_answer"), ("paraphrase", "_paraphrase")):
+            row[f"edge_iou{key}"] = float(self.overlap.loc[name, "edge_iou"])  # pyright: ignore[reportArgumentType]
+            row[f"node_jaccard{key}"] = float(self.overlap.loc[name, "node_jaccard"])  # pyright: ignore
+        edited = self.layers[self.layers["edited"]]
+        row["edited_share"], row["node_share"] = edited["change"].sum(), edited["nodes"].sum()
+        row["edited_share_paraphrase"] = edited["change_paraphrase"].sum()
+        ranks = self.lens[self.lens["quantity"] == "rank"].set_index(["state", "who", "layer"])["value"].sort_index()
+        last = int(self.lens["layer"].max())
+        for state in ("before", "after"):
+            for who in ("old", "new"):
+                row[f"rank_{who}_{state}"] = float(ranks[state, f"{who}, END", last])
+        for place in ("subject", "END"):
+            reached = ranks["after", f"new, {place}"] <= KNOWN_RANK
+            row[f"arrival_{place}"] = float(reached.index[reached].min()) if reached.any() else math.nan
+        before, after = self.roles["role_before"], self.roles["role_after"]
+        row["roles_changed"] = float((before != after).mean()) if len(before) else math.nan
+        movers = before == "mover"
+        row["movers_kept"] = float((after[movers] == "mover").mean()) if movers.any() else math.nan
+        names = {"mover heads": "te_movers", "random heads": "te_random", "edited MLP, subject": "te_subject"}
+        names |= {"edited MLP, END": "te_end", "edited MLP, elsewhere": "te_elsewhere"}
+        row |= {names[what]: float(te) for what, te in zip(self.transport["what"], self.transport["TE"], strict=True)}
+        return {**row, "p": self.p}
+
+
+@verb
+def compare_edit(
+    model: Model,
+    made: Edit,
+    task: Task,
+    *,
+    paraphrase: str | None = None,
+    edges: Count = 300,
+    movers: Count | Sequence[str] = 10,
+    draws: Count = 100,
+    seed: Seed = 0,
+    progress: Progress = True,
+) -> EditComparison:
+    """Compare the model before and after one edit; afterwards the model is as it was.
+
+    Parameters
+    ----------
+    model
+        The Model object that the edit was made for, as it was then.
+    made
+        The edit, not in the weights now; of several requests, the first is looked at.
+    task
+        A task of the fact's relation in the edited template, made with the unedited model: its reference prompts are
+        what cut edges deliver (mean ablation), its D_val tells the mover heads.
+    paraphrase
+        The fact in other words, with `{}`. Default: the relation's next zero-shot template.
+    edges
+        The circuits' size, after dangling edges are dropped (the nearest that the scores give).
+    movers
+        How many mover heads are put back, those of largest D_S; or their names.
+    draws
+        Random sets of heads.
+    seed
+        Of those, and of head roles.
+    progress
+        Reported per step.
+
+    Raises
+    ------
+    DataError
+        If old and new object start with the same token, or one of them with that of another object of the relation; no
+        head is a mover; there is no paraphrase; or the edit has no effect at END.
+    SettingError
+        If the edit was made for another Model object (with equal weights, too), the task is not in the edit's template,
+        or a setting cannot be meant.
+    EditError
+        If the edit is in the weights, or was made for other ones.
+    """
+    _check(model, made, task, edges)
+    fact, new = made.facts[0], Fact(made.facts[0].subject, made.targets[0])
+    other = _paraphrase_of(task) if paraphrase is None else paraphrase
+    asked = {answer: _asked(model, task, answer, made.templates[0]) for answer in (fact, new)}
+    tokens = torch.stack([asked[fact].answers[0, 0], asked[new].answers[0, 0]])
+    if tokens[0] == tokens[1]:
+        raise DataError(f"{fact.object!r:.60} and {new.object!r:.60} start with the same token; choose another target.")
+    for prompts in asked.values():
+        check_prompts(told_at_end(prompts))
+    with track(progress, 7, "comparing") as step:
+        names = strongest_movers(model, task, movers, seed) if isinstance(movers, int) else list(movers)
+        step(note="mover heads")
+        cuts = make_ablation(model, task, "mean")
+        circuits = {"before": _circuit(model, task, fact, task.template, cuts, edges)}
+        step(note="circuit before")
+        circuits["new answer"] = _circuit(model, task, new, task.template, cuts, edges)
+        step(note="circuit of the new object")
+        reworded = replace(task, reference=encode(model, task.reference.facts, other, task.relation.objects))
+        circuits["paraphrase"] = _circuit(model, reworded, fact, other, make_ablation(model, reworded, "mean"), edges)
+        step(note="circuit of the paraphrase")
+        prompt = asked[fact].select([0])
+        ends = int(prompt.ends[0])
+        clean = trace_blocks(model.network, prompt.tokens[:, : ends + 1])
+        written = mlp_outputs(model.network, clean, made.layers)
+        lens = [_lens(model, prompt, clean, tokens, "before")]
+        roles = _contributions(model, prompt, tokens)
+        with made:
+            circuits["after"] = _circuit(model, task, new, task.template, make_ablation(model, task, "mean"), edges)
+            step(note="circuit after")
+            edited = trace_blocks(model.network, prompt.tokens[:, : ends + 1])
+            lens.append(_lens(model, prompt, edited, tokens, "after"))
+            roles_after = _contributions(model, prompt, tokens)
+            step(note="lens and roles")
+            transported, p = transport(model, made, prompt, clean, edited, written, tokens, names, draws, seed)
+            step(note="transport")
+    return EditComparison(
+        edit=made,
+        circuits=circuits,
+        overlap=_overlap(circuits),
+        layers=_layers(model.graph, made.layers, circuits),
+        lens=pd.concat(lens, ignore_index=True),
+        roles=_roles(circuits, names, roles[..., 0], roles_after[..., 1]),
+        transport=transported,
+        p=p,
+    )
+
+
+def _check(model: Model, made: Edit, task: Task, edges: int) -> None:
+    if made.active:
+        raise EditError(f"{made} is in the weights; undo it first, so that there is a before.")
+    if made.parameters.get("model") != model.digest:
+        raise EditError(f"{made} was made for other weights than those of {model.name}; make it again.")
+    made.require_own(model)
+    check_same_weights(model, task)
+    if task.template != made.templates[0]:
+        raise SettingError(
+            f"The task asks {task.template!r:.120}, the edit {made.templates[0]!r:.120}; use one template."
+        )
+    check_size(model.graph, edges, model.name)
+
+
+def _paraphrase_of(task: Task) -> str:
+    others = [text for text in task.relation.prompt_templates_zs if text != task.template]
+    if not others:
+        raise DataError(f"{task.relation.name} has no other template; give one: paraphrase='... {{}} ...'.")
+    return others[0]
+
+
+# --- circuits ---
+
+
+def _asked(model: Model, task: Task, fact: Fact, template: str) -> Prompts:
+    return encode(model, [fact], template, task.relation.objects)
+
+
+def _circuit(model: Model, task: Task, fact: Fact, template: str, cuts: Ablation, edges: int) -> Circuit:
+    """The circuit of one prompt with one answer, by EAP-IG under mean ablation, at a size."""
+    loss = make_loss(model, _asked(model, task, fact, template), "nll")
+    scores = attribution_scores(model, loss, cuts, steps=STEPS)
+    provenance = {
+        "method": "eap-ig",
+        "ablation": "mean",
+        "metric": "nll",
+        "model": {"name": model.name, "digest": model.digest},
+        "template": template,
+        "facts": [[fact.subject, fact.object]],
+        "parameters": {"edges": edges, "select": "signed", "steps": STEPS},
+    }
+    return replace(matched_circuit(model.graph, scores, edges), provenance=provenance)
+
+
+def _overlap(circuits: Mapping[str, Circuit]) -> pd.DataFrame:
+    rows = {}
+    for name in ("after", "new answer", "paraphrase"):
+        table = compare_circuits(circuits["before"], circuits[name])
+        rows[name] = {
+            "edges_before": circuits["before"].n_edges,
+            "edges": circuits[name].n_edges,
+            "edge_iou": table.loc["edges", "iou"],
+            "node_jaccard": table.loc["nodes", "iou"],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("circuit")
+
+
+def _layers(graph: Graph, edited: Sequence[int], circuits: Mapping[str, Circuit]) -> pd.DataFrame:
+    layer_of = np.array([graph.node(name).layer for name in graph.node_names])
+    senders, receivers = layer_of[:-1], layer_of[graph.receiver_node.numpy()]
+
+    def shares(left: Circuit, right: Circuit) -> np.ndarray:
+        rows, columns = (left.kept ^ right.kept).nonzero(as_tuple=True)
+        ends = np.concatenate([senders[rows.numpy()], receivers[columns.numpy()]])
+        return _shares(ends, graph.n_layers)
+
+    before, after = circuits["before"], circuits["after"]
+    nodes = (before | after).nodes
+    return pd.DataFrame(
+        {
+            "layer": range(graph.n_layers),
+            "edited": [layer in edited for layer in range(graph.n_layers)],
+            "change": shares(before, after),
+            "change_paraphrase": shares(before, circuits["paraphrase"]),
+            "nodes": _shares(nodes["layer"].to_numpy(), graph.n_layers),
+        }
+    )
+
+
+def _shares(layers: np.ndarray, n_layers: int) -> np.ndarray:
+    """How much of a list of layers each layer is; `input` (-1) and `logits` (n_layers) count in the whole alone."""
+    return np.bincount(layers + 1, minlength=n_layers + 2)[1:-1] / max(1, len(layers))
+
+
+# --- lens and roles ---
+
+
+@torch.no_grad()
+def _lens(model: Model, prompt: Prompts, trace: Sequence[Block], tokens: Int[Tensor, "2"], state: str) -> pd.DataFrame:
+    places = {"END": -1, "subject": int(prompt.subject_stop[0]) - 1}
+    rows: list[dict[str, Any]] = []
+    for layer, block in enumerate(trace):
+        for place, position in places.items():
+            logits = model.network.logits(block.after[0, position]).float()
+            ranks = rank_of(logits.expand(2, -1), tokens).tolist()
+            probabilities = logits.softmax(-1)[tokens].tolist()
+            for who, rank, probability in zip(("old", "new"), ranks, probabilities, strict=True):
+                head = {"state": state, "layer": layer, "who": f"{who}, {place}"}
+                rows.append({**head, "quantity": "rank", "value": float(rank)})
+                rows.append({**head, "quantity": "probability", "value": probability})
+    return pd.DataFrame(rows).assign(low=math.nan, high=math.nan)
+
+
+def _contributions(model: Model, prompt: Prompts, tokens: Int[Tensor, "2"]) -> Float[Tensor, "2 L H 2"]:
+    """D_S and D_R of every head, for the old and the new object."""
+    found = attribute(model, prompt, tokens[None])
+    return found.by_group(position_groups(prompt))[:2, :, :, 0].cpu()
+
+
+def _roles(
+    circuits: Mapping[str, Circuit],
+    movers: Sequence[str],
+    before: Float[Tensor, "2 L H"],
+    after: Float[Tensor, "2 L H"],
+) -> pd.DataFrame:
+    nodes = (circuits["before"] | circuits["after"]).nodes
+    heads = nodes[nodes["kind"] == "head"]
+    rows = []
+    for name, layer, head in zip(heads["node"], heads["layer"], heads["head"], strict=True):
+        row: dict[str, Any] = {"node": name, "mover": name in movers}
+        for state, d in (("before", before), ("after", after)):
+            subject, relation = (float(value) for value in d[:, layer, head])
+            row |= {f"D_S_{state}": subject, f"D_R_{state}": relation, f"role_{state}": _role(subject, relation)}
+        rows.append(row)
+    columns = [
+        "node",
+        "mover",
+        *(f"{what}_{state}" for state in ("before", "after") for what in ("D_S", "D_R", "role")),
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _role(subject: float, relation: float) -> str:
+    """A head's role on one prompt, with the ratio of `kcwb.reading.roles`."""
+    size = abs(subject) + abs(relation)
+    if size < LEAST_LOGITS:
+        return "other"
+    if subject + relation < 0:
+        return "suppressor"
+    share = abs(subject) / size
+    return "mover" if share > RATIO / (RATIO + 1) else "relation" if share < 1 / (RATIO + 1) else "mixture"

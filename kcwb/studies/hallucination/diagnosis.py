@@ -1,0 +1,407 @@
+"""Why a model gets a fact wrong: one prompt, followed from its subject to its answer.
+
+The right answer and its **rival**, the likeliest token but the right one, are followed (`kcwb.reading.trajectories`):
+
+- **When.** The logit lens (`kcwb.reading.lens`) of both after each layer, at END and at the subject's tokens.
+- **Which failure.** Among the ten likeliest tokens at one of the subject's tokens, after any layer, the object has been
+  recalled. If it never is, the failure is one of *enrichment*; if it is, and END loses it, one of *selection*. The lens
+  sees what the unembedding can read and no more, so beside it stands how many facts that the model gets right pass the
+  same test: where few of them do, it tells nothing.
+- **Who.** Every head's direct logit attribution by source (`kcwb.reading.dla`) to both tokens. Mover heads are those
+  of the relation's *other* facts: the fact at hand has no say in who is looked at.
+
+Knowledge Circuits (arXiv 2405.17969) follows one wrong answer and finds that a mover head brings the wrong information
+to END. That is what `Diagnosis.heads` and `Diagnosis.balance` put in numbers; beside this module, `prediction` asks
+whether it is so in general, and `rescue` whether it is the cause.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kcwb.errors import DataError, choose
+from kcwb.models.loading import Model
+from kcwb.progress import Progress, track
+from kcwb.reading.dla import Attribution, attribute, head_outputs, named_heads, token_directions
+from kcwb.reading.lens import arrival
+from kcwb.reading.positions import check_prompts, position_groups, token_text, told_at_end, without_copies
+from kcwb.reading.roles import circuit_heads, strongest_movers
+from kcwb.reading.trajectories import WHERE, WHO, Readings, read_answers
+from kcwb.settings import Count, Seed
+from kcwb.tasks.prompts import Prompts, Task, encode, make_task
+from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.verbs import verb
+
+FAILURES = ("none", "enrichment", "selection")
+_FEWEST_FACTS = 4
+_TOP_TOKENS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """Why the model answers as it does; made by `diagnose`.
+
+    Attributes
+    ----------
+    relation, template, prompt, fact
+        What was asked.
+    right
+        Whether the answer is right.
+    gold, rival
+        The texts of the right answer's first token and of its rival: what the model says where it is wrong, the
+        likeliest wrong answer where it is right.
+    failure
+        One of `FAILURES`; `none` where the answer is right.
+    answers
+        One row for each of `WHO`: `token`, `rank`, `probability`, `logit` (above the mean), and for each of `WHERE` the
+        first layer after which it is among the ten likeliest tokens (NA: never) and its best rank.
+    lens
+        Long, as `kcwb.reading.lens.lens` has it: `layer`, `quantity` (`rank`, `probability`), `who`, `where`, `value`.
+    heads
+        One row per head, those that speak most for the rival against the right answer first: `node`, `layer`, `head`,
+        `mover`; `gold`, `rival`: what it writes towards both (logits, direct); `gold_subject`, `rival_subject`,
+        `gold_relation`, `rival_relation`: through these positions; `difference`: rival - gold; `attention_subject`;
+        `source`: the token through which it writes most towards the two, `attention_source`, `writes`: what its output
+        raises most.
+    balance
+        Who decides: `part` (`movers`, `other heads`, `MLPs and the rest`, `all`), `heads`, `gold`, `rival`,
+        `difference`; the parts add up to `all`, the logits above the mean.
+    recalled
+        Among the relation's other facts that the model gets right: how many pass the test of recall, and how many
+        there are (0 of 0 where none was at hand).
+    words
+        The same as a paragraph of plain text.
+    """
+
+    relation: str
+    template: str
+    prompt: str
+    fact: Fact
+    right: bool
+    gold: str
+    rival: str
+    failure: str
+    answers: pd.DataFrame
+    lens: pd.DataFrame
+    heads: pd.DataFrame
+    balance: pd.DataFrame
+    recalled: tuple[int, int]
+    words: str
+
+    @property
+    def movers(self) -> pd.DataFrame:
+        """The rows of `heads` that are movers, the strongest first."""
+        some = self.heads[self.heads["mover"]]
+        order = some[["gold", "rival"]].abs().sum(axis=1).sort_values(ascending=False, kind="stable").index
+        return some.loc[order].reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        """One line: what was asked, and how it went."""
+        verdict = "right" if self.right else f"wrong ({self.failure} failure)"
+        return f"Diagnosis({self.prompt!r:.100} -> {self.fact.object!r:.60}: {verdict})"
+
+
+@verb
+def diagnose(
+    model: Model,
+    relation: Relation | str,
+    fact: Fact | str,
+    *,
+    template: int | str = 0,
+    movers: Count | Sequence[str] = 10,
+    n: Count = 8,
+    seed: Seed = 0,
+    progress: Progress = True,
+) -> Diagnosis:
+    """Follow one prompt from its subject to its answer, and say where it goes wrong.
+
+    Parameters
+    ----------
+    model
+        The full model is run.
+    relation
+        A Relation, the name of one that comes with the package, or the path of a file.
+    fact
+        A subject of the relation, or any Fact of that kind.
+    template
+        The index of one of the relation's zero-shot templates, or a template with `{}`.
+    movers
+        How many mover heads are told apart, those of the relation's other facts with the largest D_S; or their names.
+    n
+        On how many other facts, which the model knows, the movers are found and the test of recall is tried.
+    seed
+        Of the draw of those facts, and of head roles.
+    progress
+        Reported per step.
+
+    Returns
+    -------
+    Diagnosis
+        See there; it can be made for a right answer, too.
+
+    Raises
+    ------
+    DataError
+        If the object begins with one of the subject's own tokens, or with the token of another object of the relation;
+        or there are too few other facts to find movers on.
+    CircuitError
+        If a named mover is not a head of the model.
+    SettingError
+        If the relation has no such subject, or a number or the template cannot be meant.
+    """
+    model.network.require("roles")
+    relation = load_relation(relation) if isinstance(relation, str) else relation
+    text = relation.template(template)
+    fact = fact if isinstance(fact, Fact) else _fact_of(relation, fact)
+    if not isinstance(movers, int):
+        named_heads(model, movers)
+    prompts = encode(model, [fact], text, relation.objects)
+    check_prompts(prompts)
+    prompts = without_copies(model, told_at_end(prompts))
+    with track(progress, 4, "diagnosis") as step:
+        others = _other_facts(model, relation, fact, text, n, seed, needed=isinstance(movers, int))
+        names = list(movers) if not isinstance(movers, int) else _movers(model, others, movers, seed)
+        step(note="mover heads")
+        readings = read_answers(model, prompts)
+        step(note="lens")
+        found = attribute(model, prompts, readings.tokens)
+        heads = _head_table(model, prompts, found, names)
+        step(note="heads")
+        recalled = _recall_of(model, others)
+        step(note="other facts")
+    gold, rival = (token_text(model, token) for token in readings.tokens[0].tolist())
+    right = bool(readings.right[0])
+    failure = "none" if right else "selection" if bool(readings.recalled[0]) else "enrichment"
+    made = Diagnosis(
+        relation=relation.name,
+        template=text,
+        prompt=prompts.texts[0],
+        fact=fact,
+        right=right,
+        gold=gold,
+        rival=rival,
+        failure=failure,
+        answers=_answer_table(readings, (gold, rival)),
+        lens=_lens_table(readings),
+        heads=heads,
+        balance=_balance(heads, readings.logits[0]),
+        recalled=recalled,
+        words="",
+    )
+    return replace(made, words=describe(made))
+
+
+# --- other facts ---
+
+
+def _fact_of(relation: Relation, subject: str) -> Fact:
+    facts = {fact.subject: fact for fact in relation.facts}
+    return facts[choose(f"The subject in {relation.name}", subject, facts)]
+
+
+def _other_facts(
+    model: Model, relation: Relation, fact: Fact, template: str, n: int, seed: int, needed: bool
+) -> Task | None:
+    """A task of the relation's other facts; None where there are none to be had and they are not needed."""
+    rest = tuple(other for other in relation.facts if other.subject != fact.subject)
+    try:
+        if len(rest) < _FEWEST_FACTS:
+            raise DataError(f"{relation.name} has {len(rest)} other facts; at least {_FEWEST_FACTS} tell movers apart.")
+        return make_task(model, replace(relation, facts=rest), n=n, seed=seed, template=template)
+    except DataError as error:
+        if needed:
+            raise DataError(f"{error} Mover heads can also be named: movers=['a<layer>.h<head>', ...].") from error
+        return None
+
+
+def _movers(model: Model, others: Task | None, most: int, seed: int) -> list[str]:
+    assert others is not None  # they are needed where movers are not named
+    if len(others.val) < _FEWEST_FACTS:
+        raise DataError(
+            f"{model.name} knows {len(others.val)} other facts of {others.relation.name} in {others.template!r:.120}; "
+            f"at least {_FEWEST_FACTS} tell movers apart. Raise n, take another template, or name them: movers=[...]."
+        )
+    return strongest_movers(model, others, most, seed)
+
+
+def _recall_of(model: Model, others: Task | None) -> tuple[int, int]:
+    """How many of the other facts that are answered right have been recalled at the subject, and how many there are."""
+    if others is None:
+        return 0, 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of facts that are left out
+        table = arrival(model, others, progress=False)
+    table = table[table["rank"] == 1]
+    return int(table["at_subject"].notna().sum()), len(table)
+
+
+# --- tables ---
+
+
+def _answer_table(readings: Readings, texts: Sequence[str]) -> pd.DataFrame:
+    last = readings.ranks.shape[1] - 1
+    rows = []
+    for i, (who, token) in enumerate(zip(WHO, texts, strict=True)):
+        row = {
+            "who": who,
+            "token": token,
+            "rank": int(readings.ranks[0, -1, 0, i]),
+            "probability": float(readings.probabilities[0, -1, 0, i]),
+            "logit": float(readings.logits[0, i]),
+        }
+        for w, where in enumerate(WHERE):
+            layer = int(readings.arrival[w, 0, i])
+            row[f"arrives, {where}"] = pd.NA if layer == last else layer
+            row[f"best rank, {where}"] = int(readings.ranks[w, :, 0, i].min())
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    return table.astype({name: "Int64" for name in table if str(name).startswith("arrives")})
+
+
+def _lens_table(readings: Readings) -> pd.DataFrame:
+    parts = []
+    for quantity, values in (("rank", readings.ranks), ("probability", readings.probabilities)):
+        for w, where in enumerate(WHERE):
+            for i, who in enumerate(WHO):
+                part = pd.DataFrame({"value": values[w, :, 0, i].float().tolist()})
+                part["layer"] = part.index - 1
+                parts.append(part.assign(quantity=quantity, who=who, where=where))
+    return pd.concat(parts, ignore_index=True)[["layer", "quantity", "who", "where", "value"]]
+
+
+def _head_table(model: Model, prompts: Prompts, found: Attribution, movers: Sequence[str]) -> pd.DataFrame:
+    """What every head writes towards both tokens, and from where, on a single prompt."""
+    heads = named_heads(model, circuit_heads(model, None))
+    table = pd.DataFrame(heads, columns=["node", "layer", "head"])
+    table["mover"] = table["node"].isin(movers)
+    total = found.total[:, :, 0].flatten(0, 1)
+    by_group = found.by_group(position_groups(prompts))[:2, :, :, 0].flatten(1, 2)
+    for i, name in enumerate(("gold", "rival")):
+        table[name] = total[:, i].tolist()
+        table[f"{name}_subject"], table[f"{name}_relation"] = by_group[0, :, i].tolist(), by_group[1, :, i].tolist()
+    table["difference"] = table["rival"] - table["gold"]
+    attention = found.attention[:, :, 0].flatten(0, 1)
+    inside = position_groups(prompts)[0, 0].to(attention.dtype)
+    table["attention_subject"] = (attention @ inside).tolist()
+    source = found.by_source[:, :, 0].flatten(0, 1).abs().sum(-1).argmax(-1)
+    words = [token_text(model, token) for token in prompts.tokens[0].tolist()]
+    table["source"] = [words[position] for position in source.tolist()]
+    table["attention_source"] = attention.gather(-1, source[:, None])[:, 0].tolist()
+    table["writes"] = _top_tokens(model, found)
+    order = table["difference"].sort_values(ascending=False, kind="stable").index
+    return table.loc[order].reset_index(drop=True)
+
+
+@torch.no_grad()
+def _top_tokens(model: Model, found: Attribution) -> list[str]:
+    """What each head's output at END raises most, on a single prompt."""
+    network = model.network
+    every = token_directions(network, torch.arange(network.d_vocab, device=model.device))
+    best = [(layer[:, 0] @ every.T).topk(_TOP_TOKENS).indices.tolist() for layer in head_outputs(network, found)]
+    return [" | ".join(token_text(model, token).strip() for token in tokens) for layer in best for tokens in layer]
+
+
+def _balance(heads: pd.DataFrame, logits: Float[Tensor, " 2"]) -> pd.DataFrame:
+    """Both logits as the sum of movers, other heads, and everything else."""
+    rows = []
+    for part, some in (("movers", heads[heads["mover"]]), ("other heads", heads[~heads["mover"]])):
+        rows.append((part, len(some), some["gold"].sum(), some["rival"].sum()))
+    whole = logits.tolist()
+    rest = [whole[i] - sum(row[2 + i] for row in rows) for i in range(2)]
+    rows += [("MLPs and the rest", 0, *rest), ("all", len(heads), *whole)]
+    table = pd.DataFrame(rows, columns=["part", "heads", "gold", "rival"])
+    return table.assign(difference=table["rival"] - table["gold"])
+
+
+# --- words ---
+
+
+def describe(found: Diagnosis) -> str:
+    """A diagnosis as a paragraph of plain text; every number in it is from its tables."""
+    return " ".join([_said(found), _when(found), _which(found), _who(found), _decides(found)])
+
+
+def _quoted(token: str) -> str:
+    return repr(token.strip())
+
+
+def _said(found: Diagnosis) -> str:
+    gold, rival = found.answers.to_dict("records")
+    if found.right:
+        return (
+            f"Asked {found.prompt!r}, the model says {_quoted(found.gold)} (probability {gold['probability']:.2f}), "
+            f"which is right; the likeliest wrong answer is {_quoted(found.rival)} ({rival['probability']:.2f})."
+        )
+    return (
+        f"Asked {found.prompt!r}, the model says {_quoted(found.rival)} (probability {rival['probability']:.2f}); the "
+        f"right answer {_quoted(found.gold)} has rank {gold['rank']:,} (probability {gold['probability']:.2g})."
+    )
+
+
+def _when(found: Diagnosis) -> str:
+    words = [
+        f"{_quoted(token)} {'never' if layer is pd.NA else f'after layer {layer}'}"
+        for token, layer in zip((found.gold, found.rival), found.answers[f"arrives, {WHERE[0]}"], strict=True)
+    ]
+    last = int(found.lens["layer"].max())
+    return (
+        "By the logit lens at END, first among the ten likeliest tokens: "
+        f"{words[0]}, {words[1]}; the last layer is {last}."
+    )
+
+
+def _which(found: Diagnosis) -> str:
+    gold = found.answers.iloc[0]
+    best, layer = gold[f"best rank, {WHERE[2]}"], gold[f"arrives, {WHERE[2]}"]
+    if layer is pd.NA:
+        words = f"At the subject's tokens the right answer never ranks better than {best:,}"
+        words += ": a failure of enrichment." if not found.right else "."
+    else:
+        words = f"At the subject's tokens the right answer is among the ten likeliest after layer {layer}"
+        words += ", and END loses it: a failure of selection." if not found.right else "."
+    passed, total = found.recalled
+    if not total:
+        return words + " How right answers do in this test is not known here."
+    note = f" Of {total} other facts that the model gets right, {passed} pass this test of recall"
+    if passed < total / 2 and layer is pd.NA:
+        note += ", so that failing it says little"
+    return words + note + "."
+
+
+def _who(found: Diagnosis) -> str:
+    movers = found.movers
+    if movers.empty:
+        return "No head was named a mover."
+    said, other = ("gold", "rival") if found.right else ("rival", "gold")
+    name, against = _quoted(getattr(found, said)), _quoted(getattr(found, other))
+    for_said = int((movers[said] > movers[other]).sum())
+    top = movers.sort_values(said, ascending=False, kind="stable").iloc[0]
+    part = found.balance.set_index("part").loc["movers"]
+    share = movers["attention_subject"].mean()
+    return (
+        f"Of {len(movers)} mover heads, {for_said} write{'s' if for_said == 1 else ''} more towards {name} than "
+        f"towards {against}; together they give the one {part[said]:+.2f} and the other {part[other]:+.2f} logits, and "
+        f"{share:.0%} of their attention from END is on the subject. The one that moves most towards {name} is "
+        f"{top['node']}, chiefly from {_quoted(top['source'])} (attention {top['attention_source']:.2f}): "
+        f"{top[said]:+.2f} logits, against {top[other]:+.2f} for {against}."
+    )
+
+
+def _decides(found: Diagnosis) -> str:
+    parts = found.balance.set_index("part")["difference"]
+    return (
+        f"In all {_quoted(found.rival)} is {_above(parts['all'])} {_quoted(found.gold)}, of which movers contribute "
+        f"{parts['movers']:+.2f}, other heads {parts['other heads']:+.2f}, and MLPs, embedding and constants "
+        f"{parts['MLPs and the rest']:+.2f}."
+    )
+
+
+def _above(difference: float) -> str:
+    return f"{abs(difference):.2f} logits {'above' if difference >= 0 else 'below'}"

@@ -1,0 +1,1 @@
+"""Which heads a model uses once it is shown examples."""

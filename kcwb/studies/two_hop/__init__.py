@@ -1,0 +1,1 @@
+"""Questions of two hops: where the bridge is, whose circuits they use, whether the first hop is taken."""

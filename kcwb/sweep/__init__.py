@@ -1,0 +1,1 @@
+"""Many discoveries on any executor, kept in a folder."""

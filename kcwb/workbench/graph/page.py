@@ -1,0 +1,374 @@
+"""A circuit as an interactive picture: one HTML page that asks nothing of the network.
+
+pyvis builds the page around vis-network. What pyvis leaves to be wished for is mended here, in this order:
+
+1. nodes get fixed places, see `kcwb.workbench.graph.drawing`;
+2. pyvis writes the page with everything in line; links to content delivery networks and the doubled heading,
+   which it adds all the same, are taken out;
+3. ``page.html`` adds the search, the slider, the legend, the hover texts and the colours of both themes;
+4. the page is compressed and held by a small loader, so that a notebook of ten graphs stays small.
+
+Steps 2 to 4 are taken once for what all pages share (vis-network, 9 tenths of them); drawing a circuit then only adds
+its nodes and edges, so that a graph can follow a slider.
+
+All text reaches the page as JSON and is set by ``textContent`` or drawn on a canvas, never parsed as HTML.
+For the same reason pyvis's own ``title`` (parsed as HTML as soon as one holds the word "href") is not used.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pyvis.network import Network
+
+from kcwb.errors import KcwbError, SettingError
+from kcwb.files import write_text
+from kcwb.outputs import PAGE, PAGE_MARK, check_output
+from kcwb.settings import Count
+from kcwb.verbs import verb
+from kcwb.workbench.graph.drawing import COLOURS, DASHES, ROLES, Drawing, Roles, draw, draw_two
+
+if TYPE_CHECKING:
+    from kcwb.circuits.circuit import Circuit
+
+__all__ = ["ROLES", "GraphView", "compare_view", "graph_view"]
+
+_ARROWS_UP_TO = 300  # edges; beyond, heads of arrows are clutter, and all edges point upwards anyway
+_EXTERNAL = re.compile(r"""<\w+\b[^>]*?\b(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", re.IGNORECASE)
+_DATA = "__CIRCUIT__"  # where page.html has a circuit
+_MOST = 100_000_000  # letters of a page
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_UNPACK = """
+(async () => {
+  try {
+    const bytes = Uint8Array.from(atob(document.getElementById("kc-page").textContent), (c) => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const page = await new Response(stream).text();
+    document.open(); document.write(page); document.close();
+  } catch (error) {
+    document.body.textContent = "This graph needs a newer browser (with DecompressionStream): " + error;
+  }
+})();
+"""
+_LOADER = (
+    '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">' + PAGE_MARK,
+    '<meta name="viewport" content="width=device-width"><title>',
+    '</title></head>\n<body><noscript>This graph needs JavaScript.</noscript>\n<script type="text/plain" id="kc-page">',
+    f"</script>\n<script>{_UNPACK}</script></body></html>\n",
+)
+"""What stands before, between and after a graph's title and its compressed page; the first two belong together."""
+
+
+@dataclass(frozen=True)
+class GraphView:
+    """A drawn circuit: JupyterLab shows it as the value of a cell, ``to_html`` writes it as a page.
+
+    A click on a node posts ``{kcwb: "select", nodes: [names]}`` to the window that holds the page.
+
+    Attributes
+    ----------
+    page : str
+        The complete page, in ASCII.
+    height : int
+        Height of the frame in a notebook, in pixels.
+    title : str
+        The page's title, as plain text.
+    """
+
+    page: str = field(repr=False)
+    height: int
+    title: str
+
+    def _repr_html_(self) -> str:
+        source, title = html.escape(self.page, quote=True), _ascii(self.title)
+        return (
+            f'<iframe srcdoc="{source}" title="{title}" width="100%" height="{self.height}" '
+            'style="border:0;display:block"></iframe>'
+        )
+
+    def to_html(self, filename: str | os.PathLike[str] | None = None, *, force: bool = False) -> str | None:
+        """Give the page as text, or write it to a file.
+
+        Parameters
+        ----------
+        filename : path, optional
+            Where to write. The file is complete or untouched: it is written aside and then renamed.
+        force : bool
+            Overwrite also a file that kcwb did not write.
+
+        Returns
+        -------
+        str or None
+            The page when no file name is given.
+
+        Raises
+        ------
+        SettingError
+            If the file cannot be written, or would replace one that is not ours.
+        """
+        if filename is None:
+            return self.page
+        check_output(Path(filename), PAGE, what="The graph", force=force, make_folder=True)
+        write_text(Path(filename), self.page)
+        return None
+
+
+@verb
+def graph_view(
+    circuit: Circuit,
+    *,
+    roles: Roles | None = None,
+    max_edges: Count = 2000,
+    height: Count = 640,
+    title: str | None = None,
+    details: Mapping[str, str] | None = None,
+) -> GraphView:
+    """Draw a circuit.
+
+    Parameters
+    ----------
+    circuit : Circuit
+        Its ``edges`` and ``nodes`` are drawn.
+    roles : mapping of node name to role, or DataFrame, optional
+        ``"mover"``, ``"relation"``, ``"mixture"`` and ``"suppressor"`` colour a head; any other role is only
+        named. Names that are not in the circuit are ignored. A table has the column ``role`` and either ``node`` or
+        ``layer`` and ``head``.
+    max_edges : int
+        At most this many edges are drawn, the strongest; the page says so when some are left out.
+    height : int
+        Height in a notebook, in pixels.
+    title : str, optional
+        A heading.
+    details : mapping of node name to text, optional
+        Plain text added to what hovering over a node shows.
+
+    Returns
+    -------
+    GraphView
+
+    Raises
+    ------
+    SettingError
+        If ``max_edges`` or ``height`` is not positive, or a table of roles lacks its columns.
+    CircuitError
+        If an edge names a node that ``circuit.nodes`` lacks.
+    """
+    _check_height(height)
+    return _view(draw(circuit, roles=roles, max_edges=max_edges, title=title, details=details), height)
+
+
+@verb
+def compare_view(
+    left: Circuit,
+    right: Circuit,
+    *,
+    names: Sequence[str] = ("left", "right"),
+    roles: Roles | None = None,
+    max_edges: Count = 2000,
+    height: Count = 640,
+    title: str | None = None,
+    details: Mapping[str, str] | None = None,
+) -> GraphView:
+    """Draw two circuits of one model in one picture: edges of the left one, of the right one and of both in colour.
+
+    Scores of two methods have no common unit. So an edge's width, and what the slider hides, is its |score| as a
+    share of the largest in its own circuit; for a shared edge, the larger of its two shares.
+
+    Parameters
+    ----------
+    left, right : Circuit
+        The circuits; edges are coloured, and nodes rimmed, by which of them holds them.
+    names : two str
+        What the legend calls them.
+    roles, max_edges, height, title, details
+        As in `graph_view`.
+
+    Returns
+    -------
+    GraphView
+
+    Raises
+    ------
+    CircuitError
+        If the circuits' graphs differ.
+    SettingError
+        As in `graph_view`, or if ``names`` are not two.
+    """
+    _check_height(height)
+    drawing = draw_two(left, right, names=names, roles=roles, max_edges=max_edges, title=title, details=details)
+    return _view(drawing, height)
+
+
+def _check_height(height: int) -> None:
+    if height < 1:
+        raise SettingError(f"height must be at least 1, not {height!r}")
+
+
+# --- the page ---
+
+
+class _Shell(NamedTuple):
+    """What the pages of all circuits share: all but the circuit, which is data between the two parts."""
+
+    begun: bytes  # the first part, compressed
+    compressor: Any  # by this, of which copies go on from there
+    after: str
+
+
+def is_graph_page(page: str) -> bool:
+    """Whether a page is one that `GraphView` holds, of whatever circuit, and holds nothing else."""
+    match = re.fullmatch(f"{_LOADER[0]}{_LOADER[1]}[^<>]*{re.escape(_LOADER[2])}([^<>]*){re.escape(_LOADER[3])}", page)
+    try:
+        packed = base64.b64decode(match[1], validate=True) if match else b""
+        text = zlib.decompressobj(wbits=31).decompress(packed, _MOST).decode("utf-8")
+    except (ValueError, zlib.error):
+        return False
+    return any(_holds(text, *_text(arrows).split(_DATA)) for arrows in (True, False))
+
+
+def _holds(text: str, before: str, after: str) -> bool:
+    data = text.removeprefix(before).removesuffix(after)
+    return f"{before}{data}{after}" == text and not re.search("[<>&]", data)
+
+
+@cache
+def script_hashes() -> tuple[str, ...]:
+    """The scripts of all graphs' pages, as a content security policy names them; circuits are data in these pages."""
+    scripts = [
+        _UNPACK,
+        *(one for arrows in (True, False) for one in re.findall(r"<script>(.*?)</script>", _text(arrows), re.DOTALL)),
+    ]
+    digests = (hashlib.sha256(one.encode("utf-8")).digest() for one in dict.fromkeys(scripts))
+    return tuple(f"'sha256-{base64.b64encode(digest).decode('ascii')}'" for digest in digests)
+
+
+def _view(drawing: Drawing, height: int) -> GraphView:
+    shell = _shell(len(drawing.edges) <= _ARROWS_UP_TO)
+    view = {key: getattr(drawing, key) for key in ("title", "notice", "rows", "pitch", "tightest", "sides")}
+    view["withRoles"] = drawing.with_roles
+    data = _json({"nodes": _nodes(drawing), "edges": _edges(drawing), "view": view})
+    compressor = shell.compressor.copy()
+    packed = shell.begun + compressor.compress((data + shell.after).encode("utf-8")) + compressor.flush()
+    title = drawing.title or "Knowledge circuit"
+    parts = (*_LOADER[:2], _ascii(title), _LOADER[2], base64.b64encode(packed).decode("ascii"), _LOADER[3])
+    return GraphView(page="".join(parts), height=int(height), title=title)
+
+
+@cache
+def _shell(arrows: bool) -> _Shell:
+    before, after = _text(arrows).split(_DATA)
+    compressor = zlib.compressobj(9, wbits=31)  # gzip
+    return _Shell(compressor.compress(before.encode("utf-8")), compressor, after)
+
+
+@cache
+def _text(arrows: bool) -> str:
+    """What pyvis writes, made free of outside links, between the two parts of ``page.html``."""
+    network = Network(height="100%", width="100%", directed=True, cdn_resources="in_line")
+    network.set_options(json.dumps(_options(arrows=arrows)))
+    built = network.generate_html(notebook=False).replace("\r\n", "\n")
+    built = re.sub(r"<center>\s*<h1>.*?</h1>\s*</center>", "", built, flags=re.DOTALL)
+    built = re.sub(r"<!-- <link.*?-->", "", built, flags=re.DOTALL)
+    built = re.sub(r"<link\b[^>]*https?:[^>]*>", "", built)
+    built = re.sub(r"<script\b[^>]*https?:[^>]*>\s*</script>", "", built)
+    built = re.sub(r"<script\b[^>]*>", "<script>", built)
+    # vis-network's pictures of buttons, none of which is shown, would be a sixth of the page
+    built = re.sub(r'url\("data:image[^)]*\)', "none", built)
+    if found := _EXTERNAL.search(built):
+        raise KcwbError(f"this version of pyvis writes an outside link not known here: {found.group()}")
+    built, spots = re.subn(r"(?<=\b(nodes|edges) = new vis\.DataSet\()\[\](?=\);)", r"circuit.\1", built)
+    if spots != 2:
+        raise KcwbError("this version of pyvis puts nodes and edges into the page in a way not known here")
+    ours = resources.files("kcwb.workbench.graph").joinpath("page.html").read_text(encoding="utf-8")
+    before, after = ours.replace("__COLOURS__", _style()).split("<!-- graph -->")
+    head, _, body = built.partition("<body>")
+    body, _, _ = body.rpartition("</body>")
+    return f"<!doctype html>\n{head}<body>\n{before}{body}{after}</body></html>\n"
+
+
+def _style() -> str:
+    """The colours of both themes as custom properties of CSS."""
+    light, dark = ("".join(f"--{name}:{value};" for name, value in COLOURS[theme].items()) for theme in COLOURS)
+    return f":root {{ color-scheme: light; {light} }}\n:root.dark {{ color-scheme: dark; {dark} }}"
+
+
+def _options(*, arrows: bool) -> dict[str, Any]:
+    return {
+        "physics": {"enabled": False},
+        "interaction": {
+            "hover": True,
+            "multiselect": True,
+            "dragNodes": False,
+            "selectConnectedEdges": False,
+        },
+        "nodes": {
+            "borderWidth": 1,
+            "borderWidthSelected": 3,
+            "labelHighlightBold": False,
+            "font": {"size": 13, "face": "system-ui, sans-serif"},
+            "margin": {"top": 3, "bottom": 3, "left": 6, "right": 6},
+        },
+        "edges": {
+            "arrows": {"to": {"enabled": arrows, "scaleFactor": 0.45}},
+            "arrowStrikethrough": True,
+            "hoverWidth": 1,
+            "selectionWidth": 0,
+        },
+    }
+
+
+def _nodes(drawing: Drawing) -> list[dict[str, Any]]:
+    """For vis-network. Ids are numbers, for a name may be any text and an id may not."""
+    radius = {"head": 3, "mlp": 10}
+    return [
+        {
+            "id": i, "label": node.label or " ", "shape": "box", "tone": node.tone, "x": node.x, "y": node.y,
+            "name": node.name, "lines": node.lines, "side": node.side,
+            "shapeProperties": {"borderRadius": radius.get(node.kind, 2)},
+        }
+        | ({"widthConstraint": {"minimum": 150}} if node.kind in ("input", "logits") else {})
+        for i, node in enumerate(drawing.nodes)
+    ]  # fmt: skip
+
+
+def _edges(drawing: Drawing) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": i, "from": edge.start, "to": edge.end, "port": edge.port, "tone": edge.tone, "lines": edge.lines,
+            "weight": edge.weight, "width": edge.width, "strength": edge.strength,
+            "dashes": list(DASHES[edge.port]) or False, "smooth": _smooth(edge.bend),
+        }
+        for i, edge in enumerate(drawing.edges)
+    ]  # fmt: skip
+
+
+def _smooth(bend: tuple[str, float]) -> dict[str, Any]:
+    kind, roundness = bend
+    return {"type": kind, "roundness": roundness} | ({"forceDirection": "vertical"} if kind == "cubicBezier" else {})
+
+
+# --- text ---
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand in a script: no character in it is one of HTML's, and all are ASCII."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _ascii(text: str) -> str:
+    """Escaped for HTML, with every character beyond ASCII (lone surrogates too) as a reference."""
+    shown = _CONTROLS.sub("\ufffd", text)  # of which references mean something else
+    return html.escape(shown, quote=True).encode("ascii", "xmlcharrefreplace").decode("ascii")

@@ -1,0 +1,255 @@
+"""Learning in context with widgets: choose a relation and a number of shots, see which heads are new and needed.
+
+What the panel shows comes from `kcwb.studies.in_context.heads`, and is kept in attributes, so that a notebook can go on
+with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as W
+import pandas as pd
+
+from kcwb.errors import SettingError, choose
+from kcwb.models.loading import Model
+from kcwb.progress import ProgressCallback
+from kcwb.studies.in_context.heads import ARMS, InContext, in_context
+from kcwb.tasks.relations import Relation, load_relation, relation_files
+from kcwb.tasks.shots import KINDS, label_of
+from kcwb.workbench import tables
+from kcwb.workbench.graph.page import compare_view
+from kcwb.workbench.panels.base import ROW, Panel, brief, button, dropdown, picture, room
+from kcwb.workbench.plots import Plot, plot_bars
+
+_MOST_SHOTS = 16
+_PAGES = ("Accuracy", "Heads", "Without them", "What they read", "Circuits")
+_READS = ("object", "subject", "separator", "words", "first", "question")
+
+
+class ContextPanel(Panel):
+    """Choose a relation, how many shots, and what stands before the question; see what the demonstrations change.
+
+    Parameters
+    ----------
+    model
+        The model.
+    relation
+        What to start with: the name of a packaged relation, a file's path, or a Relation.
+    k, kind
+        How many demonstrations, and which context is studied: `shots`, `shuffled` or `unrelated`.
+    controls
+        Whether the accuracy after both other contexts is told, too.
+    edges, n, n_test, template, sets, steps, resamples, draws, seed, unrelated
+        As in `kcwb.studies.in_context.heads.in_context`.
+
+    Attributes
+    ----------
+    found
+        The latest InContext; None before the first.
+
+    Raises
+    ------
+    DataError, SettingError
+        If the relation cannot be read, or a setting is not known.
+
+    Examples
+    --------
+    >>> panel = ContextPanel(model, "country_capital", k=3)  # doctest: +SKIP
+    >>> panel.run(); panel.wait(); panel.found.ablation  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        relation: Relation | str = "country_capital",
+        *,
+        k: int = 3,
+        kind: str = "shots",
+        controls: bool = True,
+        edges: int = 300,
+        n: int = 8,
+        n_test: int = 16,
+        template: int = 0,
+        sets: int = 2,
+        steps: int = 5,
+        resamples: int = 100,
+        draws: int = 100,
+        seed: int = 0,
+        unrelated: Sequence[Relation] | None = None,
+    ) -> None:
+        choose("The kind of context", kind, KINDS)
+        if not 1 <= k <= _MOST_SHOTS:
+            raise SettingError(f"k={k}: the panel shows 1 to {_MOST_SHOTS} demonstrations.")
+        if not 1 <= edges <= model.graph.n_edges:
+            raise SettingError(
+                f"edges={edges}: {model.name} has {model.graph.n_edges:,} edges; ask for 1 to that many."
+            )
+        given = relation if isinstance(relation, Relation) else load_relation(relation)
+        super().__init__()
+        self.model = model
+        self.found: InContext | None = None
+        self._more: dict[str, Any] = {
+            **{"n": n, "n_test": n_test, "sets": sets, "steps": steps, "resamples": resamples, "draws": draws},
+            **{"template": template, "seed": seed, "unrelated": unrelated},
+        }
+        self._relations: dict[str, Relation | Path] = {**relation_files(), given.name: given}
+        names = sorted(self._relations)
+        self._relation = dropdown("Relation", [(brief(name), name) for name in names], given.name, wide=True)
+        self._k = W.IntSlider(k, min=1, max=_MOST_SHOTS, description="Shots", continuous_update=False, layout=room(240))
+        self._kind = dropdown("Context", list(KINDS), kind)
+        self._edges = W.BoundedIntText(edges, min=1, max=model.graph.n_edges, description="Edges", layout=room(160))
+        self._controls = W.Checkbox(controls, description="Accuracy of controls", indent=False, layout=room(170))
+        self._run_button = button("Compare", "play", width=110, button_style="primary")
+        self._run_button.on_click(self._guarded(lambda _: self.run()))
+        self._summary = W.HTML()
+        self._pages = {name: W.HTML(layout=W.Layout(width="100%")) for name in _PAGES}
+        self._lay_out()
+
+    # --- in a script ---
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What Compare would do, as parameters of `in_context`."""
+        k, kind = int(self._k.value), str(self._kind.value)
+        beside = [(k, other) for other in KINDS if other != kind] if self._controls.value else []
+        return {
+            "relation": self._relation.value,
+            "k": k,
+            "kind": kind,
+            "beside": beside,
+            "edges": self._edges.value,
+            **self._more,
+        }
+
+    def run(self) -> None:
+        """Compare the chosen context with none; returns at once, see `wait`."""
+        self._message.value = ""
+        settings = self.settings
+        source = self._relations[settings.pop("relation")]
+
+        def job(progress: ProgressCallback) -> InContext:
+            relation = source if isinstance(source, Relation) else load_relation(source)
+            self._enter(f"{relation.name}, {settings['k']} {settings['kind']}", progress)
+            return in_context(self.model, relation, progress=progress, **settings)
+
+        self._start("in context", job, self._show_found)
+
+    def to_html(self) -> str:
+        """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
+        if self.found is None:
+            shown = {key: self.settings[key] for key in ("relation", "k", "kind", "edges")}
+            return tables.styled(tables.heading("Settings"), tables.pairs(shown), self._message.value)
+        pages = [part for name in _PAGES for part in (tables.heading(name), self._pages[name].value)]
+        return tables.styled(self._message.value, self._summary.value, *pages)
+
+    # --- drawing ---
+
+    def _lay_out(self) -> None:
+        rows = [
+            [self._relation, self._kind],
+            [self._k, self._edges, self._controls],
+            [self._run_button, *self._progress],
+        ]
+        pages = W.Tab([self._pages[name] for name in _PAGES], titles=_PAGES)
+        self._result = W.VBox([self._summary, pages], layout=W.Layout(display="none"))
+        self._assemble(*(W.HBox(row, layout=ROW) for row in rows), self._message, self._result)
+
+    def _show_found(self, found: InContext) -> None:
+        with self._lock:
+            self.found = found
+            pages = {
+                "Accuracy": _accuracy(found),
+                "Heads": _heads(found),
+                "Without them": _without(found),
+                "What they read": _reads(found),
+                "Circuits": _circuits(found),
+            }
+            for name, drawn in pages.items():
+                self._pages[name].value = tables.styled(drawn)
+            self._summary.value = tables.styled(f'<div class="kc-summary">{tables.text(summary(found), 2000)}</div>')
+            self._result.layout.display = ""
+
+
+def summary(found: InContext) -> str:
+    """The result in a sentence or two."""
+    before, after = found.circuits
+    task = next(task for task in found.tasks.values() if task.label == after)
+    new, shared = found.named("new"), found.named("shared")
+    words = f"{task.relation.name}: {len(new)} new and {len(shared)} shared heads with {after}, beside {before}."
+    arms = found.ablation.set_index("arm")["hit_1"].to_dict()
+    if new:
+        words += (
+            f" Hit@1 on {len(task.test)} facts of D_test is {arms['intact']:.2f}, without the new heads "
+            f"{arms['new heads']:.2f}"
+        )
+        beside = "random heads" in arms  # not where too few others are left
+        words += f", without random ones of the same layers {arms['random heads']:.2f}." if beside else "."
+    return words
+
+
+def accuracy_plot(accuracy: pd.DataFrame, title: str | None = None) -> Plot:
+    """Bars of a table of `shot_accuracy`: Hit@1 and Hit@10 after each context."""
+    ten = accuracy.drop(columns=["hit_1", "low", "high"])
+    ten = ten.rename(columns={"hit_10": "hit_1", "low_10": "low", "high_10": "high"}).assign(metric="Hit@10")
+    both = pd.concat([ten, accuracy.assign(metric="Hit@1")], ignore_index=True)
+    both["context"] = [label_of(k, kind) for k, kind in zip(both["k"], both["kind"], strict=True)]
+    return plot_bars(both, "context", "hit_1", hue="metric", label="share of D_test", title=title)
+
+
+def ablation_plot(table: pd.DataFrame, title: str | None = None) -> Plot:
+    """Bars of a table of `ablate_new`: Hit@1 of the intact model and without heads."""
+    short = table.assign(arm=table["arm"].str.removesuffix(" heads"))
+    return plot_bars(short, "arm", "hit_1", label="Hit@1, D_test", title=title)
+
+
+def _accuracy(found: InContext) -> str:
+    words = "Answers of D_test after each context, with the 95% Wilson intervals of these shares of facts."
+    return (
+        picture(accuracy_plot(found.accuracy), "Hit@1 and Hit@10 after each context")
+        + tables.table(found.accuracy)
+        + tables.muted(words)
+    )
+
+
+def _heads(found: InContext) -> str:
+    parts = []
+    for kind, words in (("head", "Attention heads"), ("mlp", "MLPs")):
+        some = found.nodes[found.nodes["kind"] == kind].drop(columns=["kind", "layer", "head"])
+        parts += [tables.heading(words), tables.table(some, scroll=True)]
+    words = (
+        "in_before, in_after: the share of resamples of the facts in whose circuit a node is, without and with the "
+        "context; new, both, lost: in which it is in the later alone, in both, in the earlier alone."
+    )
+    return "".join(parts) + tables.muted(words)
+
+
+def _without(found: InContext) -> str:
+    table = found.ablation
+    order = [arm for arm in ARMS if arm in set(table["arm"])]
+    table = table.set_index("arm").loc[order].reset_index()
+    drawn = picture(ablation_plot(table), "Hit@1 without new, random, shared heads")
+    words = (
+        "Outputs of the heads set to zero at every position. Random heads: mean over the draws. p: the share of draws, "
+        "the new heads counted in, that do at least as much harm."
+    )
+    return drawn + tables.table(table) + tables.muted(words)
+
+
+def _reads(found: InContext) -> str:
+    if found.reading.empty:
+        return tables.muted("No head is new, so there is nothing to compare.")
+    some = found.reading[found.reading["quantity"].isin(_READS)]
+    bars = some.melt("quantity", ["new heads", "other heads", "random heads"], var_name="heads", value_name="attention")
+    bars = bars.assign(low=float("nan"), high=float("nan"))
+    drawn = picture(plot_bars(bars, "quantity", "attention", hue="heads"), "END's attention to parts of the prompt")
+    new = found.heads[found.heads["status"] == "new"].drop(columns=["layer", "head", "status"])
+    words = "END's attention, mean over facts and heads; low to high: 95% of the random sets. Then each new head."
+    return drawn + tables.table(found.reading) + tables.muted(words) + tables.table(new, scroll=True)
+
+
+def _circuits(found: InContext) -> str:
+    before, after = (one.circuit for one in found.circuits.values())
+    return compare_view(before, after, names=tuple(found.circuits), height=480)._repr_html_()

@@ -1,0 +1,466 @@
+"""One node of a circuit, looked at: choose it or click it in the graph.
+
+What it shows comes from `kcwb.reading.nodes`; the results are attributes of the panel, so that a notebook can go on
+with them. How a click gets here: the graph's frame posts `{kcwb: "select", nodes: [...]}` to the page that holds it; a
+listener in a frame of its own takes that message if it comes from this panel's graph, and writes the names into a
+hidden text field, whose value Python sees. What names no node of the model is left alone.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ipywidgets as W
+import pandas as pd
+
+from kcwb.circuits.ablation import Ablation, make_ablation
+from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.run import check_same_model
+from kcwb.errors import CircuitError, SettingError, nearest
+from kcwb.models.loading import Model
+from kcwb.progress import ProgressCallback
+from kcwb.reading.nodes import ablate_nodes, ablation_summary, attention_pattern, component_logits, node_edges
+from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.workbench import tables
+from kcwb.workbench.graph.page import graph_view
+from kcwb.workbench.panels.base import PANEL_CLASS, ROW, Panel, brief, button, dropdown, picture, room
+from kcwb.workbench.panels.results import SCORE, title
+from kcwb.workbench.plots import plot_attention, plot_bars
+
+GRAPH_CLASS = "kcwb-graph"
+"""The CSS class of the widget whose graph is listened to."""
+
+_CLICKED_CLASS = "kcwb-clicked"
+_MOST_CLICKED = 64  # nodes
+_MOST_TOKENS = 40  # of a prompt, in a picture of attention
+_CIRCUIT, _MODEL = "circuit", "model"
+_LISTENER = f"""<!doctype html><meta charset="utf-8"><title>Listens for clicks in the graph</title><script>
+(() => {{
+  const page = window.parent, here = window.frameElement;
+  const listen = (event) => {{
+    if (!here.isConnected) return page.removeEventListener("message", listen);
+    const panel = here.closest(".{PANEL_CLASS}"), graphs = [...panel?.querySelectorAll(".{GRAPH_CLASS} iframe") ?? []];
+    if (event.data?.kcwb !== "select" || !graphs.some((graph) => graph.contentWindow === event.source)) return;
+    const field = panel.querySelector(".{_CLICKED_CLASS} input");
+    field.value = JSON.stringify({{ nodes: event.data.nodes, at: Date.now() }});
+    field.dispatchEvent(new Event("input", {{ bubbles: true }}));
+    field.dispatchEvent(new Event("change", {{ bubbles: true }}));
+  }};
+  page.addEventListener("message", listen);
+  window.addEventListener("pagehide", () => page.removeEventListener("message", listen));
+}})();
+</script>"""
+
+
+class GraphClicks:
+    """What is clicked in a panel's graph, told to Python.
+
+    Parameters
+    ----------
+    on_click
+        Called with a change of the hidden field; `names` reads it.
+
+    Attributes
+    ----------
+    widget
+        The field and the listener, invisible; it must stand in the same panel as the graph, where it is always there.
+    """
+
+    def __init__(self, on_click: Callable[[Any], None]) -> None:
+        self.field = W.Text(layout=W.Layout(display="none"))
+        self.field.add_class(_CLICKED_CLASS)
+        self.field.observe(on_click, "value")
+        source = html.escape(_LISTENER, quote=True)
+        listener = W.HTML(
+            f'<iframe srcdoc="{source}" title="" aria-hidden="true" tabindex="-1" width="0" height="0" '
+            'style="border:0;position:absolute"></iframe>'
+        )
+        self.widget = W.Box([self.field, listener], layout=W.Layout(height="0", margin="0", overflow="hidden"))
+
+    @staticmethod
+    def names(value: str, model: Model) -> tuple[str, ...]:
+        """The nodes of the model that a value of the field names; what else it holds is left alone."""
+        try:
+            nodes = json.loads(value)["nodes"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return ()
+        known = set(model.graph.node_names)
+        listed = nodes[:_MOST_CLICKED] if isinstance(nodes, list) else []
+        return tuple(dict.fromkeys(name for name in listed if isinstance(name, str) and name in known))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was found out about a node on a prompt."""
+
+    pattern: pd.DataFrame | None
+    tokens: pd.DataFrame
+
+
+class _Looking(NamedTuple):
+    """Finding it out, and drawing it."""
+
+    job: Callable[[ProgressCallback], _Look]
+    done: Callable[[_Look], None]
+
+
+class NodePanel(Panel):
+    """Look at one node: where it attends, what it writes, what it is joined to, and what goes without it.
+
+    Parameters
+    ----------
+    model
+        The model.
+    circuit, task
+        A circuit, and what it was found on; without a task only its edges can be shown.
+    node
+        What to start with: the name of a node.
+    k
+        How many tokens of a node's output are shown.
+    roles
+        The table of `kcwb.head_roles`: a head's role is said beside its name, and colours the graph.
+    graph
+        Whether to draw the circuit's graph above, to be clicked in.
+    height
+        Of the graph, in pixels.
+
+    Attributes
+    ----------
+    nodes
+        The chosen nodes; the first is looked at, all are ablated.
+    pattern
+        `attention_pattern` of the node; None where it is no head.
+    tokens
+        `component_logits` of the node.
+    edges
+        `node_edges` of the node.
+    ablated
+        `ablate_nodes` of the nodes, once asked for.
+
+    Raises
+    ------
+    CircuitError, SettingError
+        If the circuit or the task belong to another model, or the node is not the model's.
+
+    Examples
+    --------
+    >>> panel = NodePanel(model, circuit, task, node="a14.h5")  # doctest: +SKIP
+    >>> panel.wait(); panel.tokens  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        circuit: Circuit | None = None,
+        task: Task | None = None,
+        *,
+        node: str | None = None,
+        k: int = 10,
+        roles: pd.DataFrame | None = None,
+        graph: bool = True,
+        height: int = 560,
+    ) -> None:
+        if not 1 <= k <= model.network.d_vocab:
+            raise SettingError(f"k={k}: the vocabulary has {model.network.d_vocab:,} tokens; ask for 1 to that many.")
+        super().__init__()
+        self.model, self.circuit, self.task, self.roles = model, circuit, task, roles
+        self.nodes: tuple[str, ...] = ()
+        self.pattern: pd.DataFrame | None = None
+        self.tokens: pd.DataFrame | None = None
+        self.edges: pd.DataFrame | None = None
+        self.ablated: pd.DataFrame | None = None
+        self._k, self._height = k, height
+        self._cuts: tuple[tuple[str, Task, str], Ablation] | None = None  # of what, and the last one made
+        self._node = W.Combobox(
+            description="Node",
+            placeholder="click one in the graph, or type its name",
+            ensure_option=False,
+            continuous_update=False,
+            layout=room(205),
+        )
+        self._where = dropdown("In", [("the circuit alone", _CIRCUIT), ("the full model", _MODEL)], _CIRCUIT)
+        self._prompt = dropdown("Prompt", [], None, wide=True)
+        self._ablate_button = button("Ablate it", "scissors", width=120)
+        self._heading, self._joined, self._gone = W.HTML(), W.HTML(), W.HTML()
+        beside = {"flex": "1 1 330px", "min_width": "0"}
+        self._attention, self._writes = W.HTML(layout=beside), W.HTML(layout=beside)
+        self._graph = W.HTML(layout=W.Layout(width="100%"))
+        self._graph.add_class(GRAPH_CLASS)
+        self.clicks = GraphClicks(self._guarded(self._on_click))
+        self._connect()
+        self._lay_out(graph)
+        self.show(circuit, task, roles)
+        if node is not None:
+            self.select(node)
+
+    # --- in a script ---
+
+    def show(self, circuit: Circuit | None, task: Task | None, roles: pd.DataFrame | None = None) -> None:
+        """Go over to another circuit, with its heads' roles if they are known, and look at the same node in it."""
+        if circuit is not None:
+            check_same_model(self.model, circuit)
+        if task is not None:
+            check_same_weights(self.model, task)
+        with self._silently():
+            same = task is not None and task is self.task and self._prompt.options
+            if self._where.disabled or circuit is None:  # there was none, or is none: then the choice was not made
+                self._where.value = _MODEL if circuit is None else _CIRCUIT
+            self.circuit, self.task, self.roles, self.ablated = circuit, task, roles, None
+            if self._has_graph and circuit is not None:
+                drawn = graph_view(circuit, roles=roles, height=self._height, title=title(circuit))
+                self._graph.value = drawn._repr_html_()
+            inside = [] if circuit is None else circuit.nodes.sort_values("score", ascending=False)["node"].tolist()
+            self._node.options = inside or self.model.graph.node_names
+            self._where.disabled = circuit is None
+            if not same:
+                self._prompt.options = _prompt_options(task)
+                self._prompt.value = 0 if self._prompt.options else None
+            self._draw_ablation()
+        self._look()
+
+    def select(self, *nodes: str) -> None:
+        """Look at a node (the first; more are for `ablate`); returns at once, see `wait`.
+
+        Raises
+        ------
+        CircuitError
+            If the model has no such node.
+        """
+        known = self.model.graph.node_names
+        for name in nodes:
+            if name not in known:
+                raise CircuitError(f"{self.model.name} has no node {brief(name, 60)!r}. {_near(name, known)}")
+        self._message.value = ""
+        with self._silently():
+            if nodes != self.nodes:
+                self.ablated = None
+            self.nodes = tuple(dict.fromkeys(nodes))
+            self._node.value = ", ".join(self.nodes)
+            self._draw_ablation()
+        self._look()
+
+    def ablate(self) -> None:
+        """Ablate the chosen nodes in the full model and in the circuit; returns at once, see `wait`."""
+        if not self.nodes:
+            raise SettingError("Choose a node first: click one in the graph, or type its name.")
+        if self.task is None:
+            raise SettingError("The facts that this circuit was found on are not at hand, so there is nothing to ask.")
+        if "logits" in self.nodes:
+            raise SettingError("logits is where the answer is read; choose another node to ablate.")
+        self._message.value = ""
+        circuit, task, nodes = self.circuit, self.task, self.nodes
+        look = self._looking() if self.tokens is None else None  # which this would supersede
+
+        def job(progress: ProgressCallback) -> tuple[_Look | None, pd.DataFrame]:
+            looked = None if look is None else look.job(progress)
+            self._enter(f"Ablating {brief(', '.join(nodes), 60)}", progress)
+            return looked, ablate_nodes(self.model, circuit, task, nodes, progress=progress)
+
+        def done(found: tuple[_Look | None, pd.DataFrame]) -> None:
+            with self._lock:
+                if look is not None and found[0] is not None:
+                    look.done(found[0])
+                if (circuit, task, nodes) == (self.circuit, self.task, self.nodes):
+                    self.ablated = found[1]
+                    self._draw_ablation()
+
+        self._start("ablate", job, done)
+
+    def to_html(self) -> str:
+        """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
+        return tables.styled(self._graph.value, self._message.value, *(part.value for part in self._parts))
+
+    # --- making ---
+
+    def _connect(self) -> None:
+        for widget in (self._where, self._prompt):
+            widget.observe(self._guarded(lambda _: self._look()), "value")
+        self._node.observe(self._guarded(lambda change: self.select(*_typed(change["new"]))), "value")
+        self._ablate_button.on_click(self._guarded(lambda _: self.ablate()))
+
+    def _lay_out(self, graph: bool) -> None:
+        self._has_graph = graph
+        self._parts = (self._heading, self._attention, self._writes, self._joined, self._gone)
+        wrapped = W.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="2px 28px", width="100%")
+        side_by_side = W.HBox([self._attention, self._writes], layout=wrapped)
+        rows: list[W.Widget] = [
+            W.HBox([self._node, self._where, self._prompt], layout=ROW),
+            W.HBox([self._ablate_button, *self._progress], layout=ROW),
+            self._message,
+            self._heading,
+            self._gone,
+            side_by_side,
+            self._joined,
+        ]
+        if graph:
+            self._root.add_class(PANEL_CLASS)
+            rows = [self._graph, self.clicks.widget, *rows]
+        self._assemble(*rows)
+
+    # --- events ---
+
+    def _on_click(self, change: Any) -> None:
+        if names := self.clicks.names(change["new"], self.model):
+            self.select(*names)
+
+    def _look(self) -> None:
+        """Draw what is known at once, and find out the rest."""
+        with self._silently():
+            self.pattern = self.tokens = None
+            node = self.nodes[0] if self.nodes else None
+            self.edges = None if node is None or self.circuit is None else node_edges(self.circuit, node)
+            self._ablate_button.disabled = node is None or self.task is None
+            self._draw_edges()
+            self._attention.value = self._writes.value = ""
+            self._heading.value = tables.styled(self._heading_of())
+        if node is None or self.task is None:
+            self._runner.cancel()
+        else:
+            self._start("look", *self._looking())
+
+    def _looking(self) -> _Looking:
+        """The job that looks at the first node with the settings on screen, and what draws its result."""
+        assert self.task is not None and self.nodes  # the callers see to it
+        node = self.nodes[0]
+        split, row = _prompt_of(self.task, self._prompt.value or 0)
+        circuit = self.circuit if self._where.value == _CIRCUIT else None
+        asked = (self.nodes, self._prompt.value, self._where.value, self.circuit, self.task)
+
+        def job(progress: ProgressCallback) -> _Look:
+            self._enter(f"Looking at {node}", progress)
+            more: dict[str, Any] = {"prompt": row, "circuit": circuit}
+            if circuit is not None:
+                more["ablation"] = self._ablation_of(circuit)
+                progress(1, 3, "")
+            head = self.model.graph.node(node).kind == "head"
+            pattern = attention_pattern(self.model, split, node, **more) if head else None
+            progress(2, 3, "")
+            return _Look(pattern, component_logits(self.model, split, node, k=self._k, **more))
+
+        def done(look: _Look) -> None:
+            with self._lock:
+                if asked == (self.nodes, self._prompt.value, self._where.value, self.circuit, self.task):
+                    self.pattern, self.tokens = look.pattern, look.tokens
+                    self._draw_look()
+
+        return _Looking(job, done)
+
+    # --- work; on the worker ---
+
+    def _ablation_of(self, circuit: Circuit) -> Ablation:
+        """What the circuit's cut edges deliver, made anew only when it differs from the last one."""
+        assert self.task is not None  # nothing is looked at without
+        task, kind = self.task, circuit.ablation
+        key = (self.model.digest, task, kind)
+        if self._cuts is None or self._cuts[0] != key:
+            self._cuts = key, make_ablation(self.model, task, kind)
+        return self._cuts[1]
+
+    # --- drawing ---
+
+    def _heading_of(self) -> str:
+        if not self.nodes:
+            return tables.muted("Click a node in the graph, or choose one above.")
+        node = self.nodes[0]
+        place = self.model.graph.node(node)
+        words = {"head": f"head {place.head} of layer {place.layer}", "mlp": f"the MLP of layer {place.layer}"}
+        said = [f"{node}: {words.get(place.kind, place.kind)}", *self._role_of(node)]
+        if self.circuit is not None and self.edges is not None:
+            counts = self.edges["direction"].value_counts()
+            joined = f"edges: {counts.get('in', 0):,} in, {counts.get('out', 0):,} out"
+            said.append(joined if len(self.edges) else "not in this circuit")
+        if len(self.nodes) > 1:
+            said.append(f"also chosen, to be ablated together: {brief(', '.join(self.nodes[1:]))}")
+        without = [] if self.task else [tables.muted("The facts of this circuit are not at hand; only its edges are.")]
+        return "".join([f'<div class="kc-summary">{tables.text(" · ".join(said), 1000)}</div>', *without])
+
+    def _role_of(self, node: str) -> list[str]:
+        """Words for a head's role, where it is known."""
+        known = None if self.roles is None else self.roles[self.roles["node"] == node]
+        if known is None or known.empty:
+            return []
+        row = known.iloc[0]
+        return [f"{row['role']}: {row['D_S']:+.2f} logits from the subject, {row['D_R']:+.2f} from the relation"]
+
+    def _draw_edges(self) -> None:
+        if self.edges is None or self.edges.empty:
+            self._joined.value = ""
+            return
+        parts = [tables.heading("Edges")]
+        for direction in ("in", "out"):
+            some = self.edges[self.edges["direction"] == direction]
+            if len(some):
+                parts.append(tables.table(some, SCORE, scroll=True))
+        self._joined.value = tables.styled(*parts)
+
+    def _draw_look(self) -> None:
+        assert self.task is not None and self.tokens is not None  # it has just been looked at
+        where = "in the circuit alone" if self._where.value == _CIRCUIT else "in the full model"
+        if self.pattern is not None:
+            seen = self.pattern.iloc[-_MOST_TOKENS:, -_MOST_TOKENS:]
+            drawn = picture(plot_attention(seen, title=self.nodes[0]), f"Where {self.nodes[0]} attends")
+            left_out = (
+                f" The last {len(seen)} of {len(self.pattern):,} tokens." if len(seen) < len(self.pattern) else ""
+            )
+            note = tables.muted(f"Each row is a token and where it attends, {where}.{left_out}")
+            self._attention.value = tables.styled(tables.heading("Attention"), drawn, note)
+        shown = self.tokens.assign(token=[repr(token) for token in self.tokens["token"]])
+        shown["answer"] = ["the answer" if answer else "" for answer in shown["answer"]]
+        shown = shown.drop(columns=["token_id", "logit"]).rename(
+            columns={"above_mean": "adds, in logits", "answer": ""}
+        )
+        note = tables.muted(f"What its output at END adds to tokens' logits, above the mean over all tokens, {where}.")
+        self._writes.value = tables.styled(tables.heading("Writes"), tables.table(shown), note)
+
+    def _draw_ablation(self) -> None:
+        if self.ablated is None:
+            self._gone.value = ""
+            return
+        summary = ablation_summary(self.ablated)
+        facts = self.ablated[self.ablated["split"] == "D_val"]
+        ranks = facts.pivot(index=["prompt", "answer"], columns=["run", "state"], values="rank")
+        ranks = ranks[[(run, state) for run in dict.fromkeys(facts["run"]) for state in ("before", "after")]]
+        ranks.columns = [f"{run}, {state}" for run, state in ranks.columns]
+        names = brief(", ".join(self.nodes), 80)
+        self._gone.value = tables.styled(
+            tables.heading(f"Without {names}"),
+            picture(
+                plot_bars(summary, "run", "hit", hue="state", column="split", label="Hit@10"),
+                f"Hit@10 before and after {names} is ablated",
+            ),
+            tables.table(summary.rename(columns={"hit": "Hit@10", "rank": "median rank", "loss": "nll"})),
+            tables.heading("Rank of the answer, D_val"),
+            tables.table(ranks.reset_index(), scroll=True),
+        )
+
+
+def _typed(value: str) -> list[str]:
+    """Names that were typed, separated by commas or spaces."""
+    return value.replace(",", " ").split()
+
+
+def _near(name: str, known: tuple[str, ...]) -> str:
+    words = nearest(name[:60], known)
+    return words if words.startswith("Did") else "Nodes are input, a<layer>.h<head>, m<layer> and logits."
+
+
+def _prompt_options(task: Task | None) -> list[tuple[str, int]]:
+    """All prompts of D_val, then of D_test."""
+    if task is None:
+        return []
+    splits = (("D_val", task.val), ("D_test", task.test))
+    lines = [
+        f"{split}: {text} … {fact.object}"
+        for split, prompts in splits
+        for text, fact in zip(prompts.texts, prompts.facts, strict=True)
+    ]
+    return [(brief(line), i) for i, line in enumerate(lines)]
+
+
+def _prompt_of(task: Task, number: int) -> tuple[Prompts, int]:
+    """The split and the row of one of `_prompt_options`."""
+    return (task.val, number) if number < len(task.val) else (task.test, number - len(task.val))

@@ -1,0 +1,180 @@
+"""What a discovery panel has found, and how it is written: functions from a finding to HTML, every text escaped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from kcwb.circuits.circuit import Circuit
+from kcwb.evaluation.compare import compare_circuits
+from kcwb.tasks.prompts import Prompts, Task
+from kcwb.workbench import tables
+from kcwb.workbench.graph.page import compare_view
+from kcwb.workbench.panels.base import brief
+
+_ROWS = 100  # of a table of edges or nodes
+SCORE = {"score": lambda score: tables.number(float(score))}
+"""How scores are written."""
+
+
+@dataclass(eq=False)
+class Finding:
+    """One run: a circuit, what it was found on, and how it does alone.
+
+    Attributes
+    ----------
+    label
+        What the list of runs calls it.
+    circuit, task
+        The task is None for a loaded circuit whose relation is not at hand.
+    completeness
+        None until it is computed for this very circuit.
+    """
+
+    label: str
+    circuit: Circuit
+    task: Task | None
+    completeness: pd.DataFrame | None = None
+
+
+def resizable(circuit: Circuit) -> bool:
+    """Whether it was cut from scores of all edges; ACDC's were each measured in another circuit."""
+    if circuit.scores is None or circuit.provenance.get("method") == "acdc":
+        return False
+    return not bool(circuit.scores[circuit.graph.exists].isnan().any())
+
+
+def parameter(circuit: Circuit, name: str) -> float | None:
+    """A number that the method was told, or None; of `within`, its edges. A file may hold anything."""
+    parameters = circuit.provenance.get("parameters")
+    value: Any = parameters.get(name) if isinstance(parameters, dict) else None
+    value = value.get("edges") if isinstance(value, dict) else value
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def label(circuit: Circuit, number: int) -> str:
+    """The line for a circuit in the list of runs."""
+    source = circuit.provenance
+    relation = source.get("relation")
+    name = str(relation.get("name", "circuit")) if isinstance(relation, dict) else "circuit"
+    asked = [f"“{brief(str(source['template']), 60)}”"] if "template" in source else []
+    how = [brief(str(source[key]), 20) for key in ("method", "ablation", "metric") if key in source]
+    tau, within = parameter(circuit, "tau"), parameter(circuit, "within")
+    how += [] if tau is None else [f"τ {tau:g}"]
+    how += [] if within is None else [f"within {within:,}"]
+    return f"{number + 1}. {', '.join([brief(name, 60), *asked, *how])}: {circuit.n_edges:,} edges"
+
+
+def title(circuit: Circuit) -> str:
+    """The heading of a circuit's graph."""
+    return str(circuit.provenance.get("template", "")) or "Knowledge circuit"
+
+
+def settings_of(circuit: Circuit) -> dict[str, object]:
+    """What a circuit was found with."""
+    source = circuit.provenance
+    values: dict[str, object] = {}
+    for key in ("model", "relation"):
+        values[key] = source[key].get("name") if isinstance(source.get(key), dict) else None
+    values |= {key: source.get(key) for key in ("template", "n", "seed", "method", "ablation", "metric")}
+    parameters = source.get("parameters")
+    values |= parameters if isinstance(parameters, dict) else {}
+    within = values.get("within")
+    if isinstance(within, dict):
+        values["within"] = ", ".join(str(within.get(key)) for key in ("edges", "method", "ablation"))
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def summary(finding: Finding) -> str:
+    """Size, time and Hit@10 in two lines."""
+    circuit = finding.circuit
+    source, graph = circuit.provenance, circuit.graph
+    size = (
+        f"{circuit.n_edges:,} of {graph.n_edges:,} edges ({circuit.n_edges / graph.n_edges:.2%}), "
+        f"{circuit.n_nodes} of {graph.n_senders - 1} heads and MLPs"
+    )
+    asked = parameter(circuit, "edges")
+    if asked and asked != circuit.n_edges:
+        size += f" · {asked:,} chosen, {asked - circuit.n_edges:,} led nowhere"
+    if isinstance(source.get("seconds"), (int, float)):
+        size += f" · found in {source['seconds']:.1f} s"
+    lines = [size]
+    if finding.completeness is not None:
+        table = finding.completeness.set_index(["split", "run"])["hit"]
+        told = [
+            f"{split} {table[split, 'circuit']:.2f} (full model {table[split, 'full model']:.2f}, "
+            f"empty circuit {table[split, 'empty circuit']:.2f})"
+            for split in ("D_val", "D_test")
+            if (split, "circuit") in table.index
+        ]
+        lines.append(f"Hit@10 alone: {' · '.join(told)}")
+    return "".join(f'<div class="kc-summary">{tables.text(line, 1000)}</div>' for line in lines)
+
+
+def completeness_table(finding: Finding) -> str:
+    """The circuit beside the full model, the empty circuit and random ones."""
+    if finding.completeness is None:
+        words = "being computed…" if finding.task else "The facts that this circuit was found on are not at hand."
+        return tables.muted(words)
+    return tables.table(tables.completeness_rows(finding.completeness)) + tables.muted(
+        "Hit@10: the share of facts whose answer has rank 10 or better, with its 95% interval (Wilson's, of that "
+        "share; of random circuits, whose mean it is, the bootstrap's). The empty circuit shows what the ablation "
+        "alone gives away, the random circuits what any circuit of its size reaches."
+    )
+
+
+def ranked_table(frame: pd.DataFrame) -> str:
+    """The first rows of a table of edges or nodes."""
+    more = tables.muted(f"The first {_ROWS} of {len(frame):,}.") if len(frame) > _ROWS else ""
+    return more + tables.table(frame.head(_ROWS), SCORE, scroll=True)
+
+
+def edge_table(circuit: Circuit) -> str:
+    """A circuit's strongest edges."""
+    return ranked_table(circuit.edges)
+
+
+def node_table(circuit: Circuit) -> str:
+    """A circuit's nodes, those with the strongest edges first."""
+    nodes = circuit.nodes.sort_values("score", ascending=False, kind="stable")
+    return ranked_table(nodes.drop(columns=["layer", "head"]))
+
+
+def facts_table(task: Task | None) -> str:
+    """The facts of a task, with the model's rank of each answer."""
+    if task is None:
+        return tables.muted("The facts that this circuit was found on are not at hand.")
+    parts = [
+        tables.muted(
+            f"{task.model_name} knows {task.n_known} of {task.n_facts} facts in “{task.template}”: there the answer's "
+            "rank is 10 or better (that of its first token, or of as many as it takes to tell it from other answers)."
+        )
+    ]
+    for name, prompts in (
+        ("D_val: known facts, for discovery", task.val),
+        ("D_test: other facts, for the test", task.test),
+    ):
+        parts += [tables.heading(name), tables.table(_fact_rows(prompts))]
+    return "".join(parts)
+
+
+def _fact_rows(prompts: Prompts) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "prompt": prompts.texts,
+            "answer": [fact.object for fact in prompts.facts],
+            "the model's rank of it": prompts.ranks.tolist(),
+            "known": ["yes" if known else "no" for known in prompts.known.tolist()],
+        }
+    )
+
+
+def comparison(shown: Finding, other: Finding, height: int) -> tuple[str, str]:
+    """Two circuits in numbers, and in colour."""
+    table = compare_circuits(shown.circuit, other.circuit)
+    names = {"left": "shown", "right": "other", "only_left": "only shown", "only_right": "only other"}
+    numbers = tables.table(table.rename(columns=names).reset_index(names=""))
+    view = compare_view(shown.circuit, other.circuit, names=("shown", "other"), height=height)
+    return numbers, view._repr_html_()

@@ -1,0 +1,1 @@
+"""Notebooks as reports of one file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import time
@@ -26,33 +27,42 @@ WRONG: list[Any] = [
     object(), Path("\0"), torch.zeros(1), complex(1, 1),
 ]  # fmt: skip
 #: Nouns that are made by verbs alone.
-MADE = {"Model"}
+MADE = {"Model", "Ablation", "Search"}
 
 
 def public() -> dict[str, Any]:
     """Name -> function, for all that is public: functions, constructors, and methods that take something."""
     found: dict[str, Any] = {}
-    for name in kcwb.__all__:
-        value = getattr(kcwb, name)
-        if not inspect.isclass(value):
-            found[name] = value
-            continue
-        if issubclass(value, BaseException):
-            continue
-        if name not in MADE:
-            found[name] = value.__init__
-        for key, method in vars(value).items():
-            function = getattr(method, "__func__", method)
-            takes = inspect.isfunction(function) and len(inspect.signature(function).parameters) > 1
-            if takes and not key.startswith("_"):
-                found[f"{name}.{key}"] = function
+    for stub in (Path(kcwb.__file__).parent).rglob("__init__.pyi"):
+        room = ".".join(("kcwb", *stub.relative_to(Path(kcwb.__file__).parent).parent.parts))
+        if room != "kcwb.workbench.panels":  # whose classes take widgets' values, and give them to verbs
+            module = importlib.import_module(room)
+            found |= {
+                key: one for name in module.__all__ for key, one in callables(name, getattr(module, name)).items()
+            }
+    return found
+
+
+def callables(name: str, value: Any) -> dict[str, Any]:
+    """What can be called of a public name."""
+    if inspect.isfunction(value):
+        return {name: value}
+    if not inspect.isclass(value) or issubclass(value, BaseException):
+        return {}
+    found: dict[str, Any] = {} if name in MADE else {name: value.__init__}
+    for key, method in vars(value).items():
+        function = getattr(method, "__func__", method)
+        takes = inspect.isfunction(function) and len(inspect.signature(function).parameters) > 1
+        if takes and not key.startswith("_"):
+            found[f"{name}.{key}"] = function
     return found
 
 
 PUBLIC = public()
 #: Methods that take no settings: names and indices of a graph, and what other verbs have checked already.
 BARE = {name for name in PUBLIC if name.startswith("Graph.")} | {
-    "Edit.require_own", "Model.exclusive", "Model.has_weights", "ShotTask.groups",
+    "Ablation.usable", "Ablation.values", "Edit.require_own", "Model.exclusive", "Model.has_weights", "Search.again",
+    "Search.commit", "Search.resume", "Search.visit", "ShotTask.groups",
 }  # fmt: skip
 
 

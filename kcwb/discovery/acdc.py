@@ -37,6 +37,7 @@ from kcwb.models.forward import memory_budget
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.tasks.metrics import Loss
+from kcwb.verbs import verb
 
 #: Rows (candidates x prompts x positions) of a batch beyond which a larger one is no faster: on a CPU, on a GPU.
 _ROWS, _ROWS_GPU = 512, 8192
@@ -334,6 +335,7 @@ def acdc(search: Search, *, progress: Progress = False, checkpoint: Path | None 
     return search.result()
 
 
+@verb
 @torch.no_grad()
 def predict_seconds(search: Search) -> float:
     """Roughly how long a search that has not begun will take, from timing a few candidates of it.

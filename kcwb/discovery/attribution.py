@@ -43,12 +43,14 @@ from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.progress import Progress, cancel_point, track
 from kcwb.tasks.metrics import Loss, at_answers
+from kcwb.verbs import verb
 
 #: Stacks of all receivers' inputs that a differentiated pass holds, in stacks of all senders' outputs; and twice that,
 #: so that a chunk of prompts ends within a second or so on two cores, and progress is seen.
 _COPIES_PER_STEP = 24
 
 
+@verb
 def attribution_scores(
     model: Model, loss: Loss, ablation: Ablation, *, steps: int = 1, progress: Progress = False
 ) -> Float[Tensor, "S R"]:

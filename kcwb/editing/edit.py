@@ -138,6 +138,7 @@ def edit(
     return _judged(made, fit.contexts, bound)
 
 
+@verb
 def default_layer(model: Model, method: str = "rome") -> int:
     """The layer that is edited where none is given: the best one known, else about a third of the depth."""
     return known_settings(model, method)[0]["layer"]

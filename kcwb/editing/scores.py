@@ -43,6 +43,7 @@ from kcwb.verbs import verb
 SCORES = ("ES", "PS", "NS", "EM", "PM", "NM", "bleed_subject", "bleed_other", "portability")
 
 
+@verb
 def generate(model: Model, text: str, tokens: int = 12) -> str:
     """The likeliest continuation of a text, token by token, up to the context's end; the text itself is left out.
 

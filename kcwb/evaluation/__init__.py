@@ -1,1 +1,5 @@
 """Is a circuit the model: completeness, faithfulness, stability, and what circuits share."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -39,11 +39,13 @@ from kcwb.sweep.store import (
     write_cell,
 )
 from kcwb.tasks.relations import Relation, load_relation
+from kcwb.verbs import verb
 
 if TYPE_CHECKING:
     from distributed import Client
 
 
+@verb
 def sweep(
     models: Sequence[str | Path],
     relations: Sequence[str | Path | Relation],
@@ -115,6 +117,7 @@ def sweep(
         return cell_table(folder, [cell.digest for cell in cells])
 
 
+@verb
 def read_sweep(store: str | Path) -> pd.DataFrame:
     """Every cell of a store.
 
@@ -152,11 +155,8 @@ def _cells(
     kinds: Sequence[str | None] = [None] if ablations is None else ablations
     given = {"models": models, "relations": relations, "methods": methods, "taus": taus, "ablations": kinds}
     for name, values in given.items():
-        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        if not values:
             raise SettingError(f"{name}={values!r:.60}: give a list of at least one.")
-    for model in models:
-        if not isinstance(model, (str, Path)):
-            raise SettingError(f"A model of a sweep is a name or a folder, which workers can load; not {model!r:.60}.")
     delivers = _delivers(kinds, methods, shared["metric"])
     known_dtype(shared["dtype"])
     for tau in taus:

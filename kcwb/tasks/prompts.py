@@ -265,6 +265,7 @@ class _Row(NamedTuple):
     stop: int
 
 
+@verb
 def encode(
     model: Model,
     facts: Sequence[Fact],

@@ -134,6 +134,7 @@ def relation_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "data" / "relations"
 
 
+@verb
 def relation_files(folder: str | Path | None = None) -> dict[str, Path]:
     """Name -> file of the relations in a folder (default: those that come with the package), by category and name."""
     root = relation_folder() if folder is None else Path(folder)

@@ -335,6 +335,7 @@ def _ranks(model: Model | Encoder, relation: Relation, template: str) -> Int[Ten
     return rank_of(logits, answers.input_ids[:, 0].to(model.device)).cpu()
 
 
+@verb
 def read_training(folder: str | Path) -> dict[str, Any]:
     """How the model in a folder was trained: `world`, `recipe`, `versions`, the last `loss`, `weights_sha256`."""
     return read_manifest(Path(folder))

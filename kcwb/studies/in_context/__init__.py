@@ -1,1 +1,5 @@
 """Which heads a model uses once it is shown examples."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -90,6 +90,7 @@ def hop_lens(model: Model, hops: Hops, *, progress: Progress = True) -> pd.DataF
     return table.astype({"place": str, "who": str})[order].reset_index(drop=True)
 
 
+@verb
 def lens_summary(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Means of the table of `hop_lens` over chains, ready for `kcwb.workbench.plots.plot_lens`.
 
@@ -151,6 +152,7 @@ def hop_arrival(table: pd.DataFrame) -> pd.DataFrame:
     return found.astype(dict.fromkeys(columns[3:6], "Int64"))
 
 
+@verb
 def both_ways(
     model: Model,
     relation: Relation | str,

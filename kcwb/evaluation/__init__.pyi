@@ -1,0 +1,7 @@
+from .faithfulness import cmd as cmd, comprehensiveness as comprehensiveness, cpr as cpr
+from .overlap import (
+    circuit_overlap as circuit_overlap,
+    relation_matrix as relation_matrix,
+    shared_heads as shared_heads,
+)
+from .stability import bootstrap_stability as bootstrap_stability, template_stability as template_stability

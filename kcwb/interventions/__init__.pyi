@@ -1,0 +1,1 @@
+from .role_tests import PREDICTIONS as PREDICTIONS, check_roles as check_roles, faithful_story as faithful_story

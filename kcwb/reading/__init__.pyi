@@ -1,0 +1,8 @@
+from .dla import dla_by_source as dla_by_source
+from .nodes import (
+    ablation_summary as ablation_summary,
+    attention_pattern as attention_pattern,
+    component_logits as component_logits,
+    node_edges as node_edges,
+)
+from .roles import NAMED as NAMED, role_agreement as role_agreement

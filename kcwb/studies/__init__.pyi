@@ -1,0 +1,6 @@
+from . import (
+    editing_account as editing_account,
+    hallucination as hallucination,
+    in_context as in_context,
+    two_hop as two_hop,
+)

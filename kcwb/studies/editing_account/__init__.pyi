@@ -1,0 +1,1 @@
+from .claims import account as account, compare_edits as compare_edits

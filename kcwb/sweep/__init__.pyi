@@ -1,0 +1,1 @@
+from .what import read_sweep as read_sweep, sweep as sweep

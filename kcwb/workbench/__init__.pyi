@@ -1,0 +1,1 @@
+from . import graph as graph, panels as panels, plots as plots, report as report, tables as tables

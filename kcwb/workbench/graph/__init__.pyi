@@ -1,0 +1,2 @@
+from .page import compare_view as compare_view
+from .svg import graph_svg as graph_svg

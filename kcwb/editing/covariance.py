@@ -23,10 +23,10 @@ from jaxtyping import Float, Int
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from kcwb.editing.passes import run_block
 from kcwb.editing.writing import continued, writer
 from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.files import write_tensors
+from kcwb.interventions.block import run_block
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed

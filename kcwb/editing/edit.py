@@ -24,7 +24,7 @@ from kcwb.editing.known import known_settings
 from kcwb.editing.methods.fine_tuning import TuningSettings, fine_tune
 from kcwb.editing.methods.memit import MemitSettings, memit
 from kcwb.editing.methods.rome import Fit, RomeSettings, rome
-from kcwb.editing.passes import make_rows, measured_nll
+from kcwb.editing.partial_runs import make_rows, measured_nll
 from kcwb.errors import SettingError, choose, nearest
 from kcwb.models.loading import Model
 from kcwb.progress import Progress

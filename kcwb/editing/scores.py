@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import Edit, EditError, edit
-from kcwb.editing.passes import make_rows
+from kcwb.editing.partial_runs import make_rows
 from kcwb.editing.writing import continued
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward, prompt_chunks

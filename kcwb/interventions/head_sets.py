@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kcwb.errors import CircuitError
+from kcwb.interventions.block import run_block
 from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
@@ -117,26 +118,18 @@ def _without(network: Network, group: _Group, sets: Sequence[Sequence[tuple[int,
     n_prefix, n_prompts = x.shape[2], y.shape[1]
     at = torch.arange(n_prefix, n_prefix + y.shape[2], device=y.device)
     for layer in range(first, network.graph.n_layers):
-        gone = [(i, head) for i, heads in enumerate(sets) for of, head in heads if of == layer]
-        k, v = network.keys(layer, x[None]), network.values(layer, x[None])
-        wide = (-1, -1, n_prompts, -1, -1)
-        every_k = torch.cat([k.expand(wide), network.keys(layer, y[None], positions=at)], -2)
-        every_v = torch.cat([v.expand(wide), network.values(layer, y[None])], -2)
-        late = network.head_outputs(
-            layer, network.queries(layer, y[None], positions=at), every_k, every_v, positions=at
-        )
-        early = network.head_outputs(layer, network.queries(layer, x[None]), k, v)
-        for i, head in gone:
-            early[head, i], late[head, i] = 0.0, 0.0
-        x, y = (_after(network, layer, before, out) for before, out in ((x, early), (y, late)))
+        gone = [(head, i) for i, heads in enumerate(sets) for of, head in heads if of == layer]
+
+        def zeroed(outputs: Tensor, gone: list[tuple[int, int]] = gone) -> Tensor:
+            for head, i in gone:
+                outputs[head, i] = 0.0
+            return outputs
+
+        early = run_block(network, layer, x, heads=zeroed)
+        y = run_block(network, layer, y, at, (early.keys, early.values), zeroed).after
+        x = early.after
     ends = group.prompts.ends - n_prefix
     return y[:, torch.arange(n_prompts, device=y.device), ends]
-
-
-def _after(network: Network, layer: int, before: Float[Tensor, "*any D"], heads: Float[Tensor, "H *any D"]) -> Tensor:
-    """The residual stream after a block, from that before it and the outputs of its heads."""
-    middle = before + heads.sum(0) + network.constant(layer)
-    return middle + network.mlp(layer, before if network.graph.parallel else middle)
 
 
 def head_place(graph: Graph, name: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kcwb.editing.methods.rome import Fit
-from kcwb.editing.passes import Rows, answer_logits, answer_nll, make_rows, make_tail
+from kcwb.editing.partial_runs import Rows, answer_logits, answer_nll, make_rows, make_tail
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, NotNegative, Positive

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kcwb.editing.covariance import covariances, whiten
 from kcwb.editing.methods.rome import DeltaSettings, Fit, all_contexts, optimise_delta
-from kcwb.editing.passes import make_rows, read_places
+from kcwb.editing.partial_runs import make_rows, read_places
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Positive

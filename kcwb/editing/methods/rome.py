@@ -7,8 +7,8 @@ Let k be the down-projection's input and m the MLP's output, both at the subject
    the subject is ("{s} is a"), plus a decay of (‖δ‖/‖m‖)²; ‖δ‖ is projected to at most c‖m‖ after every step of Adam.
 3. W gains r uᵀ with r = (v* - W k)/(k·u), so that k is now mapped to v*.
 
-Only what δ reaches is run at each step (`kcwb.editing.passes.Tail`): later layers, positions from the subject's last
-token on.
+Only what δ reaches is run at each step (`kcwb.editing.partial_runs.Tail`): later layers, positions from the subject's
+last token on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.editing.covariance import OPENINGS, covariance, sample_texts, whiten
-from kcwb.editing.passes import Rows, Tail, answer_logits, answer_nll, make_rows, make_tail, read_places
+from kcwb.editing.partial_runs import Rows, Tail, answer_logits, answer_nll, make_rows, make_tail, read_places
 from kcwb.editing.writing import writer
 from kcwb.errors import DataError, choose
 from kcwb.models.loading import Model

@@ -37,9 +37,9 @@ from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.methods import STEPS, check_size
 from kcwb.discovery.selection import matched_circuit
 from kcwb.editing.edit import Edit, EditError
-from kcwb.editing.passes import Block
 from kcwb.errors import DataError, SettingError
 from kcwb.evaluation.compare import compare_circuits
+from kcwb.interventions.block import Block
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track

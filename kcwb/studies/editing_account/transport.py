@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kcwb.editing.edit import Edit
-from kcwb.editing.passes import Block, run_block
 from kcwb.errors import DataError
 from kcwb.interventions.at_end import head_masks, logits_with
+from kcwb.interventions.block import Block, run_block
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.statistics import chance_range, matched_head_sets, p_value

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kcwb.errors import DataError
+from kcwb.interventions.block import run_block
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
@@ -67,24 +68,6 @@ def make_rows(model: Model, asked: Sequence[tuple[Fact, str]]) -> Rows:
         answers=padded([row.answer for row in rows], model.device),
         mask=mask.float(),
     )
-
-
-class Block(NamedTuple):
-    """What one block leaves behind: the stream after it, its MLP's hidden activations, its heads' keys and values."""
-
-    after: Float[Tensor, "N T D"]
-    hidden: Float[Tensor, "N T M"]
-    keys: Float[Tensor, "H N T K"]
-    values: Float[Tensor, "H N T K"]
-
-
-def run_block(network: Network, layer: int, x: Float[Tensor, "N T D"]) -> Block:
-    """One block on the whole residual stream, every edge kept."""
-    keys, values = network.keys(layer, x[None]), network.values(layer, x[None])
-    heads = network.head_outputs(layer, network.queries(layer, x[None]), keys, values)
-    middle = x + heads.sum(0) + network.constant(layer)
-    hidden = network.mlp_hidden(layer, x if network.graph.parallel else middle)
-    return Block(middle + network.mlp_output(layer, hidden), hidden, keys, values)
 
 
 class Place(NamedTuple):
@@ -146,20 +129,13 @@ class Tail:
         """The final residual stream when `change` is added to the MLP's output."""
         network, x = self.network, self.after + change
         for layer in range(self.layer + 1, network.graph.n_layers):
-            q = network.queries(layer, x[None], positions=self.positions)
-            k = self._placed(self.keys[layer], network.keys(layer, x[None], positions=self.positions))
-            v = self._placed(self.values[layer], network.values(layer, x[None]))
-            heads = network.head_outputs(layer, q, k, v, positions=self.positions)
-            middle = x + heads.sum(0) + network.constant(layer)
-            x = middle + network.mlp(layer, x if network.graph.parallel else middle)
+            kept = self.keys[layer], self.values[layer]
+            x = run_block(network, layer, x, self.positions, kept).after
         return x
 
     def columns(self, positions: Int[Tensor, "N A"]) -> Int[Tensor, "N A"]:
         """Where the tail has positions of its first N prompts."""
         return positions - self.positions[: len(positions), :1]
-
-    def _placed(self, old: Float[Tensor, "H N T K"], new: Float[Tensor, "H N Q K"]) -> Float[Tensor, "H N T K"]:
-        return old.scatter(2, self.positions[None, :, :, None].expand(new.shape), new)
 
 
 @torch.no_grad()

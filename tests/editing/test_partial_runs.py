@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kcwb.editing.passes import answer_logits, answer_nll, make_rows, make_tail, read_places
+from kcwb.editing.partial_runs import answer_logits, answer_nll, make_rows, make_tail, read_places
 from kcwb.errors import DataError
 from kcwb.tasks.relations import Fact
 from tests.editing.conftest import added, keys_and_outputs

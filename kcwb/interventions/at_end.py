@@ -50,9 +50,7 @@ def logits_with(
     """
     network = model.network
     ends, rows = prompts.ends[:, None], torch.arange(len(prompts), device=model.device)
-    clean = forward(network, prompts.tokens, receivers=True)
-    assert clean.receivers is not None  # asked for in the line above
-    streams = [x[:1] for x, _ in clean.receivers]
+    streams = [x[:1] for x, _ in forward(network, prompts.tokens, receivers=True).receivers]
     kept = [(network.keys(i, x)[:, None], network.values(i, x)[:, None]) for i, x in enumerate(streams)]
     step = max(1, _LOGIT_BYTES // (len(prompts) * network.d_vocab * 4))
     for batch in sets.to(model.device).split(max(1, _ROWS // prompts.tokens.numel())):

@@ -89,7 +89,7 @@ def answers_without(
 
 
 class _Group(NamedTuple):
-    """Prompts that share their first P tokens, and the clean residual stream before each layer."""
+    """Prompts that begin with the same P tokens, and the clean residual stream before each layer."""
 
     prompts: Prompts
     prefix: list[Float[Tensor, "P D"]]
@@ -101,13 +101,11 @@ def _group(network: Network, prompts: Prompts) -> _Group:
     longest = int(prompts.lengths.max())
     tokens = prompts.tokens[:, :longest]
     alike = (tokens == tokens[:1]).all(0).int().cumprod(0)
-    shared = min(int(alike.sum()), int(prompts.lengths.min()) - 1)
-    run = forward(network, tokens, receivers=True)
-    assert run.receivers is not None  # asked for in the line above
-    streams = [x[0] for x, _ in run.receivers]
-    n_rows = shared + len(prompts) * (longest - shared)
+    n_prefix = min(int(alike.sum()), int(prompts.lengths.min()) - 1)
+    streams = [x[0] for x, _ in forward(network, tokens, receivers=True).receivers]
+    n_rows = n_prefix + len(prompts) * (longest - n_prefix)
     batch = max(1, min(_ROWS // n_rows, _LOGITS // (len(prompts) * network.d_vocab)))
-    return _Group(prompts, [x[0, :shared] for x in streams], [x[:, shared:] for x in streams], batch)
+    return _Group(prompts, [x[0, :n_prefix] for x in streams], [x[:, n_prefix:] for x in streams], batch)
 
 
 def _without(network: Network, group: _Group, sets: Sequence[Sequence[tuple[int, int]]]) -> Float[Tensor, "c N D"]:

@@ -29,15 +29,15 @@ class Pass(NamedTuple):
     residual
         `[N, T, D]`, what the unembedding reads; `network.logits(residual)` are the logits.
     senders
-        `[S, N, T, D]`, every sender's output; None unless asked for.
+        `[S, N, T, D]`, every sender's output; empty unless asked for.
     receivers
-        Per layer the inputs of its queries, keys and values `[3H, N, T, D]` and of its MLP `[N, T, D]`; None unless
-        asked for.
+        Per layer the inputs of its queries, keys and values `[3H, N, T, D]` and of its MLP `[N, T, D]`; empty
+        unless asked for.
     """
 
     residual: Float[Tensor, "N T D"]
-    senders: Float[Tensor, "S N T D"] | None
-    receivers: list[tuple[Tensor, Tensor]] | None
+    senders: Float[Tensor, "S N T D"]
+    receivers: list[tuple[Tensor, Tensor]]
 
 
 def forward(
@@ -109,7 +109,7 @@ def forward(
         if receivers:
             inputs.append((x, y))
     residual = stream.read(slice(graph.n_receivers - 1, graph.n_receivers))[0]
-    return Pass(residual, torch.cat(outputs) if senders else None, inputs if receivers else None)
+    return Pass(residual, torch.cat(outputs) if senders else residual.new_empty(0), inputs)
 
 
 class _Stream:

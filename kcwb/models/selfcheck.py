@@ -171,7 +171,6 @@ def _joint_claims(network: Network, tokens: Int[Tensor, "2 T"], senders: Float[T
         ("all edges cut under resample = corrupted run", 1, torch.zeros_like(kept), corrupted),
     ):
         run = forward(replay, tokens[:1, -1:], kept=mask, ablated=ablated, receivers=True)
-        assert run.receivers is not None  # asked for in the line above
         read = [part for x, y in run.receivers for part in (x, y[None])]
 
         def streams(reference: Run, row: int = row) -> Tensor:

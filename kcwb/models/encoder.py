@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.errors import ModelError, SettingError, choose
+from kcwb.errors import ModelError, choose
 from kcwb.models.digest import weights_digest
-from kcwb.models.families import ENCODERS
+from kcwb.models.families import ENCODERS, covered_encoder
 from kcwb.models.loading import known_device, known_dtype
-from kcwb.models.reading import UNFORESEEN, not_run, read_pretrained, require_fast, require_fit
+from kcwb.models.reading import UNFORESEEN, named_or_given, not_run, read_pretrained, require_fast, require_fit
 from kcwb.verbs import verb
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ class Encoder:
 
     @property
     def n_ctx(self) -> int:
-        """How many tokens it reads; RoBERTa's positions start after that of the padding."""
+        """How many tokens it reads."""
         config = self.module.config
-        return config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
+        return config.max_position_embeddings - ENCODERS[config.model_type].position_offset(config)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -111,43 +112,26 @@ def load_encoder(
         If device or precision are not known, or a tokenizer is missing or superfluous.
     """
     place, precision = known_device(device), known_dtype(dtype)
-    module: Any
-    if isinstance(model, (str, Path)):
-        if tokenizer is not None:
-            raise SettingError("A tokenizer is only taken beside a model in memory; a named model brings its own.")
-        name = str(model)
-        module, tokenizer = read_pretrained(name, precision, _covered_family, masked=True)
-    else:
-        if tokenizer is None:
-            raise SettingError("A model in memory needs its tokenizer: load_encoder(model, tokenizer).")
-        module, name = model, str(model.config.name_or_path or type(model).__name__)
-    _covered(module)
-    require_fast(tokenizer, name)
-    assert tokenizer is not None  # a named model brings its own; one in memory was checked
-    if tokenizer.mask_token_id is None:
+    read = partial(read_pretrained, dtype=precision, covered=covered_encoder, masked=True)
+    module, words, name = named_or_given(model, tokenizer, read, "load_encoder")
+    _require_masked(module)
+    require_fast(words, name)
+    if words.mask_token_id is None:
         raise ModelError(f"The tokenizer of {name} has no mask token, which a masked-token task asks at.")
-    require_fit(tokenizer, module.get_input_embeddings().weight.shape[0], name, tokenizer.all_special_ids)
+    require_fit(words, module.get_input_embeddings().weight.shape[0], name, words.all_special_ids)
     module = module.to(place).eval().requires_grad_(False)
     try:
-        module(input_ids=torch.tensor([[tokenizer.mask_token_id]], device=place))
+        module(input_ids=torch.tensor([[words.mask_token_id]], device=place))
     except UNFORESEEN as error:
         raise not_run(error, module, name) from error
-    return Encoder(module, tokenizer, name, weights_digest(module), place, module.dtype)
+    return Encoder(module, words, name, weights_digest(module), place, module.dtype)
 
 
-def _covered_family(config: Any) -> str:
-    """The family of a configuration; ModelError if it is no encoder that is covered."""
-    family = config.model_type
-    if family not in ENCODERS:
-        names = ", ".join(one.name for one in ENCODERS.values())
-        raise ModelError(f"{family!r} is no encoder that is covered. Covered: {names}. Decoders: load_model.")
-    return family
-
-
-def _covered(module: Any) -> None:
-    family, config = _covered_family(module.config), module.config
+def _require_masked(module: Any) -> None:
+    """Raise ModelError for what is no encoder that is covered, or not set up as one with a masked-token head."""
+    name, config = ENCODERS[covered_encoder(module.config)].name, module.config
     if config.is_decoder or config.add_cross_attention or not hasattr(module, "get_output_embeddings"):
-        raise ModelError(f"This {ENCODERS[family].name} is set up as a decoder. Load it as a masked language model.")
+        raise ModelError(f"This {name} is set up as a decoder. Load it as a masked language model.")
     if module.get_output_embeddings() is None:
         raise ModelError(f"{type(module).__name__} has no masked-token head. Load it as a masked language model.")
 

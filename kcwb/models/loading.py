@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,11 @@ from kcwb.errors import ModelError, SettingError, nearest
 from kcwb.locks import Exclusive, WeightsLock, lock_of
 from kcwb.models.builtin import BUILTIN_NAME, builtin_digest
 from kcwb.models.digest import state_digest, weights_digest
+from kcwb.models.families import FAMILIES, covered_family
 from kcwb.models.graph import Graph
-from kcwb.models.network import Network, covered_family
+from kcwb.models.network import Network
 from kcwb.models.plain import plain_copy
-from kcwb.models.reading import UNFORESEEN, not_run, read_pretrained, require_fast, require_fit
+from kcwb.models.reading import UNFORESEEN, named_or_given, not_run, read_pretrained, require_fast, require_fit
 from kcwb.models.saving import save_folder, saved_record
 from kcwb.models.selfcheck import self_check
 from kcwb.progress import Progress
@@ -212,41 +213,27 @@ def load_model(
         if place != "disk":
             known_device(f"cuda:{place}" if isinstance(place, int) else place)
     device, dtype = known_device(device), known_dtype(dtype)
-    digest = None
-    module: Any
-    if isinstance(model, (str, Path)):
-        if tokenizer is not None:
-            raise SettingError("A tokenizer is only taken beside a model in memory; a named model brings its own.")
-        name = str(model)
-        module, tokenizer = read_pretrained(name, dtype, covered_family, device_map=device_map)
-        if name == BUILTIN_NAME and module.dtype == torch.float32:
-            digest = builtin_digest()
-    else:
-        if tokenizer is None:
-            raise SettingError("A model in memory needs its tokenizer: load_model(model, tokenizer).")
-        if device_map is not None:
-            raise SettingError("A model in memory is where it is; device_map is for one that is loaded by its name.")
-        module = model
-        name = str(model.config.name_or_path or type(model).__name__)
+    read = partial(read_pretrained, dtype=dtype, covered=covered_family, device_map=device_map)
+    module, tokenizer, name = named_or_given(model, tokenizer, read, "load_model")
+    if module is model and device_map is not None:
+        raise SettingError("A model in memory is where it is; device_map is for one that is loaded by its name.")
     covered_family(module.config)
     require_fast(tokenizer, name)
     if getattr(module, "hf_device_map", None) is None:
         module = module.to(device)
     _require_in_place(module, name)
-    assert tokenizer is not None  # a named model brings its own; one in memory was checked
     with Exclusive([lock_of(module.get_input_embeddings().weight)]):  # no edit of a sibling meanwhile
-        return _taken_apart(module, tokenizer, name, module is model, digest, prepend_bos)
+        return _taken_apart(module, tokenizer, name, module is model, prepend_bos)
 
 
-def _taken_apart(
-    module: Any, tokenizer: Any, name: str, in_memory: bool, digest: str | None, prepend_bos: bool | None
-) -> Model:
+def _taken_apart(module: Any, tokenizer: Any, name: str, in_memory: bool, prepend_bos: bool | None) -> Model:
     """A Model around a Hugging Face module; a copy of one that is the user's."""
     module.requires_grad_(False)
     if in_memory:
         module = plain_copy(module)
         _require_unedited(module, name)
-    digest = digest or weights_digest(module)
+    recorded = not in_memory and name == BUILTIN_NAME and module.dtype == torch.float32
+    digest = (builtin_digest() if recorded else None) or weights_digest(module)
     saved = {} if in_memory else saved_record(name, digest)
     bos = _prepends_bos(tokenizer, name, saved.get("prepend_bos") if prepend_bos is None else prepend_bos)
     needed = [tokenizer.bos_token_id] if bos else []
@@ -323,7 +310,7 @@ def _wrap(module: Any, tokenizer: Any, name: str) -> Any:
     """A TransformerBridge around a module in memory, with the settings without which it reads the hub or misreports."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    module.config.architectures = [type(module).__name__]
+    module.config.architectures = [FAMILIES[module.config.model_type].adapter or type(module).__name__]
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.init_kwargs.setdefault("name_or_path", f"local/{Path(name).name}")
     tokenizer.init_kwargs["add_bos_token"] = True

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kcwb.errors import KcwbError, ModelError
+from kcwb.errors import KcwbError, ModelError, SettingError
 from kcwb.models.builtin import BUILTIN_NAME, with_builtin
 from kcwb.models.families import ENCODERS, FAMILIES
 
@@ -212,6 +212,25 @@ def _require_whole(found: Mapping[str, Collection[Any]], name: str) -> None:
             f"The weights of {name!r} are not those that its config.json describes: {reason}. Missing weights would be "
             "filled at random. Get the files again, or correct config.json."
         )
+
+
+def named_or_given(
+    model: Any, tokenizer: Any, read: Callable[[str], tuple[Any, Any]], verb: str
+) -> tuple[Any, Any, str]:
+    """Module, tokenizer and name of what `read` makes of a name, or of a model in memory, for which `verb` is called.
+
+    Raises
+    ------
+    SettingError
+        If a tokenizer is missing or superfluous.
+    """
+    if isinstance(model, (str, Path)):
+        if tokenizer is not None:
+            raise SettingError("A tokenizer is only taken beside a model in memory; a named model brings its own.")
+        return *read(str(model)), str(model)
+    if tokenizer is None:
+        raise SettingError(f"A model in memory needs its tokenizer: {verb}(model, tokenizer).")
+    return model, tokenizer, str(model.config.name_or_path or type(model).__name__)
 
 
 def require_fit(tokenizer: Any, rows: int, name: str, needed: Collection[int | None] = ()) -> None:

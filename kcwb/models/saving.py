@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from kcwb.errors import KcwbError, ModelError, SettingError
 from kcwb.models.cache import MANIFEST, file_digests, read_manifest, save_model
 from kcwb.models.digest import weights_digest
-from kcwb.models.network import covered_family
+from kcwb.models.families import covered_family
 from kcwb.models.plain import plain_copy
 from kcwb.models.reading import UNFORESEEN, read_pretrained
 from kcwb.versions import versions

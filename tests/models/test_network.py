@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kcwb.errors import KcwbError, ModelError
 from kcwb.models.forward import forward
 from kcwb.models.loading import load_model
-from kcwb.models.network import Network, Norm
+from kcwb.models.network import Network
 from kcwb.models.reference import reference_run
+from kcwb.models.weights import Norm
 from tests.tiny import ARCHITECTURES, POST_NORM, WORDS, tiny_hf, tokenizer
 
 

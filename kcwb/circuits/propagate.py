@@ -11,93 +11,26 @@ So a node is needed nowhere, at the answers, or everywhere (`Need`), and most la
 norm follows the attention (Gemma 2 and 3), what one head of a layer computes changes the scale of all of them: they are
 needed where any of them is, and change together.
 
-`Current.loss_after` evaluates any number of alternatives for one node's output at once; `Current.commit` makes one of
-them the new state.
+`Current.plan` lists once what a change of one node's output reaches. `Current.loss_after` then evaluates any number of
+alternatives for that output at once, and `Current.commit` makes one of them the new state; both go through the plan
+(`Current._propagate`):
+
+1. make room for the changes of all senders in the plan, stacked in its order;
+2. what the node itself writes more than before (all heads of its layer, if they share a norm);
+3. step by step, layer by layer: what the heads, or the MLP, read now, what they compute from it, and how that differs;
+4. what the unembedding reads now.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import IntEnum
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kcwb.circuits.plan import HeadsStep, Inputs, MlpStep, Need, Plan
 from kcwb.models.forward import forward
 from kcwb.models.network import Network
 from kcwb.tasks.metrics import Loss
-
-
-class Need(IntEnum):
-    """Where a node's output matters."""
-
-    NOWHERE = 0
-    ANSWERS = 1
-    EVERYWHERE = 2
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """How changed senders enter receivers: few of many, so that only those are read.
-
-    `weights[i, c]` is 1 where receiver `places[i]` keeps the edge of the c-th of `senders`, which count in the order in
-    which changes are stacked.
-    """
-
-    places: Int[Tensor, " r"]
-    senders: Int[Tensor, " c"]
-    weights: Float[Tensor, "r c"]
-
-    @classmethod
-    def of(cls, weights: Float[Tensor, "R C"]) -> _Inputs | None:
-        """The receivers that a change reaches, and what reaches them; None if there is none."""
-        reached = weights != 0
-        places, senders = reached.any(1).nonzero()[:, 0], reached.any(0).nonzero()[:, 0]
-        return cls(places, senders, weights[places][:, senders]) if len(places) else None
-
-    def read(self, stack: Float[Tensor, "C *any"]) -> Float[Tensor, "r *any"]:
-        """The sum of the changes that each receiver reads."""
-        changes = stack[self.senders]
-        if len(self.weights) == 1:
-            return changes.sum(0, keepdim=True)
-        return (self.weights @ changes.flatten(1)).unflatten(1, stack.shape[1:])
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """The heads of a layer that change, all needed at the same positions; `rows` are the senders that do with them."""
-
-    layer: int
-    everywhere: bool
-    heads: Int[Tensor, " h"]
-    rows: Int[Tensor, " h"]
-    changed: dict[str, _Inputs | None]
-
-
-@dataclass(frozen=True)
-class _Mlp:
-    """An MLP that changes."""
-
-    layer: int
-    everywhere: bool
-    row: int
-    changed: _Inputs
-
-
-@dataclass
-class Plan:
-    """What a change of one node's output reaches, in the order of computation; made by `Current.plan`.
-
-    `changed` are the senders at the answers' positions, `everywhere` those of them that matter at all positions: the
-    order in which their changes are stacked.
-    """
-
-    row: int
-    changed: list[int] = field(default_factory=list)
-    everywhere: list[int] = field(default_factory=list)
-    steps: list[_Heads | _Mlp] = field(default_factory=list)
-    logits: _Inputs | None = None
 
 
 class Current:
@@ -140,7 +73,6 @@ class Current:
         run = forward(
             network, self.loss.prompts.tokens, kept=self.kept, ablated=self._ablated, senders=True, receivers=True
         )
-        assert run.senders is not None and run.receivers is not None  # asked for in the call above
         self.outputs = run.senders
         self.residual = self.at(run.residual, everywhere=False)
         self._heads_read = [x for x, _ in run.receivers]
@@ -184,23 +116,29 @@ class Current:
         graph = self.network.graph
         if column == graph.n_receivers - 1:
             return self.residual
-        layer, place = divmod(column, 3 * graph.n_heads + 1)
-        x = self._mlps_read[layer] if place == 3 * graph.n_heads else self._heads_read[layer][place]
-        return self.at(x, everywhere)
+        layer, kind, head = self._receiver(column)
+        return self.at(self._mlps_read[layer] if kind == "mlp" else self._read_by(layer, kind, head), everywhere)
+
+    def _receiver(self, column: int) -> tuple[int, str, int]:
+        """The layer of a receiver of a head or MLP, whether it is "q", "k", "v" or "mlp", and the head."""
+        n_heads = self.network.graph.n_heads
+        layer, place = divmod(column, 3 * n_heads + 1)
+        return layer, ("q", "k", "v", "mlp")[place // n_heads], place % n_heads
+
+    def _read_by(self, layer: int, kind: str, head: int) -> Float[Tensor, "N T D"]:
+        return self._heads_read[layer]["qkv".index(kind) * self.network.graph.n_heads + head]
 
     def node_output(self, column: int, x: Float[Tensor, "B N P D"]) -> Float[Tensor, "B N P D"]:
         """What a node writes if a receiver of it reads `x`: keys and values everywhere, others where it is needed.
 
         Before the norm, if its layer's heads share one.
         """
-        network, graph = self.network, self.network.graph
-        layer, place = divmod(column, 3 * graph.n_heads + 1)
-        everywhere = self.need(int(graph.receiver_node[column])) is Need.EVERYWHERE
-        if place == 3 * graph.n_heads:
-            return network.mlp(layer, self._settled(x, self.reads(column, everywhere)))
-        kind, head = "qkv"[place // graph.n_heads], place % graph.n_heads
-        x = self._settled(x, self.reads(column, everywhere or kind != "q"))
-        heads = torch.tensor([head], device=network.device)
+        layer, kind, head = self._receiver(column)
+        everywhere = self.need(int(self.network.graph.receiver_node[column])) is Need.EVERYWHERE
+        x = self._settled(x, self.reads(column, everywhere or kind in "kv"))
+        if kind == "mlp":
+            return self.network.mlp(layer, x)
+        heads = torch.tensor([head], device=self.network.device)
         parts = {k: self._cached(layer, k, heads, everywhere) for k in "qkv"}
         parts[kind] = self._project(layer, kind, x[None], heads, everywhere)
         return self._head_results(layer, parts, heads, everywhere)[0]
@@ -216,11 +154,11 @@ class Current:
             column, mlp = graph.mlp_receiver(layer), graph.mlp_sender(layer)
             if mlp > row and self.need(mlp):
                 everywhere = self.need(mlp) is Need.EVERYWHERE
-                changed = _Inputs.of(self._weights(plan, [column], everywhere))
+                changed = Inputs.of(self._weights(plan, [column], everywhere))
                 if changed is not None:
-                    plan.steps.append(_Mlp(layer, everywhere, mlp, changed))
+                    plan.steps.append(MlpStep(layer, everywhere, mlp, changed))
                     self._admit(plan, [mlp])
-        plan.logits = _Inputs.of(self._weights(plan, [graph.n_receivers - 1], everywhere=False))
+        plan.logits = Inputs.of(self._weights(plan, [graph.n_receivers - 1], everywhere=False))
         return plan
 
     def _plan_heads(self, plan: Plan, layer: int, need: Need) -> None:
@@ -238,10 +176,10 @@ class Current:
         if not hit.any():
             return
         chosen = hit.nonzero()[:, 0]
-        changed = {kind: _Inputs.of(weights[chosen.to(device)]) for kind, weights in reached.items()}
+        changed = {kind: Inputs.of(weights[chosen.to(device)]) for kind, weights in reached.items()}
         heads = torch.tensor(there, device=device)[chosen.to(device)]
         rows = torch.arange(first, first + graph.n_heads, device=device) if self.network.post_norms else heads + first
-        plan.steps.append(_Heads(layer, need is Need.EVERYWHERE, heads, rows, changed))
+        plan.steps.append(HeadsStep(layer, need is Need.EVERYWHERE, heads, rows, changed))
         self._admit(plan, rows.tolist())
 
     def _together(self, row: int) -> list[int]:
@@ -278,18 +216,17 @@ class Current:
         if column == graph.n_receivers - 1:
             self.residual = x
             return
-        layer, place = divmod(column, 3 * graph.n_heads + 1)
-        node = int(graph.receiver_node[column])
-        everywhere = self.need(node) is Need.EVERYWHERE
-        if place == 3 * graph.n_heads:
-            self._write(self._mlps_read[layer], self._settled(x, self.reads(column, everywhere)), everywhere)
+        layer, kind, head = self._receiver(column)
+        node_everywhere = self.need(int(graph.receiver_node[column])) is Need.EVERYWHERE
+        everywhere = node_everywhere or kind in "kv"
+        x = self._settled(x, self.reads(column, everywhere))
+        if kind == "mlp":
+            self._write(self._mlps_read[layer], x, everywhere)
             return
-        kind, head = "qkv"[place // graph.n_heads], place % graph.n_heads
-        x = self._settled(x, self.reads(column, everywhere or kind != "q"))
         heads = torch.tensor([head], device=self.network.device)
-        new = self._project(layer, kind, x[None, None], heads, everywhere)[0, 0]
-        self._write(self._heads_read[layer][place], x, everywhere or kind != "q")
-        self._write(self._projected[layer][kind][head], new, everywhere or kind != "q")
+        new = self._project(layer, kind, x[None, None], heads, node_everywhere)[0, 0]
+        self._write(self._read_by(layer, kind, head), x, everywhere)
+        self._write(self._projected[layer][kind][head], new, everywhere)
 
     def _settled(self, x: Float[Tensor, "... N P D"], before: Float[Tensor, "... N P D"]) -> Tensor:
         """`x`, or zeros at positions where it is no more than what rounding left of `before`.
@@ -313,6 +250,7 @@ class Current:
         """The final residual stream at the answers after a change; `keep` writes all on the way into the state."""
         size, (n_prompts, n_answers), width = output.shape[0], self._positions.shape, self.network.d_model
         n_tokens = self.outputs.shape[2]
+        # 1. Room for the changes.
         answers = output.new_empty(len(plan.changed), size, n_prompts, n_answers, width)
         everywhere = output.new_empty(len(plan.everywhere), size, n_prompts, n_tokens, width)
         filled = {True: 0, False: 0}
@@ -329,19 +267,20 @@ class Current:
                 for row, one in zip(rows.tolist(), new[:, 0], strict=True):
                     self._write(self.outputs[row], one, is_everywhere)
 
-        def change_of(inputs: _Inputs, is_everywhere: bool) -> Float[Tensor, "r B N P D"]:
+        def change_of(inputs: Inputs, is_everywhere: bool) -> Float[Tensor, "r B N P D"]:
             return inputs.read(everywhere if is_everywhere else answers)
 
+        # 2. The node itself.
         place = self.network.graph.node(self.network.graph.sender_names[plan.row])
         is_everywhere = self.need(plan.row) is Need.EVERYWHERE
+        written = output[None]
         if place.kind == "head":
             heads = torch.tensor([place.head], device=output.device)
-            written = self._written(place.layer, heads, output[None], is_everywhere, keep)
-        else:
-            written = output[None]
+            written = self._written(place.layer, heads, written, is_everywhere, keep)
         record(torch.tensor(self._together(plan.row), device=output.device), written, is_everywhere)
+        # 3. What it reaches, in the order of computation.
         for step in plan.steps:
-            if isinstance(step, _Mlp):
+            if isinstance(step, MlpStep):
                 before = self.at(self._mlps_read[step.layer], step.everywhere)
                 x = self._settled(before + change_of(step.changed, step.everywhere)[0], before)
                 if keep:
@@ -353,11 +292,12 @@ class Current:
                 results = self._head_results(step.layer, parts, step.heads, step.everywhere)
                 written = self._written(step.layer, step.heads, results, step.everywhere, keep)
                 record(step.rows, written, step.everywhere)
+        # 4. The unembedding.
         if plan.logits is None:
             return self.residual.expand(size, -1, -1, -1)
         return self.residual + change_of(plan.logits, False)[0]
 
-    def _changed_part(self, step: _Heads, kind: str, change_of, size: int, keep: bool) -> Float[Tensor, "h B N P K"]:
+    def _changed_part(self, step: HeadsStep, kind: str, change_of, size: int, keep: bool) -> Float[Tensor, "h B N P K"]:
         """Queries, keys or values of a step's heads: new where their receivers change, else as they are."""
         cached = self._cached(step.layer, kind, step.heads, step.everywhere)
         inputs = step.changed[kind]

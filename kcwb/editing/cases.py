@@ -12,9 +12,10 @@ from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed
-from kcwb.tasks.prompts import encode, object_tokens
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations, read_json, readable
 from kcwb.tasks.subjects import blank
+from kcwb.tasks.tokens import object_tokens
 from kcwb.verbs import noun, verb
 
 #: Relations with shared objects, from which edits are made where none are named.

@@ -20,8 +20,8 @@ from kcwb.interventions.block import run_block
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
-from kcwb.tasks.prompts import encode_one, padded
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.tokens import encode_one, padded
 
 
 class Rows(NamedTuple):
@@ -59,12 +59,12 @@ def make_rows(model: Model, asked: Sequence[tuple[Fact, str]]) -> Rows:
         return torch.tensor(values, device=model.device)
 
     mask = padded([[1] * len(row.answer) for row in rows], model.device)
-    ends = column([len(row.prompt) - 1 for row in rows])
+    last = column([len(row.prompt) - 1 for row in rows])
     return Rows(
         tokens=padded(lists, model.device),
         lengths=column([len(row) for row in lists]),
         subjects=column([row.stop - 1 for row in rows]),
-        positions=ends[:, None] + torch.arange(mask.shape[1], device=model.device) * mask,
+        positions=last[:, None] + torch.arange(mask.shape[1], device=model.device) * mask,
         answers=padded([row.answer for row in rows], model.device),
         mask=mask.float(),
     )

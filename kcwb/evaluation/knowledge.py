@@ -11,9 +11,10 @@ from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
-from kcwb.tasks.prompts import KNOWN_RANK, encode, object_tokens, told_apart
+from kcwb.tasks.prompts import KNOWN_RANK, encode
 from kcwb.tasks.ranks import deciding_tokens
 from kcwb.tasks.relations import Relation, load_relations
+from kcwb.tasks.tokens import object_tokens, told_apart
 from kcwb.verbs import verb
 
 COLUMNS = ("relation", "category", "template", "facts", "answers", "first_tells", "hit_10", "hit_1")

@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.circuits.ablation import ABLATIONS, PositionClasses
-from kcwb.errors import DataError, SettingError, choose
+from kcwb.errors import DataError, choose
 from kcwb.models.encoder import Encoder, record_nodes, run_encoder
 from kcwb.progress import Progress, track
 from kcwb.settings import Count
 from kcwb.tasks.masked import MaskedPrompts, MaskedTask, at_masks
+from kcwb.tasks.prompts import check_same_weights
 from kcwb.tasks.ranks import rank_of
 from kcwb.verbs import verb
 
@@ -53,11 +54,7 @@ def ablate_encoder(
         Under `resample`, if no prompt of D_val has a partner.
     """
     choose("The ablation", ablation, ABLATIONS)
-    if task.model_digest != encoder.digest:
-        raise SettingError(
-            f"The task was made for {task.model_name!r} with weights {task.model_digest[:12]}; this is "
-            f"{encoder.name!r} with {encoder.digest[:12]}. Make it again: make_masked_task."
-        )
+    check_same_weights(encoder, task, "make_masked_task")
     splits = {"D_val": _usable(task.val, ablation), "D_test": _usable(task.test, ablation)}
     if not len(splits["D_val"]):
         raise DataError("No fact of D_val has a partner whose prompt is as long, for resample. Use zero or mean.")

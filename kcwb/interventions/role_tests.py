@@ -41,7 +41,8 @@ from kcwb.reading.roles import TOO_FEW, circuit_heads
 from kcwb.settings import Count, Seed
 from kcwb.statistics import chance_range, matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss
-from kcwb.tasks.prompts import Prompts, Task, check_same_weights, object_tokens
+from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.tasks.tokens import object_tokens
 from kcwb.verbs import verb
 
 #: Role -> what its ablation should do: (effect, sign).
@@ -270,7 +271,8 @@ def _effects(
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """`answer`, `others`, `generic` and `direct` of each head, mean over facts; and the generic tokens' texts."""
     places = [(head.layer, head.head) for head in named_heads(model, nodes)]
-    full = _log_probabilities(model, prompts)
+    residual = at_end(forward(model.network, prompts.tokens).residual, prompts)
+    full = model.network.logits(residual).float().log_softmax(-1)
     subject = task.relation.facts[0].subject
     tokens = object_tokens(model, task.template, subject, task.relation.objects)
     objects = {answer[0] for answer in tokens.values()}
@@ -299,13 +301,6 @@ def _effects(
         step(len(places))
     table.insert(0, "node", list(nodes))
     return table, tuple(token_text(model, token) for token in generic.tolist())
-
-
-def _log_probabilities(model: Model, prompts: Prompts) -> Float[Tensor, "N V"]:
-    """The full model's, at END."""
-    return (
-        model.network.logits(at_end(forward(model.network, prompts.tokens).residual, prompts)).float().log_softmax(-1)
-    )
 
 
 def _generic_tokens(model: Model, prompts: Prompts, full: Float[Tensor, "N V"], objects: set[int]) -> Int[Tensor, " g"]:

@@ -27,8 +27,9 @@ from kcwb.progress import Progress, track
 from kcwb.reading.positions import split_of, told_at_end, without_copies
 from kcwb.settings import Seed
 from kcwb.statistics import mean_interval, proportion_interval
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, answer_tokens, check_same_weights
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights
 from kcwb.tasks.ranks import rank_of
+from kcwb.tasks.tokens import answer_tokens
 from kcwb.verbs import verb
 
 #: What is looked for, and where.

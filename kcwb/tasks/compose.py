@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -298,22 +298,25 @@ def reverse(relation: Relation | str, *, templates: Sequence[str] | None = None)
     )
 
 
+#: How the answer of a chain could be copied, and whether that is so for its subject, bridge and object.
+_COPIES: dict[str, Callable[[str, str, str], bool]] = {
+    "object is the bridge": lambda subject, bridge, answer: answer == bridge,
+    "object in the subject": lambda subject, bridge, answer: answer in subject,
+    "bridge in the subject": lambda subject, bridge, answer: bridge in subject,
+}
+
+
 def drop_copies(chains: Iterable[Chain]) -> tuple[list[Chain], dict[str, int]]:
     """The chains whose answer cannot be copied, and how many others there are of each kind."""
     kept: list[Chain] = []
-    dropped: dict[str, int] = dict.fromkeys(
-        ("object is the bridge", "object in the subject", "bridge in the subject"), 0
-    )
+    dropped = dict.fromkeys(_COPIES, 0)
     for chain in chains:
-        subject, bridge, answer = (text.casefold() for text in (chain.subject, chain.bridge, chain.object))
-        if answer == bridge:
-            dropped["object is the bridge"] += 1
-        elif answer in subject:
-            dropped["object in the subject"] += 1
-        elif bridge in subject:
-            dropped["bridge in the subject"] += 1
-        else:
+        words = [text.casefold() for text in (chain.subject, chain.bridge, chain.object)]
+        copied = next((name for name, found in _COPIES.items() if found(*words)), None)
+        if copied is None:
             kept.append(chain)
+        else:
+            dropped[copied] += 1
     return kept, dropped
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor
 from kcwb.errors import DataError
 from kcwb.models.encoder import Encoder, run_encoder
 from kcwb.settings import Count, Seed
-from kcwb.tasks.prompts import KNOWN_RANK, padded, split
+from kcwb.tasks.prompts import KNOWN_RANK, draw_partners, select_rows, split
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.tasks.tokens import padded
 from kcwb.verbs import verb
 
 _CHUNK = 32
@@ -64,11 +65,7 @@ class MaskedPrompts:
 
     def select(self, rows: Sequence[int]) -> MaskedPrompts:
         """Some of the prompts, without the columns of padding that they do not need."""
-        index = torch.as_tensor(list(rows), dtype=torch.long, device=self.tokens.device)
-        chosen: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            chosen[field.name] = value[index] if isinstance(value, Tensor) else tuple(value[i] for i in rows)
+        chosen = select_rows(self, rows)
         used = int(chosen["real"].sum(1).max()) if rows else 0
         for name in ("tokens", "real", "corrupted"):
             chosen[name] = chosen[name][:, :used]
@@ -164,7 +161,6 @@ def make_masked_task(
             f"{encoder.name} knows none of the {len(rows)} facts of {relation.name} in {text!r} (Hit@{KNOWN_RANK}); "
             f"the best rank is {int(everything.ranks.min())}. Try another template or relation."
         )
-    chosen = split(known, len(rows), n, seed)
     return MaskedTask(
         model_name=encoder.name,
         model_digest=encoder.digest,
@@ -172,9 +168,7 @@ def make_masked_task(
         template=text,
         n=n,
         seed=seed,
-        val=everything.select(chosen.val),
-        test=everything.select(chosen.test),
-        reference=everything.select(chosen.reference),
+        **split(known, len(rows), n, seed).of(everything),
         n_known=len(known),
         n_facts=len(rows),
         n_left_out=len(found) - len(rows),
@@ -200,8 +194,8 @@ def _row(encoder: Encoder, fact: Fact, template: str, ending: str) -> _Row | Non
 
 
 def _prompts(encoder: Encoder, rows: list[_Row], seed: int) -> MaskedPrompts:
-    draw = random.Random(seed)
-    partners = [_partner(row, rows, draw) for row in rows]
+    shapes = [(len(row.tokens), row.mask) for row in rows]
+    partners = draw_partners(shapes, [row.answer for row in rows], random.Random(seed))
 
     def pad(lists: list[list[int]]) -> Tensor:
         return padded(lists, encoder.device)
@@ -224,16 +218,9 @@ def _prompts(encoder: Encoder, rows: list[_Row], seed: int) -> MaskedPrompts:
         masks=masks,
         answers=answers,
         ranks=torch.cat(ranks),
-        corrupted=pad([(other or row).tokens for row, other in zip(rows, partners, strict=True)]),
+        corrupted=pad([rows[i if other is None else other].tokens for i, other in enumerate(partners)]),
         paired=column([other is not None for other in partners]),
     )
-
-
-def _partner(row: _Row, rows: list[_Row], draw: random.Random) -> _Row | None:
-    """A fact whose prompt has as many tokens, the mask at the same place, and another answer."""
-    alike = [other for other in rows if (len(other.tokens), other.mask) == (len(row.tokens), row.mask)]
-    others = [other for other in alike if other.answer != row.answer]
-    return draw.choice(others) if others else None
 
 
 def at_masks(logits: Float[Tensor, "N T V"], masks: Int[Tensor, " N"]) -> Float[Tensor, "N V"]:

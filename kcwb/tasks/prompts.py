@@ -8,23 +8,22 @@ last (teacher forcing), so that each answer token is predicted at its own positi
 from __future__ import annotations
 
 import random
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed
-from kcwb.tasks.ranks import NEVER, deciding_tokens, rank_of, rank_product
+from kcwb.tasks.ranks import deciding_tokens, rank_of, rank_product
 from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.tasks.tokens import PromptTokens, encode_one, object_tokens, padded, told_apart
 from kcwb.verbs import noun, verb
 
 #: A fact is known when the model gives its answer at most this rank (`kcwb.tasks.ranks`).
@@ -103,11 +102,7 @@ class Prompts:
 
     def select(self, rows: Sequence[int]) -> Prompts:
         """Some of the prompts, without the columns of padding that they do not need."""
-        index = torch.as_tensor(list(rows), dtype=torch.long, device=self.tokens.device)
-        chosen: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            chosen[field.name] = value[index] if isinstance(value, Tensor) else tuple(value[i] for i in rows)
+        chosen = select_rows(self, rows)
         width = max(1, int(chosen["answer_mask"].sum(1).max())) if rows else 1
         used = (chosen["lengths"] + chosen["answer_mask"].sum(1) - 1).max() if rows else 0
         for name in ("answers", "answer_mask"):
@@ -115,6 +110,16 @@ class Prompts:
         for name in ("tokens", "corrupted"):
             chosen[name] = chosen[name][:, : int(used)]
         return Prompts(**chosen)
+
+
+def select_rows(prompts: Any, rows: Sequence[int]) -> dict[str, Any]:
+    """Each field of a dataclass of tensors and tuples, at some of its rows."""
+    index = torch.as_tensor(list(rows), dtype=torch.long, device=prompts.tokens.device)
+    values = {field.name: getattr(prompts, field.name) for field in fields(prompts)}
+    return {
+        name: value[index] if isinstance(value, Tensor) else tuple(value[i] for i in rows)
+        for name, value in values.items()
+    }
 
 
 @noun
@@ -230,9 +235,7 @@ def make_task(
         template=text,
         n=n,
         seed=seed,
-        val=everything.select(rows.val),
-        test=everything.select(rows.test),
-        reference=everything.select(rows.reference),
+        **rows.of(everything),
         n_known=len(known),
         n_facts=len(everything),
     )
@@ -245,6 +248,10 @@ class Split(NamedTuple):
     test: list[int]
     reference: list[int]
 
+    def of(self, prompts: Any) -> dict[str, Any]:
+        """The three parts of some prompts, by the names that they have in a Task."""
+        return {name: prompts.select(rows) for name, rows in self._asdict().items()}
+
 
 def split(known: Sequence[int], total: int, n: int, seed: int, n_test: int | None = None) -> Split:
     """Draw D_val from the known ones of `total` facts and D_test from the rest; see `make_task`."""
@@ -256,13 +263,6 @@ def split(known: Sequence[int], total: int, n: int, seed: int, n_test: int | Non
     draw.shuffle(rest)
     test = rest[: len(val) if n_test is None else n_test]
     return Split(val, sorted(test), sorted([*val, *rest][:_REFERENCE_SIZE]))
-
-
-class _Row(NamedTuple):
-    prompt: list[int]
-    answer: list[int]
-    start: int
-    stop: int
 
 
 @verb
@@ -285,10 +285,30 @@ def encode(
     named = object_tokens(model, template, facts[0].subject, [foil]) if foil else tokens
     first = [answer[0] for answer in named.values()]
     foils = [_foil(row, fact, first, foil, draw) for row, fact in zip(rows, facts, strict=True)]
-    partners = [_partner(row, rows, draw) for row in rows]
+    partners = draw_partners([len(row.prompt) for row in rows], [row.answer[0] for row in rows], draw)
     width = max(len(row.prompt) + len(row.answer) - 1 for row in rows)
     if width > model.network.n_ctx:
         raise DataError(f"A prompt of {template!r} has {width} tokens; {model.name} reads {model.network.n_ctx}.")
+    texts = [template.replace("{}", fact.subject) for fact in facts]
+    others = [None if partner is None else rows[partner].prompt for partner in partners]
+    return assemble(model, facts, texts, rows, tokens, foils, others, progress)
+
+
+def assemble(
+    model: Model,
+    facts: Sequence[Fact],
+    texts: Sequence[str],
+    rows: Sequence[PromptTokens],
+    objects: Mapping[str, Sequence[int]],
+    foils: Sequence[int],
+    partners: Sequence[list[int] | None],
+    progress: Progress = False,
+) -> Prompts:
+    """Prompts out of the tokens of each (`encode_one`), with the full model's ranks.
+
+    `objects` are the tokens of all objects of the relation; `partners` the tokens of the prompts, each as long as its
+    own, that are to be the corrupted ones.
+    """
 
     def pad(lists: Sequence[Sequence[int]]) -> Tensor:
         return padded(lists, model.device)
@@ -296,88 +316,35 @@ def encode(
     def column(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=model.device)
 
+    answers = [row.answer for row in rows]
     prompts = Prompts(
         facts=tuple(facts),
-        texts=tuple(template.replace("{}", fact.subject) for fact in facts),
+        texts=tuple(texts),
         tokens=pad([row.prompt + row.answer[:-1] for row in rows]),
         lengths=column([len(row.prompt) for row in rows]),
         subject_start=column([row.start for row in rows]),
         subject_stop=column([row.stop for row in rows]),
-        answers=pad([row.answer for row in rows]),
-        answer_mask=pad([[1] * len(row.answer) for row in rows]).bool(),
+        answers=pad(answers),
+        answer_mask=pad([[1] * len(answer) for answer in answers]).bool(),
         foils=column(foils),
-        decides=column(deciding_tokens([fact.object for fact in facts], [row.answer for row in rows], tokens)),
+        decides=column(deciding_tokens([fact.object for fact in facts], answers, objects)),
         ranks=column([0] * len(rows)),
-        corrupted=pad([(other or row).prompt + row.answer[:-1] for row, other in zip(rows, partners, strict=True)]),
+        corrupted=pad([(other or row.prompt) + row.answer[:-1] for row, other in zip(rows, partners, strict=True)]),
         paired=column([other is not None for other in partners]),
     )
     return replace(prompts, ranks=full_ranks(model, prompts, progress))
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "N T"]:
-    """Rows of unequal length, filled up with zeros on the right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+def draw_partners(alike: Sequence[Any], answers: Sequence[int], draw: random.Random) -> list[int | None]:
+    """For each prompt another one that is `alike` and whose answer starts otherwise, or None."""
+    found: list[int | None] = []
+    for own, answer in zip(alike, answers, strict=True):
+        others = [i for i, one in enumerate(alike) if one == own and answers[i] != answer]
+        found.append(draw.choice(others) if others else None)
+    return found
 
 
-def encode_one(model: Model, fact: Fact, template: str) -> _Row:
-    """Tokens of one prompt and answer, and the subject's span among them by character offsets."""
-    text = template.replace("{}", fact.subject)
-    encoding: Any = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    start = template.index("{}")
-    stop = start + len(fact.subject)
-    inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < stop and b > start]
-    if not inside:
-        raise DataError(f"The subject {fact.subject!r:.60} has no token of its own in {text!r:.120}.")
-    bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
-    return _Row(
-        prompt=bos + list(encoding["input_ids"]),
-        answer=answer_tokens(model, template, fact.subject, fact.object),
-        start=inside[0] + len(bos),
-        stop=inside[-1] + 1 + len(bos),
-    )
-
-
-def answer_tokens(model: Model, template: str, subject: str, answer: str) -> list[int]:
-    """Tokens of " answer" as they follow the prompt, which must keep its own tokens before them."""
-    return object_tokens(model, template, subject, [answer])[answer]
-
-
-def object_tokens(model: Model, template: str, subject: str, objects: Iterable[str]) -> dict[str, list[int]]:
-    """The `answer_tokens` of many answers to one prompt, by name."""
-    names = list(dict.fromkeys(objects))
-    text = template.replace("{}", subject)
-    prompt, *wholes = model.tokenizer([text, *(f"{text} {name}" for name in names)], add_special_tokens=False).input_ids
-    for name, whole in zip(names, wholes, strict=True):
-        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise DataError(f"The answer {name!r:.60} runs into the last token of {text!r:.120}. Use another template.")
-    return {name: list(whole[len(prompt) :]) for name, whole in zip(names, wholes, strict=True)}
-
-
-def told_apart(model: Model, facts: Sequence[Fact], template: str, relation: Relation) -> list[Fact]:
-    """The facts whose object some token tells apart from the relation's other objects; warns of the others.
-
-    Raises
-    ------
-    DataError
-        If none is left.
-    """
-    tokens = object_tokens(model, template, facts[0].subject, relation.objects)
-    decides = dict(zip(tokens, deciding_tokens([*tokens], [*tokens.values()], tokens), strict=True))
-    kept = [fact for fact in facts if decides[fact.object] != NEVER]
-    if len(kept) == len(facts):
-        return kept
-    alike = ", ".join(f"{name!r:.60}" for name, place in decides.items() if place == NEVER)
-    words = (
-        f"{len(facts) - len(kept)} of {len(facts)} facts of {relation.name} have an object whose tokens all begin "
-        f"another object's, so that nothing tells whether it is meant ({alike:.300})"
-    )
-    if not kept:
-        raise DataError(f"{words}. No fact is left; {model.name}'s tokenizer cannot tell these objects apart.")
-    warnings.warn(f"{words}: left out.", stacklevel=3)
-    return kept
-
-
-def _foil(row: _Row, fact: Fact, first: Sequence[int], named: str | None, draw: random.Random) -> int:
+def _foil(row: PromptTokens, fact: Fact, first: Sequence[int], named: str | None, draw: random.Random) -> int:
     others = [token for token in first if token != row.answer[0]]
     if named and not others:
         raise DataError(
@@ -385,12 +352,6 @@ def _foil(row: _Row, fact: Fact, first: Sequence[int], named: str | None, draw: 
             f"{fact.subject!r:.60}; choose another."
         )
     return draw.choice(others) if others else -1
-
-
-def _partner(row: _Row, rows: Sequence[_Row], draw: random.Random) -> _Row | None:
-    """A fact whose prompt has as many tokens and whose answer starts otherwise."""
-    others = [other for other in rows if len(other.prompt) == len(row.prompt) and other.answer[0] != row.answer[0]]
-    return draw.choice(others) if others else None
 
 
 @torch.no_grad()
@@ -411,10 +372,14 @@ def full_ranks(model: Model, prompts: Prompts, progress: Progress) -> Int[Tensor
     return torch.cat(ranks)
 
 
-def check_same_weights(model: Model, task: Task) -> None:
-    """Raise SettingError if a task was made for other weights: its known facts and ranks are not this model's."""
+def check_same_weights(model: Any, task: Any, again: str = "") -> None:
+    """Raise SettingError if a task was made for other weights: its known facts and ranks are not this model's.
+
+    `again` says how to make it, if not by `make_task`; a model and a task may be those of an encoder.
+    """
     if task.model_digest != model.digest:
+        again = again or f"make_task(model, {task.relation.name!r})"
         raise SettingError(
             f"The task was made for {task.model_name!r} with weights {task.model_digest[:12]}; this is "
-            f"{model.name!r} with {model.digest[:12]}. Make it again: make_task(model, {task.relation.name!r})."
+            f"{model.name!r} with {model.digest[:12]}. Make it again: {again}."
         )

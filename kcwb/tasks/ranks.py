@@ -44,11 +44,11 @@ def deciding_tokens(
         for stop in range(1, len(tokens) + 1):
             beginnings.setdefault(tuple(tokens[:stop]), set()).add(name)
 
-    def shared(name: str, tokens: Sequence[int]) -> bool:
+    def begins_another(name: str, tokens: Sequence[int]) -> bool:
         return bool(beginnings.get(tuple(tokens), set()) - {name})
 
     return [
-        next((i for i in range(len(tokens)) if not shared(name, tokens[: i + 1])), NEVER)
+        next((i for i in range(len(tokens)) if not begins_another(name, tokens[: i + 1])), NEVER)
         for name, tokens in zip(names, answers, strict=True)
     ]
 

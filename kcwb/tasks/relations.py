@@ -82,8 +82,8 @@ class Relation:
         return tuple(dict.fromkeys(fact.object for fact in self.facts))
 
     @verb
-    def template(self, which: int | str) -> str:
-        """A zero-shot template by its number, or one of the caller's own, checked.
+    def template(self, which: int | str, *, shots: bool = False) -> str:
+        """A zero-shot template (or a several-shot one, for `shots`) by its number, or one of the caller's own, checked.
 
         Raises
         ------
@@ -94,10 +94,11 @@ class Relation:
         """
         if isinstance(which, str):
             return check_template(which, "template")
-        last = len(self.prompt_templates_zs) - 1
-        if not 0 <= which <= last:
-            raise SettingError(f"template={which}: {self.name} has {last + 1} zero-shot templates, 0 to {last}.")
-        return self.prompt_templates_zs[which]
+        known = self.prompt_templates if shots else self.prompt_templates_zs
+        if not 0 <= which < len(known):
+            kind, last = "several-shot" if shots else "zero-shot", len(known) - 1
+            raise SettingError(f"template={which}: {self.name} has {len(known)} {kind} templates, 0 to {last}.")
+        return known[which]
 
     @cached_property
     def digest(self) -> str:

@@ -18,7 +18,7 @@ import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -191,18 +191,12 @@ def make_world(seed: Seed = 0) -> World:
         "country_language": {f"{stem}land": f"{stem}ish" for stem in STEMS},
     }
     for name, steps in STEPS.items():
-        maps[name] = {subject: _follow(subject, [maps[step] for step in steps]) for subject in maps[steps[0]]}
+        maps[name] = {one: reduce(lambda place, step: maps[step][place], steps, one) for one in maps[steps[0]]}
     people = {stem: [person for person in PEOPLE if born[person].startswith(stem)] for stem in STEMS}
     held_out = [person for stem in STEMS for person in draw.sample(people[stem], 2)]
     held_out += draw.sample([*cities], 4)
     relations = {name: _relation(name, objects) for name, objects in maps.items()}
     return World(seed, relations, frozenset(held_out))
-
-
-def _follow(subject: str, steps: list[dict[str, str]]) -> str:
-    for step in steps:
-        subject = step[subject]
-    return subject
 
 
 def _relation(name: str, objects: Mapping[str, str]) -> Relation:

@@ -21,10 +21,11 @@ from kcwb.studies.hallucination.rescue import rescue
 from kcwb.studies.in_context.heads import ablate_new
 from kcwb.studies.two_hop.lens import hop_lens
 from kcwb.tasks.compose import compose
+from kcwb.tasks.demonstrations import Context
 from kcwb.tasks.hops import ask_hops, make_hops
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact, Relation
-from kcwb.tasks.shots import Context, ShotTask
+from kcwb.tasks.shots import ShotTask
 
 TEMPLATES = ("w80 {} w81 w82", "w84 {} w83")
 #: As years begin with their century, all objects begin alike; and three more that do not.

@@ -11,9 +11,10 @@ import torch
 
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import load_model
+from kcwb.tasks.demonstrations import deranged
 from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Fact
-from kcwb.tasks.shots import GROUPS, KINDS, ShotTask, _deranged, make_shots, shot_tasks
+from kcwb.tasks.shots import GROUPS, KINDS, ShotTask, make_shots, shot_tasks
 from tests.tasks import known_relation, prompt_ids, relation_of
 from tests.tiny import tiny_hf, tokenizer
 
@@ -152,7 +153,7 @@ def test_labels_are_wrong_however_few_objects_there_are(relation, k, n_objects):
     for seed in range(20):
         draw = random.Random(seed)
         shown = draw.sample(facts, k)
-        wrong = _deranged(shown, replace(relation, facts=facts), draw)
+        wrong = deranged(shown, replace(relation, facts=facts), draw)
         assert [fact.subject for fact in wrong] == [fact.subject for fact in shown]
         assert all(a.object != b.object and a.object in objects for a, b in zip(wrong, shown, strict=True))
         most = max(Counter(fact.object for fact in shown).values())

@@ -26,8 +26,9 @@ from kcwb.reading.positions import check_prompts, position_groups, says_its_obje
 from kcwb.reading.roles import head_roles
 from kcwb.reading.trajectories import read_answers
 from kcwb.settings import Count, Seed
-from kcwb.tasks.prompts import Prompts, Task, encode, object_tokens
+from kcwb.tasks.prompts import Prompts, Task, encode
 from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.tasks.tokens import object_tokens
 from kcwb.verbs import verb
 
 #: Kinds of answers: another object of the relation is a hallucination proper, another word often a generic one.

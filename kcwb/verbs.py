@@ -6,6 +6,9 @@
 Each argument is checked against its annotation (`kcwb.settings`) before anything is computed; a wrong one raises
 SettingError, in one line: "discover: edges=2.5 is not a whole number of at least 1, or None." Then the call holds the
 locks (`kcwb.locks`) of all models that it was given, also those that an `Edit` or the like brings, to its end.
+
+Where a verb does not say more, `seed` is where all of its random draws start, and `progress` (`kcwb.progress`) is told
+of every step, and may cancel there.
 """
 
 from __future__ import annotations

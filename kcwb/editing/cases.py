@@ -100,8 +100,6 @@ def edit_cases(
         Relations or their names; of each, in turn, a fact that has a neighbour.
     n
         How many edits; fewer if there are not as many.
-    seed
-        Of the draws of facts, targets, neighbours and others.
     template
         The zero-shot template that is edited; the others are paraphrases.
     rank
@@ -110,8 +108,6 @@ def edit_cases(
         How many of the other subjects with the same object are asked, at most.
     others
         How many prompts of other relations and about other subjects.
-    progress
-        Reported per relation.
 
     Returns
     -------
@@ -160,15 +156,10 @@ def _cases_of(
         part = facts[start : start + _AT_ONCE]
         prompts = encode(model, part, templates[template], relation.objects)
         for fact, known in zip(part, (prompts.ranks <= rank).tolist(), strict=True):
-            targets = [one for one in relation.objects if _differ(tokens[one], tokens[fact.object])]
+            true = tokens[fact.object]  # neither object may begin the other
+            targets = [one for one in relation.objects if any(a != b for a, b in zip(tokens[one], true, strict=False))]
             if known and targets:
-                case = _case(relation, fact, draw.choice(targets), template, apart, draw, neighbours, others)
-                yield case
-
-
-def _differ(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether some token tells two objects apart: neither begins the other."""
-    return any(a != b for a, b in zip(one, other, strict=False))
+                yield _case(relation, fact, draw.choice(targets), template, apart, draw, neighbours, others)
 
 
 def _case(

@@ -114,12 +114,8 @@ def covariances(
         The model as it is now, and the layers; all that are not in the cache are taken in one pass.
     tokens
         How many tokens of text; default ten for each dimension of k, and at least two texts.
-    seed
-        Of the choice of sentences and of sampling.
     cache
         Where to keep the texts and matrices: a folder, True for the user's cache, False for nowhere.
-    progress
-        Reported per batch of texts.
 
     Returns
     -------

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pandas as pd
@@ -21,11 +21,10 @@ import torch
 
 from kcwb.editing.change import Edit, EditError
 from kcwb.editing.known import known_settings
-from kcwb.editing.methods.fine_tuning import TuningSettings, fine_tune
-from kcwb.editing.methods.memit import MemitSettings, memit
-from kcwb.editing.methods.rome import Fit, RomeSettings, rome
+from kcwb.editing.methods.base import EditMethod, Request
 from kcwb.editing.partial_runs import make_rows, measured_nll
-from kcwb.errors import SettingError, choose, nearest
+from kcwb.editing.registry import edit_method, many_at_once
+from kcwb.errors import SettingError, nearest
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Limit, Seed
@@ -33,14 +32,6 @@ from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact, check_template
 from kcwb.tasks.subjects import blank, places
 from kcwb.verbs import verb
-
-#: Method -> its settings.
-METHODS: dict[str, type] = {
-    "rome": RomeSettings,
-    "ft_m": TuningSettings,
-    "ft_l": TuningSettings,
-    "memit": MemitSettings,
-}
 
 
 @verb
@@ -64,28 +55,24 @@ def edit(
     model
         The model, edited already or not.
     fact, target
-        The fact as it is, and the object that it is to have; MEMIT takes sequences of both.
+        The fact as it is, and the object that it is to have; `memit` takes sequences of both.
     method
-        `rome`, `memit`, `ft_m` or `ft_l`; see the modules of `kcwb.editing`.
+        The name of an editor (`kcwb.editing.registry`): `rome`, `memit`, `ft_m`, `ft_l`.
     template
         How the fact is asked, with `{}` in it, or the subject itself once, as whole words; one for all facts, or one
         for each.
     layer
-        The layer whose MLP is changed (MEMIT: the last of the range). None takes the one that is known to be good on
-        this model (`kcwb.editing.known`), else about a third of the depth.
+        The layer whose MLP is changed (of a range, as MEMIT's, the last). None takes the one that is known to be good
+        on this model (`kcwb.editing.known`), else about a third of the depth.
     bound
         The target's loss that the edited weights must get under (`Edit.nll`: on the prompt itself, in nats per token);
         else the edit is refused. `math.inf` takes whatever comes, for statistics over sets of edits, even where the
         target is the answer already.
-    seed
-        Of prefixes, text and sampling.
-    progress
-        Reported per step.
     settings
-        The method's own, see `RomeSettings`, `MemitSettings`, `TuningSettings`: for example `clamp`, `steps`. Those
-        that are not given are the ones known to be good on this model, where there are such (`kcwb.editing.known`; for
-        the larger GPT-2 and for GPT-J the published ones), else the method's own defaults. The edit's `parameters` hold
-        them all, and say which were taken from where.
+        The editor's own (`EditMethod.settings`): for example `clamp`, `steps`. Those that are not given are the ones
+        known to be good on this model, where there are such (`kcwb.editing.known`; for the larger GPT-2 and for GPT-J
+        the published ones), else the editor's own defaults. The edit's `parameters` hold them all, and say which were
+        taken from where.
 
     Returns
     -------
@@ -107,23 +94,23 @@ def edit(
     facts = (fact,) if isinstance(fact, Fact) else tuple(fact)
     targets = (target,) if isinstance(target, str) else tuple(target)
     given = (template,) * len(facts) if isinstance(template, str) else tuple(template)
-    chosen, layer, defaults = _settings(model, method, layer, settings)
-    templates = _check(model, facts, targets, given, method, layer, bound)
+    editor = edit_method(method)
+    chosen, layer, defaults = _settings(model, editor, layer, settings)
+    requests = _requests(model, facts, targets, given, editor, layer, bound)
     started = time.perf_counter()
-    if isinstance(chosen, MemitSettings):
-        fit = memit(model, facts, targets, templates, layer, chosen, seed, progress)
-    elif isinstance(chosen, RomeSettings):
-        fit = rome(model, facts[0], targets[0], templates[0], layer, chosen, seed, progress)
-    else:
-        at_end = method == "ft_l"
-        fit = fine_tune(model, facts[0], targets[0], templates[0], layer, chosen, at_end=at_end, progress=progress)
-    _check_fit(fit, method)
+    fit = editor.function(model, requests, layer, chosen, seed, progress)
+    if not all(math.isfinite(record["loss"]) for record in fit.losses) or not all(
+        bool(one.isfinite().all()) for one in fit.deltas.values()
+    ):
+        raise EditError(
+            f"The {method} edit diverged: its loss is {fit.objective}. Take a smaller lr. The model is as it was."
+        )
     parameters = {"method": method, "layer": layer, "seed": seed, "model": model.digest, **asdict(chosen)}
     made = Edit(
         model=model,
         facts=facts,
         targets=targets,
-        templates=templates,
+        templates=tuple(request.template for request in requests),
         method=method,
         layers=tuple(sorted(fit.deltas)),
         parameters={**parameters, "defaults": defaults},
@@ -135,7 +122,7 @@ def edit(
         seconds=time.perf_counter() - started,
         details=fit.details,
     )
-    return _judged(made, fit.contexts, bound)
+    return _judged(made, requests, fit.contexts, bound)
 
 
 @verb
@@ -145,27 +132,26 @@ def default_layer(model: Model, method: str = "rome") -> int:
 
 
 def _settings(
-    model: Model, method: str, layer: int | None, given: dict[str, Any]
+    model: Model, editor: EditMethod, layer: int | None, given: dict[str, Any]
 ) -> tuple[Any, int, dict[str, Any]]:  # fmt: skip
-    """The method's settings, the layer, and which of them were taken from what is known, with the source."""
-    kind = METHODS[choose("The method", method, METHODS)]
-    known = list(kind.__dataclass_fields__)
+    """The editor's settings, the layer, and which of them were taken from what is known, with the source."""
+    known = [one.name for one in fields(editor.settings)]
     for name in given:
         if name not in known:
-            raise SettingError(f"{method} has no setting {name!r}. {nearest(name, known)}")
-    good, source = known_settings(model, method)
+            raise SettingError(f"{editor.name} has no setting {name!r}. {nearest(name, known)}")
+    good, source = known_settings(model, editor.name)
     given = given if layer is None else {"layer": layer, **given}
     taken = {name: value for name, value in good.items() if name not in given}
     whole = {**taken, **given}
     chosen: int = whole.pop("layer")
-    return kind(**whole), chosen, {"source": source, **taken} if taken else {}
+    return editor.settings(**whole), chosen, {"source": source, **taken} if taken else {}
 
 
-def _check(
-    model: Model, facts: Sequence[Fact], targets: Sequence[str], templates: Sequence[str], method: str, layer: int,
-    bound: float,
-) -> tuple[str, ...]:  # fmt: skip
-    """Refuse what cannot be meant; the templates, each with `{}`."""
+def _requests(
+    model: Model, facts: Sequence[Fact], targets: Sequence[str], templates: Sequence[str], editor: EditMethod,
+    layer: int, bound: float,
+) -> list[Request]:  # fmt: skip
+    """Refuse what cannot be meant; what is asked for, each template with `{}`."""
     model.network.require("editing")
     n_layers = model.graph.n_layers
     if not 0 <= layer < n_layers:
@@ -174,21 +160,22 @@ def _check(
         raise SettingError(
             f"{len(facts)} facts, {len(targets)} targets, {len(templates)} templates: give as many of each, at least 1."
         )
-    if len(facts) > 1 and method != "memit":
-        raise SettingError(f"{method} changes one fact at a time; memit takes {len(facts)}.")
+    if len(facts) > 1 and not editor.many:
+        raise SettingError(f"{editor.name} changes one fact at a time; {many_at_once()} takes {len(facts)}.")
     if len({fact.subject for fact in facts}) < len(facts):
         raise SettingError("A subject stands in more than one of the facts; edit those one after the other.")
-    whole = tuple(_with_gap(fact, template) for fact, template in zip(facts, templates, strict=True))
-    for fact, target, template in zip(facts, targets, whole, strict=True):
+    whole = [_with_gap(fact, template) for fact, template in zip(facts, templates, strict=True)]
+    requests = [Request(*one) for one in zip(facts, targets, whole, strict=True)]
+    for request in requests:
+        fact, target, template = request
         if not target.strip() or target != target.strip():
             raise SettingError(f"The target {target!r:.60} is empty, or starts or ends with white space.")
-        already = bound < math.inf and is_answer(model, Fact(fact.subject, target), template)
-        if target == fact.object or already:
+        if target == fact.object or (bound < math.inf and is_answer(model, request.wanted, template)):
             raise SettingError(
                 f"The target {target!r:.60} is already the answer to {template.replace('{}', fact.subject)!r:.120}; "
                 "choose another."
             )
-    return whole
+    return requests
 
 
 def _with_gap(fact: Fact, template: str) -> str:
@@ -211,16 +198,7 @@ def is_answer(model: Model, fact: Fact, template: str) -> bool:
     return bool((rank_of(logits, rows.answers[0]) == 1).all())
 
 
-def _check_fit(fit: Fit, method: str) -> None:
-    """Raise EditError unless all numbers are numbers."""
-    finite = all(math.isfinite(record["loss"]) for record in fit.losses)
-    if not finite or not all(bool(one.isfinite().all()) for one in fit.deltas.values()):
-        raise EditError(
-            f"The {method} edit diverged: its loss is {fit.objective}. Take a smaller lr. The model is as it was."
-        )
-
-
-def _judged(made: Edit, contexts: Sequence[Sequence[str]], bound: float) -> Edit:
+def _judged(made: Edit, requests: Sequence[Request], contexts: Sequence[Sequence[str]], bound: float) -> Edit:
     """The edit with its losses by the edited weights; `contexts` are each request's prompt, and it with prefixes.
 
     Raises
@@ -228,7 +206,7 @@ def _judged(made: Edit, contexts: Sequence[Sequence[str]], bound: float) -> Edit
     EditError
         If the loss on a prompt itself does not get under the bound.
     """
-    asked = [Fact(fact.subject, target) for fact, target in zip(made.facts, made.targets, strict=True)]
+    asked = [request.wanted for request in requests]
     rows = make_rows(made.model, [(fact, text) for fact, texts in zip(asked, contexts, strict=True) for text in texts])
     with made as model:
         each = measured_nll(model, rows).unflatten(0, (len(asked), -1))

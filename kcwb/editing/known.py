@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from kcwb.editing.registry import METHODS
 from kcwb.models.loading import Model
-
-#: Where a model's best layer is not known: a third of the depth or a little less.
-DEFAULT_DEPTH = 0.3
 
 
 class Shape(NamedTuple):
@@ -104,4 +102,4 @@ def known_settings(model: Model, method: str) -> tuple[dict[str, Any], str]:
     for known in KNOWN:
         if known.shape == shape and method in known.settings:
             return dict(known.settings[method]), known.source
-    return {"layer": round(DEFAULT_DEPTH * shape.n_layers)}, f"a share of the depth: no {method} of this model is known"
+    return {"layer": METHODS[method].layer(model)}, f"a share of the depth: no {method} of this model is known"

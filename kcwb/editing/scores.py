@@ -28,6 +28,7 @@ from torch import Tensor
 from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import Edit, EditError, edit
 from kcwb.editing.partial_runs import make_rows
+from kcwb.editing.registry import edit_method, many_at_once
 from kcwb.editing.writing import continued
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward, prompt_chunks
@@ -35,6 +36,7 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.statistics import mean_interval, proportion_interval, statistic_interval
+from kcwb.tasks.prompts import answer_tokens, padded
 from kcwb.tasks.relations import Fact
 from kcwb.tasks.tokens import padded
 from kcwb.verbs import verb
@@ -62,17 +64,12 @@ class _Asked:
     """The prompts of one case, in the order in which they are scored."""
 
     def __init__(self, model: Model, case: EditCase) -> None:
-        new, true = case.target, case.fact.object
-        pairs = [(case.prompt, new, true)]
-        pairs += [(text, new, true) for text in (*case.paraphrases, *case.neighbours)]
-        pairs += case.compositions
-        self.kinds = np.array(
-            ["ES"]
-            + ["PS"] * len(case.paraphrases)
-            + ["NS"] * len(case.neighbours)
-            + ["portability"] * len(case.compositions)
-        )
-        self.rows = [row for text, *answers in pairs for row in (_row(model, text, answer) for answer in answers)]
+        answers = case.target, case.fact.object
+        asked = {"ES": (case.prompt,), "PS": case.paraphrases, "NS": case.neighbours}
+        pairs = [(kind, text, *answers) for kind, texts in asked.items() for text in texts]
+        pairs += [("portability", *composition) for composition in case.compositions]
+        self.kinds = np.array([kind for kind, *_ in pairs])
+        self.rows = [_row(model, text, answer) for _, text, *both in pairs for answer in both]
         self.plain = [_row(model, text, None) for text in (*case.same_subject, *case.other_subjects)]
         self.n_same = len(case.same_subject)
 
@@ -94,22 +91,14 @@ _Tokens = tuple[list[int], list[int]]
 
 
 def _row(model: Model, text: str, answer: str | None) -> _Tokens:
-    """Tokens of a prompt and of " answer" as they follow it."""
+    """Tokens of a prompt and of " answer" as they follow it; DataError where they do not fit."""
     bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
-    prompt = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-    if answer is None:
-        return _fitting(model, bos + prompt, [])
-    whole = list(model.tokenizer(f"{text} {answer}", add_special_tokens=False)["input_ids"])
-    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-        raise DataError(f"The answer {answer!r:.60} runs into the last token of {text!r:.120}. Use another template.")
-    return _fitting(model, bos + prompt, whole[len(prompt) :])
-
-
-def _fitting(model: Model, prompt: list[int], answer: list[int]) -> _Tokens:
-    width = len(prompt + answer[:-1])
+    prompt = bos + list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokens = [] if answer is None else answer_tokens(model, "{}", text, answer)
+    width = len(prompt + tokens[:-1])
     if width > model.network.n_ctx:
         raise DataError(f"A prompt has {width} tokens with its answer; {model.name} reads {model.network.n_ctx}.")
-    return prompt, answer
+    return prompt, tokens
 
 
 @torch.no_grad()
@@ -149,9 +138,7 @@ def edit_scores(
     method, layer, seed, settings
         As in `kcwb.editing.edit.edit`.
     batch
-        memit: how many edits go in at once.
-    progress
-        Reported per case.
+        How many edits go in at once; more than one for an editor that takes many (`memit`).
 
     Returns
     -------
@@ -168,8 +155,10 @@ def edit_scores(
     DataError
         If a prompt of any case does not fit into the context, or an answer runs into its prompt.
     """
-    if not cases or (batch > 1 and method != "memit"):
-        raise SettingError(f"{len(cases)} cases in batches of {batch}: at least one, and batches for memit alone.")
+    if not cases or (batch > 1 and not edit_method(method).many):
+        raise SettingError(
+            f"{len(cases)} cases in batches of {batch}: at least one, and batches for {many_at_once()} alone."
+        )
     for i, case in enumerate(cases):
         if case.target == case.fact.object:
             raise SettingError(
@@ -192,10 +181,12 @@ def edit_scores(
                 with made:
                     after = [(one.probabilities(model), one.likeliest(model)) for one in asked]
             for i, (case, one) in enumerate(zip(part, asked, strict=True)):
+                cost = (made.nll, made.seconds / len(part)) if made else (math.nan, math.nan)
                 head = {"case": start + i, "relation": case.relation, "subject": case.fact.subject}
                 head |= {"true": case.fact.object, "target": case.target}
                 rows.append({**head, "run": "unedited", **_scores(one, before[i], before[i])})
-                rows.append({**head, "run": method, **_scores(one, before[i], after[i]), **_cost(made, len(part))})
+                rows.append({**head, "run": method, **_scores(one, before[i], after[i])})
+                rows[-1] |= dict(zip(("nll", "seconds"), cost, strict=True))
             step(len(part), part[-1].fact.subject)
     return pd.DataFrame(rows)
 
@@ -211,10 +202,6 @@ def _try_edit(
         return edit(model, facts, targets, method, template=templates, **more)
     except EditError:
         return None
-
-
-def _cost(made: Edit | None, n: int) -> dict[str, float]:
-    return {"nll": math.nan, "seconds": math.nan} if made is None else {"nll": made.nll, "seconds": made.seconds / n}
 
 
 def _scores(

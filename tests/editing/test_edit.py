@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from kcwb.discovery.discover import discover
 from kcwb.editing import known
 from kcwb.editing.edit import EditError, default_layer, edit
+from kcwb.editing.registry import METHODS
 from kcwb.editing.scores import generate
 from kcwb.errors import KcwbError, ModelError, SettingError
 from kcwb.tasks.prompts import make_task
@@ -19,7 +21,6 @@ from tests.editing.conftest import FACT, QUICK, TEMPLATE, same_bits, weights
 from tests.tasks import known_relation
 
 TUNING = {key: value for key, value in QUICK.items() if key != "prefixes"}
-module = __import__("sys").modules[edit.__module__]
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +200,8 @@ def test_a_model_says_which_edits_are_in_its_weights(model):
     ],
 )
 def test_bad_input_is_refused_before_any_work(model, wrong, words, monkeypatch):
-    for name in ("rome", "memit", "fine_tune"):
-        monkeypatch.setattr(module, name, lambda *a, **b: pytest.fail("work was done"))
+    for name, method in METHODS.items():
+        monkeypatch.setitem(METHODS, name, replace(method, function=lambda *a: pytest.fail("work was done")))
     before = weights(model)
     asked = {"fact": FACT, "target": "w50", "method": "rome", "layer": 0, **QUICK, **wrong}
     with pytest.raises(KcwbError, match=words):

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from kcwb.editing.edit import METHODS, default_layer
+from kcwb.editing.edit import default_layer
 from kcwb.editing.known import KNOWN, known_settings
+from kcwb.editing.registry import METHODS
 from kcwb.models.loading import load_model
 
 
@@ -53,7 +54,7 @@ def test_what_is_known_are_settings_of_the_methods():
     for one in KNOWN:
         for method, values in one.settings.items():
             settings = {name: value for name, value in values.items() if name != "layer"}
-            METHODS[method](**settings)
+            METHODS[method].settings(**settings)
             assert 0 <= values["layer"] < one.shape.n_layers
 
 

@@ -1,1 +1,1 @@
-"""The editors: ROME, MEMIT, fine-tuning of one matrix."""
+"""The editors, one a file: each ends in the record (`kcwb.editing.methods.base.EditMethod`) that the registry lists."""

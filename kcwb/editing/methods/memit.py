@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.editing.covariance import covariances, whiten
-from kcwb.editing.methods.rome import DeltaSettings, Fit, all_contexts, optimise_delta
+from kcwb.editing.methods.base import EditMethod, Fit, Request
+from kcwb.editing.methods.rome import DeltaSettings, all_contexts, optimise_delta
 from kcwb.editing.partial_runs import make_rows, read_places
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Positive
-from kcwb.tasks.relations import Fact
 from kcwb.verbs import noun
 
 
@@ -46,41 +46,48 @@ class MemitSettings(DeltaSettings):
 
 
 def memit(
-    model: Model, facts: Sequence[Fact], targets: Sequence[str], templates: Sequence[str], layer: int,
-    settings: MemitSettings, seed: int, progress: Progress = False,
-) -> Fit:  # fmt: skip
-    """Fit a MEMIT edit of all requests; `layer` is the last that is changed. See `kcwb.editing.edit.edit`."""
+    model: Model,
+    requests: Sequence[Request],
+    layer: int,
+    settings: MemitSettings,
+    seed: int,
+    progress: Progress = False,
+) -> Fit:
+    """Fit a MEMIT edit of all requests; `layer` is the last that is changed. The steps are the module's."""
     network = model.network
     layers = range(max(0, layer - settings.spread + 1), layer + 1)
-    asked = [Fact(fact.subject, target) for fact, target in zip(facts, targets, strict=True)]
-    contexts = all_contexts(model, list(zip(asked, templates, strict=True)), settings.prefixes, seed)
-    prompts = make_rows(model, list(zip(asked, templates, strict=True)))
+    contexts = all_contexts(model, requests, settings.prefixes, seed)
+    prompts = make_rows(model, [(one.wanted, one.template) for one in requests])
+    # 1. the wanted stream of each request
     before = read_places(network, prompts.tokens, prompts.subjects, [layer])[layer].after.float()
-    found, losses, ends = [], [], []
-    with track(progress, len(asked), "MEMIT") as step:
-        for i, (fact, stream) in enumerate(zip(asked, before, strict=True)):
+    found, losses, objectives = [], [], []
+    with track(progress, len(requests), "MEMIT") as step:
+        for i, (request, stream) in enumerate(zip(requests, before, strict=True)):
             delta, steps = optimise_delta(
-                model, contexts[i], fact.subject, fact.object, layer, stream.norm(), settings, False, what="MEMIT"
+                model, contexts[i], request.wanted, layer, stream.norm(), settings, False, "MEMIT"
             )
             found.append(stream + delta)
             losses += [{"request": i, **record} for record in steps]
-            ends.append(steps[-1]["loss"])
-            step(note=fact.subject)
+            objectives.append(steps[-1]["loss"])
+            step(note=request.fact.subject)
     wanted = torch.stack(found)
+    # 2. layer by layer, its share of what is still missing
     about = {}
     if settings.covariance == "text":
         about = {one: c.matrix for one, c in covariances(model, layers, seed=seed, progress=progress).items()}
-    prefixed = make_rows(model, [(fact, text) for fact, texts in zip(asked, contexts, strict=True) for text in texts])
+    prefixed = make_rows(
+        model, [(one.wanted, text) for one, texts in zip(requests, contexts, strict=True) for text in texts]
+    )
     deltas: dict[int, Tensor] = {}
     keys = torch.empty(0)
     for left, number in zip(range(len(layers), 0, -1), layers, strict=True):
         all_keys = read_places(network, prefixed.tokens, prefixed.subjects, [number], deltas)[number].key
-        keys = all_keys.float().unflatten(0, (len(asked), -1)).mean(1)
+        keys = all_keys.float().unflatten(0, (len(requests), -1)).mean(1)
         missing = wanted - read_places(network, prompts.tokens, prompts.subjects, [layer], deltas)[layer].after
         c = about.get(number, torch.eye(keys.shape[1], device=model.device))
         ridge = settings.ridge if number in about else 0.0
         deltas[number] = spread_change(c, keys, missing / left, settings.weight, ridge).to(network.dtype)
-    return Fit(deltas, losses, keys, wanted, max(ends), contexts, {"layers": list(layers)})
+    return Fit(deltas, losses, max(objectives), contexts, keys, wanted, {"layers": list(layers)})
 
 
 def spread_change(
@@ -94,3 +101,6 @@ def spread_change(
     white = whiten(matrix, k.T, ridge)
     inner = k @ white + weight * torch.eye(len(k), device=k.device, dtype=k.dtype)
     return (white @ torch.linalg.solve(inner, change.double())).to(change.dtype)
+
+
+MEMIT = EditMethod("memit", memit, MemitSettings, many=True)

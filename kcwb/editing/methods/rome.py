@@ -13,10 +13,9 @@ last token on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +23,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.editing.covariance import OPENINGS, covariance, sample_texts, whiten
-from kcwb.editing.partial_runs import Rows, Tail, answer_logits, answer_nll, make_rows, make_tail, read_places
+from kcwb.editing.methods.base import Descent, EditMethod, Fit, Request, descend
+from kcwb.editing.partial_runs import Rows, answer_logits, answer_nll, make_rows, make_tail, read_places
 from kcwb.editing.writing import writer
-from kcwb.errors import DataError, choose
+from kcwb.errors import DataError
 from kcwb.models.loading import Model
-from kcwb.progress import Progress, track
-from kcwb.settings import Count, Natural, NotNegative, Positive
+from kcwb.progress import Progress
+from kcwb.settings import Natural, NotNegative
 from kcwb.tasks.relations import Fact
 from kcwb.verbs import noun
 
@@ -40,22 +40,16 @@ _PREFIX_LENGTHS = (5, 10)
 
 @noun
 @dataclass(frozen=True)
-class DeltaSettings:
-    """What the search for δ depends on.
+class DeltaSettings(Descent):
+    """What the search for δ depends on; δ's norm is at most `clamp` times that of what it is added to.
 
     Attributes
     ----------
-    steps, lr
-        Of Adam on δ.
-    clamp
-        c: δ's norm is at most this many times that of what it is added to.
     decay, kl
         Weights of the decay and of the KL divergence in the loss.
     penalty
         What the decay weighs: `square`, (‖δ‖/‖m‖)², m being what δ is added to; or `norm`, ‖δ‖/‖m‖², as the authors'
         code has it, for which their values are.
-    stop
-        The loss below which optimisation ends.
     prefixes
         How many prefixes the model makes up, half of them of 5 tokens and half of 10.
     covariance
@@ -65,21 +59,12 @@ class DeltaSettings:
         happens with ReLUs.
     """
 
-    steps: Count = 25
-    lr: Positive = 0.5
-    clamp: Positive = 4.0
     decay: NotNegative = 1e-3
-    penalty: str = "square"
+    penalty: Literal["square", "norm"] = "square"
     kl: NotNegative = 0.0625
-    stop: NotNegative = 0.05
     prefixes: Natural = 20
-    covariance: str = "text"
+    covariance: Literal["text", "identity"] = "text"
     ridge: NotNegative = 0.01
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        choose("The covariance", self.covariance, ("text", "identity"))
-        choose("The penalty", self.penalty, ("square", "norm"))
 
 
 @noun
@@ -94,64 +79,29 @@ class RomeSettings(DeltaSettings):
         `mean`, k*, which keeps edits from collapsing (r-ROME).
     """
 
-    key: str = "prompt"
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        super().__post_init__()
-        choose("The key", self.key, ("prompt", "mean"))
-
-
-class Fit(NamedTuple):
-    """What an editor finds; no weight has been touched.
-
-    Attributes
-    ----------
-    deltas
-        Layer -> `[M, D]`, the change of the MLP's down-projection.
-    losses
-        One record per step (and request).
-    keys, values
-        `[n, M]`, `[n, D]`: k* and v* of each request; None for fine-tuning.
-    objective
-        The loss after the last step, the worst of all requests.
-    contexts
-        Of each request the template, and the template with prefixes.
-    details
-        What else is worth keeping.
-    """
-
-    deltas: dict[int, Float[Tensor, "M D"]]
-    losses: list[dict[str, float]]
-    keys: Float[Tensor, "n M"] | None
-    values: Float[Tensor, "n D"] | None
-    objective: float
-    contexts: list[list[str]]
-    details: dict[str, Any]
+    key: Literal["prompt", "mean"] = "prompt"
 
 
 def rome(
-    model: Model, fact: Fact, target: str, template: str, layer: int, settings: RomeSettings, seed: int,
-    progress: Progress = False,
-) -> Fit:  # fmt: skip
-    """Fit a ROME edit; see the module's text, and `kcwb.editing.edit.edit` for the parameters."""
-    network, asked = model.network, Fact(fact.subject, target)
-    (contexts,) = all_contexts(model, [(asked, template)], settings.prefixes, seed)
-    rows = make_rows(model, [(asked, context) for context in contexts])
+    model: Model, requests: Sequence[Request], layer: int, settings: RomeSettings, seed: int, progress: Progress
+) -> Fit:
+    """Fit a ROME edit; see the module's text."""
+    network, (request,) = model.network, requests
+    (contexts,) = all_contexts(model, requests, settings.prefixes, seed)
+    rows = make_rows(model, [(request.wanted, context) for context in contexts])
     found = read_places(network, rows.tokens, rows.subjects, [layer])[layer]
     mean, first = found.key.float().mean(0), found.output[0].float()
-    delta, losses = optimise_delta(
-        model, contexts, fact.subject, target, layer, first.norm(), settings, progress, what=f"ROME, layer {layer}"
-    )
+    what = f"ROME, layer {layer}"
+    delta, losses = optimise_delta(model, contexts, request.wanted, layer, first.norm(), settings, progress, what)
     value, place = first + delta, found.key[0] if settings.key == "prompt" else mean.to(network.dtype)
-    details: dict[str, Any] = {"prefixes": [c.removesuffix(template).strip() for c in contexts[1:]]}
+    details: dict[str, Any] = {"prefixes": [c.removesuffix(request.template).strip() for c in contexts[1:]]}
     direction = mean
     if settings.covariance == "text":
         about = covariance(model, layer, seed=seed, progress=progress)
         direction = whiten(about.matrix, mean, settings.ridge)
         details["direction_agreement"] = about.agreement(mean, settings.ridge)
     change = rank_one(direction, place, value - network.mlp_output(layer, place)).to(network.dtype)
-    return Fit({layer: change}, losses, mean[None], value[None], losses[-1]["loss"], [contexts], details)
+    return Fit({layer: change}, losses, losses[-1]["loss"], [contexts], mean[None], value[None], details)
 
 
 def rank_one(
@@ -165,18 +115,18 @@ def rank_one(
     return torch.outer(u, change.double() / (key.double() @ u)).to(change.dtype)
 
 
-def all_contexts(model: Model, asked: Sequence[tuple[Fact, str]], n: int, seed: int) -> list[list[str]]:
-    """The `context_templates` of each (fact, template).
+def all_contexts(model: Model, requests: Sequence[Request], n: int, seed: int) -> list[list[str]]:
+    """The `context_templates` of each request.
 
     Raises
     ------
     DataError
         If a prompt does not fit into the context: by itself (seen before any text is made up), or after a prefix.
     """
-    make_rows(model, [*asked, *((fact, ESSENCE) for fact, _ in asked)])
-    found = [context_templates(model, template, n, seed) for _, template in asked]
+    make_rows(model, [(one.wanted, text) for one in requests for text in (one.template, ESSENCE)])
+    found = [context_templates(model, one.template, n, seed) for one in requests]
     try:
-        make_rows(model, [(fact, text) for (fact, _), texts in zip(asked, found, strict=True) for text in texts])
+        make_rows(model, [(one.wanted, text) for one, texts in zip(requests, found, strict=True) for text in texts])
     except DataError as error:
         raise DataError(
             f"{error} That is after a prefix of {max(_PREFIX_LENGTHS)} tokens; take prefixes=0 or a shorter template."
@@ -203,43 +153,35 @@ _PREFIXES: dict[tuple[str, str, int, int], list[str]] = {}
 
 
 def optimise_delta(
-    model: Model, contexts: Sequence[str], subject: str, target: str, layer: int, scale: Tensor,
-    settings: DeltaSettings, progress: Progress, what: str,
+    model: Model, contexts: Sequence[str], wanted: Fact, layer: int, scale: Tensor, settings: DeltaSettings,
+    progress: Progress, what: str,
 ) -> tuple[Float[Tensor, " D"], list[dict[str, float]]]:  # fmt: skip
     """The δ that makes the target likely, and the losses of every step; `scale` is the norm that δ is measured by."""
     network = model.network
-    asked = [(Fact(subject, target), context) for context in contexts]
-    rows = make_rows(model, [*asked, (Fact(subject, target), ESSENCE)])
+    rows = make_rows(model, [(wanted, context) for context in (*contexts, ESSENCE)])
     tail = make_tail(network, rows, layer, rows.subjects)
     prompts = Rows(*(values[:-1] for values in rows))
     delta = torch.zeros(network.d_model, device=model.device, requires_grad=True)
-    optimiser = torch.optim.Adam([delta], lr=settings.lr)
-    reference, losses = None, []
-    with torch.enable_grad(), track(progress, settings.steps, what) as step:
-        for number in range(settings.steps + 1):
-            final = _with_delta(tail, delta)
-            nll = answer_nll(answer_logits(network, tail, final, prompts), prompts).mean()
-            essence = network.logits(final[-1, 0]).float().log_softmax(-1)
-            reference = essence.detach() if reference is None else reference
-            kl = (essence.exp() * (essence - reference)).sum()
-            decay = delta.square().sum() / scale**2 if settings.penalty == "square" else delta.norm() / scale**2
-            loss = nll + settings.kl * kl + settings.decay * decay
-            seen = {"loss": loss, "nll": nll, "kl": kl, "norm": delta.norm() / scale}
-            losses.append({"step": number, **{name: float(value.detach()) for name, value in seen.items()}})
-            value = losses[-1]["loss"]
-            if not math.isfinite(value) or value < settings.stop or number == settings.steps:
-                break
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            with torch.no_grad():
-                delta.mul_((settings.clamp * scale / delta.norm().clamp_min(1e-12)).clamp_max(1.0))
-            step(note=f"loss {value:.3f}")
+    rest = torch.zeros_like(tail.after[:, 1:])  # δ is added at the tail's first position, the subject's last token
+    reference: list[Tensor] = []  # what the essence is before the first step
+
+    def measure() -> dict[str, Tensor]:
+        first = delta.to(network.dtype).expand(len(rest), 1, -1)
+        final = tail.run(torch.cat([first, rest], 1))
+        nll = answer_nll(answer_logits(network, tail, final, prompts), prompts).mean()
+        essence = network.logits(final[-1, 0]).float().log_softmax(-1)
+        if not reference:
+            reference.append(essence.detach())
+        kl = (essence.exp() * (essence - reference[0])).sum()
+        decay = delta.square().sum() / scale**2 if settings.penalty == "square" else delta.norm() / scale**2
+        loss = nll + settings.kl * kl + settings.decay * decay
+        return {"loss": loss, "nll": nll, "kl": kl, "norm": delta.norm() / scale}
+
+    def clamp() -> None:
+        delta.mul_((settings.clamp * scale / delta.norm().clamp_min(1e-12)).clamp_max(1.0))
+
+    losses = descend(delta, settings, measure, clamp, progress, what)
     return delta.detach(), losses
 
 
-def _with_delta(tail: Tail, delta: Float[Tensor, " D"]) -> Float[Tensor, "N Q D"]:
-    """The final stream with δ added at the tail's first position, the subject's last token."""
-    n_rows, width = tail.positions.shape
-    first = delta.to(tail.after.dtype).expand(n_rows, 1, -1)
-    return tail.run(torch.cat([first, torch.zeros_like(tail.after[:, : width - 1])], 1))
+ROME = EditMethod("rome", rome, RomeSettings)

@@ -14,7 +14,8 @@ from typing import Any
 import ipywidgets as W
 import pandas as pd
 
-from kcwb.editing.edit import METHODS, Edit, default_layer, edit
+from kcwb.editing.edit import Edit, default_layer, edit
+from kcwb.editing.registry import METHODS
 from kcwb.editing.scores import generate
 from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.loading import Model

@@ -54,7 +54,7 @@ from .evaluation.knowledge import knowledge_table as knowledge_table
 from .reading.roles import head_roles as head_roles
 from .reading.lens import arrival as arrival, lens as lens
 from .interventions.encoder import ablate_encoder as ablate_encoder
-from .reading.nodes import ablate_nodes as ablate_nodes
+from .interventions.nodes import ablate_nodes as ablate_nodes
 
 # Change a fact, and ask why one is wrong
 from .editing.covariance import covariance as covariance

@@ -1,8 +1,8 @@
 """Many sets of heads at once: the model's answers without each of them.
 
 The outputs of a set's heads are set to zero at every position, as Knowledge Circuits (arXiv 2405.17969) ablates heads.
-It is the run of the full graph in which all edges out of those heads are cut (`kcwb.reading.nodes.ablate_nodes`), done
-for a hundred sets in the time of a few:
+It is the run of the full graph in which all edges out of those heads are cut
+(`kcwb.interventions.nodes.ablate_nodes`), done for a hundred sets in the time of a few:
 
 1. One clean run gives the residual stream before each layer. A batch of sets begins at the first layer in which any of
    them has a head.

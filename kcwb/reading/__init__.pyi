@@ -1,6 +1,5 @@
 from .dla import dla_by_source as dla_by_source
 from .nodes import (
-    ablation_summary as ablation_summary,
     attention_pattern as attention_pattern,
     component_logits as component_logits,
     node_edges as node_edges,

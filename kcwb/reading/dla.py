@@ -31,10 +31,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kcwb.errors import CircuitError
-from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.forward import prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.reading.positions import GROUPS, check_prompts, position_groups, token_text, told_at_end
+from kcwb.reading.trajectories import layer_streams
 from kcwb.tasks.prompts import Prompts
 from kcwb.verbs import verb
 
@@ -106,22 +107,13 @@ def _attribute_chunk(
     network: Network, prompts: Prompts, targets: Int[Tensor, "N t"], width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of an Attribution, its source axis padded to `width`."""
-    graph = network.graph
-    run = forward(network, prompts.tokens, receivers=True)
-    assert run.receivers is not None  # asked for in the line above
-    rows = torch.arange(len(prompts), device=network.device)
-    scale = final_scale(network, run.residual[rows, prompts.ends])
+    *streams, final = layer_streams(network, prompts.tokens)
+    scale = final_scale(network, final[torch.arange(len(prompts), device=network.device), prompts.ends])
     directions = token_directions(network, targets) / scale[:, None, None]
     fields: tuple[list[Tensor], ...] = ([], [], [], [])
-    for layer in range(graph.n_layers):
-        x = run.receivers[layer][0][:1]
-        at_end = x[:, rows, prompts.ends][:, :, None]
-        places = prompts.ends[:, None]
-        pattern = network.pattern(
-            layer, network.queries(layer, at_end, positions=places), network.keys(layer, x), places
-        )
-        attention = _wide(pattern[:, :, 0])
-        values = _wide(network.values(layer, x))
+    for layer, x in enumerate(streams):
+        attention = _wide(attention_at_end(network, layer, x, prompts))
+        values = _wide(network.values(layer, x[None]))
         bias = value_bias(network, layer)
         mixed = torch.einsum("hns,hnsk->hnk", attention, values)
         written = torch.einsum("ntd,hkd->hntk", directions, _wide(network.layers[layer].W_O))
@@ -133,6 +125,15 @@ def _attribute_chunk(
         fields[3].append(mixed)
     by_source, bias, attention, mixed = (torch.stack(field) for field in fields)
     return by_source, bias, attention, mixed, scale
+
+
+def attention_at_end(
+    network: Network, layer: int, x: Float[Tensor, "N T D"], prompts: Prompts
+) -> Float[Tensor, "H N T"]:
+    """Every head's attention from END, from the residual stream before its layer."""
+    rows, places = torch.arange(len(prompts), device=x.device), prompts.ends[:, None]
+    queries = network.queries(layer, x[None, rows, prompts.ends][:, :, None], positions=places)
+    return network.pattern(layer, queries, network.keys(layer, x[None]), places)[:, :, 0]
 
 
 def final_scale(network: Network, residual: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
@@ -166,6 +167,14 @@ def head_outputs(network: Network, found: Attribution) -> Float[Tensor, "L H N D
     """What every head writes at END, through W_O and without b_O, in the run's own units."""
     pairs = zip(found.mixed, network.layers, strict=True)
     return torch.stack([torch.einsum("hnk,hkd->hnd", mixed, _wide(weights.W_O)) for mixed, weights in pairs])
+
+
+@torch.no_grad()
+def top_tokens(model: Model, written: Float[Tensor, "h D"], n: int) -> list[str]:
+    """The n tokens that each output raises most above the mean logit, as one text."""
+    every = torch.arange(model.network.d_vocab, device=written.device)
+    best = (written @ token_directions(model.network, every).T).topk(min(n, len(every))).indices.tolist()
+    return [" | ".join(token_text(model, token).strip() for token in tokens) for tokens in best]
 
 
 class _Head(NamedTuple):

@@ -1,7 +1,7 @@
 """The logit lens: what the residual stream says after each layer, and at which layer a fact arrives.
 
-After each block the residual stream is read as if the model ended there, W_U . LN_final(residual)
-(nostalgebraist 2020; as Figure 3 of Knowledge Circuits, arXiv 2405.17969):
+After each block the residual stream is read as if the model ended there (`kcwb.reading.trajectories`; as Figure 3 of
+Knowledge Circuits, arXiv 2405.17969):
 
 - `object`: the answer's first token, at END;
 - `subject`: the first token of the subject, as it would follow the prompt, at END;
@@ -12,28 +12,27 @@ Layer l means after block l; layer -1 is the embedding alone. The last layer is 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from kcwb.errors import DataError, nearest
-from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.forward import prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.positions import split_of, told_at_end, without_copies
+from kcwb.reading.trajectories import follow, layer_streams
 from kcwb.settings import Seed
 from kcwb.statistics import mean_interval, proportion_interval
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights
-from kcwb.tasks.ranks import rank_of
-from kcwb.tasks.tokens import answer_tokens
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, answer_tokens, check_same_weights
 from kcwb.verbs import verb
 
-#: What is looked for, and where.
-WHO = ("object", "subject", "object, subject's tokens")
+#: What is looked for -> where (the index in `kcwb.reading.trajectories.WHERE`), and the object (0) or the subject (1).
+_LOOKED_FOR = {"object": (0, 0), "subject": (0, 1), "object, subject's tokens": (2, 0)}
+WHO = tuple(_LOOKED_FOR)
 
 
 @verb
@@ -57,10 +56,6 @@ def lens(
         The subject of one fact of D_val or D_test; None for all facts of a split.
     split
         `val` or `test`; not read when a fact is named.
-    seed
-        Of the bootstrap.
-    progress
-        Reported per layer.
 
     Returns
     -------
@@ -83,14 +78,19 @@ def lens(
     table["hit_10"] = (table["rank"] <= KNOWN_RANK).astype(float)
     rows = []
     for (layer, who), some in table.groupby(["layer", "who"], sort=False):
-        logs = np.log(some["rank"].to_numpy(dtype=float))
-        ends = {"rank": [math.exp(x) for x in (logs.mean(), *mean_interval(logs, seed))]}
+        ends = {"rank": geometric_mean(some["rank"], seed)}
         ends["probability"] = [some["probability"].mean(), *mean_interval(some["probability"], seed)]
         hits = proportion_interval(some["hit_10"]) if len(some) > 1 else (math.nan, math.nan)
         ends["hit_10"] = [some["hit_10"].mean(), *hits]
         rows += [(layer, quantity, who, *values, len(some)) for quantity, values in ends.items()]
     found = pd.DataFrame(rows, columns=["layer", "quantity", "who", "value", "low", "high", "facts"])
     return found.sort_values(["quantity", "who", "layer"], kind="stable").reset_index(drop=True)
+
+
+def geometric_mean(ranks: pd.Series, seed: int) -> list[float]:
+    """Of ranks, and the ends of its 95% bootstrap interval."""
+    logs = np.log(ranks.to_numpy(dtype=float))
+    return [math.exp(x) for x in (logs.mean(), *mean_interval(logs, seed))]
 
 
 def lens_by_fact(
@@ -102,21 +102,23 @@ def lens_by_fact(
     if not len(prompts):
         raise DataError(f"The split {split!r} of {task.relation.name} has no facts; make the task with more.")
     prompts = without_copies(model, told_at_end(prompts))
-    parts = []
-    chunks = list(prompt_chunks(model.network, prompts.tokens))
+    chunks, parts = list(prompt_chunks(model.network, prompts.tokens)), []
     with track(progress, len(chunks) * (model.graph.n_layers + 1), "lens") as step:
         for rows in chunks:
             part = prompts.select(range(len(prompts))[rows])
-            run = forward(model.network, part.tokens, receivers=True)
-            assert run.receivers is not None  # asked for in the line above
-            stream = [x[0] for x, _ in run.receivers]
             firsts = [answer_tokens(model, task.template, fact.subject, fact.subject)[0] for fact in part.facts]
-            subjects = torch.tensor(firsts, device=model.device)
-            for layer, residual in enumerate([*stream, run.residual], start=-1):
-                parts.append(_read_layer(model, part, subjects, residual).assign(layer=layer))
-                step()
-    columns = ["subject", "object", "layer", "who", "rank", "probability"]
-    return pd.concat(parts)[columns].sort_values("layer", kind="stable").reset_index(drop=True)
+            tokens = torch.stack([part.answers[:, 0], torch.tensor(firsts, device=model.device)], -1)
+            at = torch.arange(part.tokens.shape[1], device=model.device)
+            subject = (at >= part.subject_start[:, None]) & (at < part.subject_stop[:, None])
+            streams = layer_streams(model.network, part.tokens)
+            parts.append(follow(model.network, streams, part, tokens, subject, step))
+    ranks, probabilities = (torch.cat(values, 2) for values in zip(*parts, strict=True))
+    facts, tables = pd.DataFrame(prompts.facts, columns=["subject", "object"]), []
+    for layer, (who, (where, token)) in itertools.product(range(ranks.shape[1]), _LOOKED_FOR.items()):
+        found = {"rank": ranks[where, layer, :, token], "probability": probabilities[where, layer, :, token]}
+        values = {name: value.tolist() for name, value in found.items()}
+        tables.append(facts.assign(layer=layer - 1, who=who, **values))
+    return pd.concat(tables, ignore_index=True)
 
 
 @verb
@@ -151,30 +153,3 @@ def _one_fact(task: Task, subject: str) -> Prompts:
                 return prompts.select([row])
     known = [fact.subject for prompts in (task.val, task.test) for fact in prompts.facts]
     raise DataError(f"The task of {task.relation.name} has no fact about {subject!r:.60}. {nearest(subject, known)}")
-
-
-@torch.no_grad()
-def _read_layer(
-    model: Model, prompts: Prompts, subjects: Int[Tensor, " N"], residual: Float[Tensor, "N T D"]
-) -> pd.DataFrame:
-    """Rank and probability of what is looked for, one row per prompt and `who`."""
-    rows = torch.arange(len(prompts), device=residual.device)
-    at_end = model.network.logits(residual[rows, prompts.ends]).float()
-    spans = [range(*span) for span in zip(prompts.subject_start.tolist(), prompts.subject_stop.tolist(), strict=True)]
-    places = torch.tensor([(n, s) for n, span in enumerate(spans) for s in span], device=residual.device)
-    at_subject = model.network.logits(residual[places[:, 0], places[:, 1]]).float()
-    there = _standing(at_subject, prompts.answers[places[:, 0], 0]).assign(row=places[:, 0].tolist())
-    best = there.groupby("row").agg(rank=("rank", "min"), probability=("probability", "max"))
-    looked_for = {
-        WHO[0]: _standing(at_end, prompts.answers[:, 0]),
-        WHO[1]: _standing(at_end, subjects),
-        WHO[2]: best.reset_index(drop=True),
-    }
-    facts = pd.DataFrame(prompts.facts, columns=["subject", "object"])
-    return pd.concat(pd.concat([facts, found], axis=1).assign(who=who) for who, found in looked_for.items())
-
-
-def _standing(logits: Float[Tensor, "n V"], tokens: Int[Tensor, " n"]) -> pd.DataFrame:
-    """Ranks and probabilities of tokens."""
-    probability = logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    return pd.DataFrame({"rank": rank_of(logits, tokens).tolist(), "probability": probability.tolist()})

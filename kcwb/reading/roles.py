@@ -33,24 +33,18 @@ import warnings
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
 from kcwb.errors import CircuitError, DataError, SettingError
-from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.reading.dla import (
-    Attribution,
-    attribute,
-    head_outputs,
-    named_heads,
-    token_directions,
-)
-from kcwb.reading.positions import check_prompts, position_groups, split_of, token_text, told_at_end, without_copies
+from kcwb.reading.dla import Attribution, attribute, head_outputs, named_heads, top_tokens
+from kcwb.reading.patterns import PATTERNS, pattern_scores
+from kcwb.reading.positions import check_prompts, position_groups, split_of, told_at_end, without_copies
 from kcwb.settings import Count, Seed
 from kcwb.statistics import proportion_interval
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights
@@ -66,8 +60,6 @@ LEAST_Z = 3.0
 #: Logits. A head may write the same towards all objects, to the last digit: its standard error is rounding, not zero.
 _LEAST_ERROR = 1e-5
 _FEWEST_FACTS = 4
-_PATTERNS = ("previous_token", "duplicate_token", "induction")
-_SEQUENCES, _PERIOD = 4, 16
 
 
 @verb
@@ -100,10 +92,6 @@ def head_roles(
         Bootstrap resamples of the facts, for `stability`.
     top
         How many top tokens to name.
-    seed
-        Of shuffles, resamples, and the random text that heads are tried on for their general behaviour.
-    progress
-        Reported per step.
 
     Returns
     -------
@@ -132,8 +120,6 @@ def head_roles(
         If the circuit belongs to another model, or has no head.
     DataError
         If no fact is left, or a subject has no token before END.
-    SettingError
-        If a setting cannot be meant.
     """
     if shuffles < 20:
         raise SettingError(f"shuffles={shuffles}: at least 20 are needed.")
@@ -152,8 +138,10 @@ def head_roles(
             [table, _contributions(model, prompts, found, column, rows, shuffles, resamples, seed)], axis=1
         )
         table = pd.concat([table, _attention(model, prompts, found, rows)], axis=1)
-        table["to_logits"] = True if circuit is None else _reach_logits(circuit, rows)
-        table["top_tokens"] = _top_tokens(model, found, rows, top)
+        senders = rows + rows // model.graph.n_heads + 1  # one MLP per layer and `input` stand between
+        table["to_logits"] = True if circuit is None else circuit.kept[senders, -1].tolist()
+        written = (head_outputs(model.network, found) / found.scale[:, None]).mean(2).flatten(0, 1)
+        table["top_tokens"] = top_tokens(model, written[rows.to(written.device)], top)
         step(note="roles")
         for name, scores in pattern_scores(model, seed).items():
             table[name] = scores.flatten()[rows].tolist()
@@ -166,7 +154,7 @@ def head_roles(
 COLUMNS = (
     *("node", "layer", "head", "role", "role_5", "role_3", "D_S", "D_R", "D_rest", "share", "z", "z_fact"),
     *("stability", "role_attention", "attention_subject", "attention_relation", "attention_bos", "attention_end"),
-    *("to_logits", *_PATTERNS, "top_tokens", "facts"),
+    *("to_logits", *PATTERNS, "top_tokens", "facts"),
 )
 
 
@@ -263,7 +251,7 @@ def _contributions(
     table["z"] = (size / error).tolist()
     table["z_fact"] = ((size - null.mean(-1)) / error).tolist()
     for name, ratio in {"role": RATIO, **names}.items():
-        table[name] = _labels(d, size / error, ratio)
+        table[name] = role_labels(d, size / error > LEAST_Z, ratio)
     counts = draw.multinomial(n_facts, np.full(n_facts, 1 / n_facts), resamples)
     again = torch.from_numpy(counts).to(own.dtype) / n_facts
     table["stability"] = _stability(own, shuffled, again, table["role"].to_numpy())
@@ -275,10 +263,10 @@ def _means(values: Float[Tensor, "*any N"], weights: Float[Tensor, "b N"]) -> Fl
     return values @ weights.T
 
 
-def _labels(d: Float[Tensor, "2 h"], z: Float[Tensor, " h"], ratio: float) -> np.ndarray:
-    """The roles of heads by D_S, D_R and z."""
+def role_labels(d: Float[Tensor, "2 h"], counts: Bool[Tensor, " h"], ratio: float = RATIO) -> np.ndarray:
+    """The roles of heads by D_S and D_R; `other` where one does not count."""
     label = np.where(d.sum(0) < 0, "suppressor", _by_ratio(d[0].abs() / d.abs().sum(0), ratio))
-    return np.where(z > LEAST_Z, label, "other")
+    return np.where(counts, label, "other")
 
 
 def _by_ratio(share: Float[Tensor, " h"], ratio: float) -> np.ndarray:
@@ -294,7 +282,7 @@ def _stability(
     for i, role in enumerate(roles):
         d = _means(own[:, i], again)
         error = _means(shuffled[:, i], again).abs().sum(0).std(0).clamp_min(_LEAST_ERROR)
-        same.append(float((_labels(d, d.abs().sum(0) / error, RATIO) == role).mean()))
+        same.append(float((role_labels(d, d.abs().sum(0) / error > LEAST_Z) == role).mean()))
     return same
 
 
@@ -307,72 +295,3 @@ def _attention(model: Model, prompts: Prompts, found: Attribution, rows: Int[Ten
     for name, values in zip(("subject", "relation", "bos", "end"), mass, strict=True):
         table[f"attention_{name}"] = values.tolist()
     return table
-
-
-def _reach_logits(circuit: Circuit, rows: Int[Tensor, " h"]) -> list[bool]:
-    graph = circuit.graph
-    senders = rows + rows // graph.n_heads + 1  # one MLP per layer and `input` stand between
-    return circuit.kept[senders, -1].tolist()
-
-
-@torch.no_grad()
-def _top_tokens(model: Model, found: Attribution, rows: Int[Tensor, " h"], top: int) -> list[str]:
-    """What each head's output at END raises most above the mean logit, mean over prompts."""
-    network = model.network
-    output = (head_outputs(network, found) / found.scale[:, None]).mean(2).flatten(0, 1)[rows.to(network.device)]
-    every = torch.arange(network.d_vocab, device=network.device)
-    best = (output @ token_directions(network, every).T).topk(min(top, network.d_vocab)).indices.tolist()
-    return [" | ".join(token_text(model, token).strip() for token in tokens) for tokens in best]
-
-
-# --- behaviour on any text ---
-
-
-def pattern_scores(model: Model, seed: int = 0) -> dict[str, Float[Tensor, "L H"]]:
-    """How much every head attends as a previous-token, duplicate-token or induction head does.
-
-    Random tokens, repeated once (after BOS, if the model's prompts have one), so that each token of the second half
-    has a duplicate, and a token that followed it. The detection patterns and the score ("mul": the share of all
-    attention that lies on the pattern) are those of `transformer_lens.head_detector`; with half of the tokens having
-    no earlier duplicate, about a half is the most that the last two can reach.
-    """
-    return score_patterns(model, repeated_tokens(model, seed))
-
-
-@torch.no_grad()
-def score_patterns(model: Model, tokens: Int[Tensor, "n T"]) -> dict[str, Float[Tensor, "L H"]]:
-    """The same on any tokens; the mean over rows."""
-    from transformer_lens import head_detector as detector
-
-    network = model.network
-    run = forward(network, tokens, receivers=True)
-    assert run.receivers is not None  # asked for in the line above
-    expected = {
-        "previous_token": detector.get_previous_token_head_detection_pattern,
-        "duplicate_token": detector.get_duplicate_token_head_detection_pattern,
-        "induction": detector.get_induction_head_detection_pattern,
-    }
-    wanted = {name: [make(row[None].cpu()) for row in tokens] for name, make in expected.items()}
-    scores = {name: torch.zeros(model.graph.n_layers, model.graph.n_heads) for name in _PATTERNS}
-    for layer, (x, _) in enumerate(run.receivers):
-        pattern = network.pattern(layer, network.queries(layer, x[:1]), network.keys(layer, x[:1])).float().cpu()
-        for name, head in ((name, head) for name in _PATTERNS for head in range(model.graph.n_heads)):
-            each = [
-                detector.compute_head_attention_similarity_score(
-                    pattern[head, i], one, exclude_bos=False, exclude_current_token=False, error_measure="mul"
-                )
-                for i, one in enumerate(wanted[name])
-            ]
-            scores[name][layer, head] = float(np.mean(each))
-    return scores
-
-
-def repeated_tokens(model: Model, seed: int = 0) -> Int[Tensor, "n T"]:
-    """Random tokens of the vocabulary, each row repeated once, with the model's BOS if its prompts have one."""
-    special = set(model.tokenizer.all_special_ids)
-    usual = np.array([token for token in range(model.network.d_vocab) if token not in special])
-    period = min(_PERIOD, (model.network.n_ctx - 1) // 2, len(usual))
-    draw = np.random.default_rng(seed)
-    half = torch.from_numpy(np.stack([draw.choice(usual, period, replace=False) for _ in range(_SEQUENCES)]))
-    bos = torch.tensor(model.tokenizer.bos_token_id if model.prepend_bos else []).long().reshape(1, -1)
-    return torch.cat([bos.expand(_SEQUENCES, -1), half, half], dim=1).to(model.device)

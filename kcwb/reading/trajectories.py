@@ -1,14 +1,17 @@
-"""What a model answers, and how the right answer and its rival stand on the way.
+"""How tokens stand on their way to the answer: the right answer and its rival, after each layer.
+
+After each block the residual stream is read as if the model ended there, W_U . LN_final(residual): the logit lens
+(nostalgebraist 2020), at END and at the subject's tokens.
 
 A prompt is **right** if the first token of its object is the model's likeliest, else wrong. Two tokens are followed:
 the right answer, and the **rival**, which is the likeliest token but the right one: what the model says where it is
-wrong, its runner-up where it is right. Both are read with the logit lens of `kcwb.reading.lens`.
+wrong, its runner-up where it is right.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
+from kcwb.models.network import Network
 from kcwb.reading.positions import check_prompts, position_groups
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts
 from kcwb.tasks.ranks import rank_of
@@ -27,9 +31,59 @@ WHO = ("right answer", "rival")
 WHERE = ("END", "subject's last token", "subject's best token")
 
 
+# --- any tokens ---
+
+
+def layer_streams(network: Network, tokens: Int[Tensor, "N T"]) -> list[Float[Tensor, "N T D"]]:
+    """The residual stream before the first block, and after each."""
+    run = forward(network, tokens, receivers=True)
+    assert run.receivers is not None  # asked for in the line above
+    return [*(x[0] for x, _ in run.receivers), run.residual]
+
+
+def standing(
+    logits: Float[Tensor, "n V"], tokens: Int[Tensor, "n t"]
+) -> tuple[Int[Tensor, "n t"], Float[Tensor, "n t"]]:
+    """Ranks and probabilities of some tokens."""
+    ranks = torch.stack([rank_of(logits, one) for one in tokens.unbind(-1)], -1)
+    return ranks, logits.float().softmax(-1).gather(-1, tokens)
+
+
+@torch.no_grad()
+def follow(
+    network: Network, streams: Sequence[Float[Tensor, "N T D"]], prompts: Prompts, tokens: Int[Tensor, "N t"],
+    subject: Bool[Tensor, "N T"], step: Callable[[], object] = lambda: None,
+) -> tuple[Int[Tensor, "w M N t"], Float[Tensor, "w M N t"]]:  # fmt: skip
+    """Ranks and probabilities of each prompt's tokens at `WHERE`, in each of the M = L + 1 `layer_streams`.
+
+    `subject` are the subject's positions; `step` is called after each layer.
+    """
+    rows = torch.arange(len(prompts), device=tokens.device)
+    owner, positions = subject.nonzero().unbind(-1)
+    last = torch.cat([owner[1:] != owner[:-1], owner.new_ones(1, dtype=torch.bool)])
+    found = []
+    for residual in streams:
+        end = standing(network.logits(residual[rows, prompts.ends]), tokens)
+        there = standing(network.logits(residual[owner, positions]), tokens[owner])
+        best = [_best(values, owner, len(prompts), how) for values, how in zip(there, ("amin", "amax"), strict=True)]
+        found.append([torch.stack([e, t[last], b]) for e, t, b in zip(end, there, best, strict=True)])
+        step()
+    ranks, probabilities = (torch.stack(values, 1) for values in zip(*found, strict=True))
+    return ranks, probabilities
+
+
+def _best(values: Float[Tensor, "n t"], rows: Int[Tensor, " n"], n_prompts: int, how: str) -> Float[Tensor, "N t"]:
+    """The smallest or largest value among each prompt's rows."""
+    into = values.new_zeros(n_prompts, values.shape[1])
+    return into.scatter_reduce(0, rows[:, None].expand_as(values), values, how, include_self=False)
+
+
+# --- right answer and rival ---
+
+
 @dataclass(frozen=True, eq=False)
-class Readings:
-    """What the model answers, and how the right answer and its rival stand after each layer; made by `read_answers`.
+class Trajectories:
+    """What the model answers, and how right answer and rival stand after each layer; made by `read_trajectories`.
 
     Attributes
     ----------
@@ -38,8 +92,7 @@ class Readings:
     right
         `[N]`: whether the right answer is the likeliest token; ties count against it.
     ranks, probabilities
-        `[w, M, N, 2]`: at each of `WHERE`, after each of M = L + 1 layers (the first is the embedding alone, the last
-        the model's own answer).
+        `[w, M, N, 2]`, as `follow` has them; after the last layer they are the model's own.
     logits
         `[N, 2]`: the model's, above the mean over the vocabulary.
     max_probability, entropy
@@ -68,7 +121,7 @@ class Readings:
 
 
 @torch.no_grad()
-def read_answers(model: Model, prompts: Prompts, step: Callable[[int], None] | None = None) -> Readings:
+def read_trajectories(model: Model, prompts: Prompts, step: Callable[[int], None] | None = None) -> Trajectories:
     """Read right answer and rival after each layer; `step` is called with the number of prompts after each batch.
 
     Raises
@@ -80,61 +133,25 @@ def read_answers(model: Model, prompts: Prompts, step: Callable[[int], None] | N
     parts = []
     for rows in prompt_chunks(model.network, prompts.tokens):
         part = prompts.select(range(len(prompts))[rows])
-        parts.append(_read_chunk(model, part))
+        parts.append(_read_chunk(model.network, part))
         if step is not None:
             step(len(part))
-    tokens, right, ranks, probabilities, logits, top, entropy = zip(*parts, strict=True)
-    return Readings(
-        torch.cat(tokens),
-        torch.cat(right),
-        torch.cat(ranks, dim=2),
-        torch.cat(probabilities, dim=2),
-        torch.cat(logits),
-        torch.cat(top),
-        torch.cat(entropy),
-    )
+    along = (0, 0, 2, 2, 0, 0, 0)  # the axis of prompts in each field
+    return Trajectories(*(torch.cat(field, axis) for field, axis in zip(zip(*parts, strict=True), along, strict=True)))
 
 
-def _read_chunk(model: Model, prompts: Prompts) -> tuple[Tensor, ...]:
-    """The fields of Readings."""
-    network = model.network
-    run = forward(network, prompts.tokens, receivers=True)
-    assert run.receivers is not None  # asked for in the line above
-    rows = torch.arange(len(prompts), device=model.device)
-    final = network.logits(run.residual[rows, prompts.ends]).float()
+def _read_chunk(network: Network, prompts: Prompts) -> tuple[Tensor, ...]:
+    """The fields of Trajectories."""
+    streams = layer_streams(network, prompts.tokens)
+    final = network.logits(streams[-1][torch.arange(len(prompts), device=network.device), prompts.ends]).float()
     gold = prompts.answers[:, 0]
-    rival = final.scatter(-1, gold[:, None], -math.inf).argmax(-1)
-    tokens = torch.stack([gold, rival], -1)
+    tokens = torch.stack([gold, final.scatter(-1, gold[:, None], -math.inf).argmax(-1)], -1)
     logp = final.log_softmax(-1)
-    subject, positions = position_groups(prompts)[0].nonzero().unbind(-1)
-    last = torch.cat([subject[1:] != subject[:-1], subject.new_ones(1, dtype=torch.bool)])
-    ranks, probabilities = [], []
-    for residual in [*(x[0] for x, _ in run.receivers), run.residual]:
-        end = _standing(network.logits(residual[rows, prompts.ends]), tokens)
-        there = _standing(network.logits(residual[subject, positions]), tokens[subject])
-        best = [_best(values, subject, len(prompts), how) for values, how in zip(there, ("amin", "amax"), strict=True)]
-        ranks.append(torch.stack([end[0], there[0][last], best[0]]))
-        probabilities.append(torch.stack([end[1], there[1][last], best[1]]))
     return (
         tokens,
         rank_of(final, gold) == 1,
-        torch.stack(ranks, 1),
-        torch.stack(probabilities, 1),
+        *follow(network, streams, prompts, tokens, position_groups(prompts)[0]),
         final.gather(-1, tokens) - final.mean(-1, keepdim=True),
         logp.max(-1).values.exp(),
         -(logp.exp() * logp).sum(-1),
     )
-
-
-def _standing(
-    logits: Float[Tensor, "n V"], tokens: Int[Tensor, "n 2"]
-) -> tuple[Int[Tensor, "n 2"], Float[Tensor, "n 2"]]:
-    """Ranks and probabilities of two tokens."""
-    ranks = torch.stack([rank_of(logits, one) for one in tokens.unbind(-1)], -1)
-    return ranks, logits.float().softmax(-1).gather(-1, tokens)
-
-
-def _best(values: Tensor, rows: Int[Tensor, " n"], n_prompts: int, how: str) -> Tensor:
-    """The smallest or largest value among each prompt's rows."""
-    into = values.new_zeros(n_prompts, 2)
-    return into.scatter_reduce(0, rows[:, None].expand(-1, 2), values, how, include_self=False)

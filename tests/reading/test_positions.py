@@ -18,7 +18,7 @@ from kcwb.reading.roles import head_roles
 from kcwb.studies.hallucination.diagnosis import diagnose
 from kcwb.studies.hallucination.measurement import measure_answers, task_of
 from kcwb.studies.hallucination.rescue import rescue
-from kcwb.studies.in_context.heads import ablate_new
+from kcwb.studies.in_context.ablation import ablate_new
 from kcwb.studies.two_hop.lens import hop_lens
 from kcwb.tasks.compose import compose
 from kcwb.tasks.demonstrations import Context

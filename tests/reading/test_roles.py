@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformer_lens.head_detector import detect_head
 
 from kcwb.circuits.circuit import Circuit
 from kcwb.errors import CircuitError, DataError, SettingError
@@ -23,14 +22,11 @@ from kcwb.reading.roles import (
     ROLES,
     TOO_FEW,
     head_roles,
-    pattern_scores,
-    repeated_tokens,
     role_agreement,
-    score_patterns,
 )
 from kcwb.tasks.prompts import Task, encode, make_task
 from kcwb.tasks.relations import Fact, load_relation
-from tests.handmade import Handmade, additive, copying_head, induction, key_value_lookup
+from tests.handmade import Handmade, additive, copying_head, key_value_lookup
 from tests.tiny import tiny_hf, tokenizer
 
 MAKERS = {
@@ -196,34 +192,6 @@ def test_with_bos_the_first_word_belongs_to_the_relation(words):
     found = attribute(model, task.reference)
     bos = found.attention[1, 2, :, 0].mean()
     assert table.set_index("node").loc["a1.h2", "attention_bos"] == pytest.approx(float(bos), abs=1e-5)
-
-
-# --- previous token, duplicates, induction ---
-
-
-def test_hand_written_previous_token_and_induction_heads_score_highest():
-    model = induction().model
-    scores = pattern_scores(model)
-    assert divmod(int(scores["previous_token"].argmax()), 5) == (0, 1)
-    assert scores["previous_token"][0, 1] > 0.8
-    best = scores["induction"].flatten().topk(2).indices.tolist()
-    assert sorted(best) == [5 + 0, 5 + 3]  # the head, and the decoy that attends as it does
-    assert scores["induction"][1, 3] > 0.3 > 0.2 > scores["induction"][0].max()
-
-
-def test_pattern_scores_equal_transformer_lenss(tiny):
-    model, text = tiny("llama"), "w1 w2 w3 w1 w2 w3 w9 w1"
-    scores = score_patterns(model, model.bridge.to_tokens(text))
-    for name, values in scores.items():
-        torch.testing.assert_close(values, detect_head(model.bridge, text, f"{name}_head"), atol=1e-5, rtol=1e-4)
-
-
-def test_random_text_repeats_once_and_starts_with_the_models_bos(tiny):
-    tokens = repeated_tokens(tiny("gpt2"))
-    assert tokens.shape == (4, 32) and torch.equal(tokens[:, :16], tokens[:, 16:])
-    assert not set(tokens.flatten().tolist()) & {0, 1, 2, 3}  # no special token
-    with_bos = repeated_tokens(load_model(tiny_hf("gpt2"), tokenizer(), device="cpu", prepend_bos=True))
-    assert (with_bos[:, 0] == 1).all() and torch.equal(with_bos[:, 1:], tokens)
 
 
 # --- agreement ---

@@ -21,9 +21,10 @@ from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
 from kcwb.errors import CircuitError, SettingError, nearest
+from kcwb.interventions.nodes import ablate_nodes, ablation_summary
 from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
-from kcwb.reading.nodes import ablate_nodes, ablation_summary, attention_pattern, component_logits, node_edges
+from kcwb.reading.nodes import attention_pattern, component_logits, node_edges
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights
 from kcwb.workbench import tables
 from kcwb.workbench.graph.page import graph_view

@@ -14,8 +14,9 @@ import pytest
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import discover
 from kcwb.errors import CircuitError, SettingError
+from kcwb.interventions.nodes import ablate_nodes
 from kcwb.models.graph import Graph
-from kcwb.reading.nodes import ablate_nodes, attention_pattern, component_logits, node_edges
+from kcwb.reading.nodes import attention_pattern, component_logits, node_edges
 from kcwb.tasks.prompts import Task, make_task
 from kcwb.workbench.panels import nodes as nodepanel
 from kcwb.workbench.panels.base import PANEL_CLASS

@@ -1,1 +1,1 @@
-from .claims import account as account, compare_edits as compare_edits
+from .claims import account as account, compare_edits as compare_edits, edit_claims as edit_claims

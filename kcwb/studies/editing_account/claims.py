@@ -51,10 +51,6 @@ def compare_edits(
         As in `compare_edit`.
     n
         Facts of each relation on which mover heads are found.
-    seed
-        Of everything.
-    progress
-        Reported per edit.
 
     Returns
     -------
@@ -92,16 +88,27 @@ def compare_edits(
     return pd.DataFrame(rows)
 
 
+#: What Knowledge Circuits claims: the column that is measured, the one that it is compared with, and what the
+#: difference must exceed.
+_CLAIMS = (
+    ("the edit is written at the subject", "te_subject", None, 0.5),
+    ("the edit is written at END", "te_end", None, 0.5),
+    ("mover heads carry it, more than other heads", "te_movers", "te_random", 0.0),
+    ("mover heads carry most of it", "te_movers", None, 0.5),
+    ("the circuit changes more than by a paraphrase", "edge_iou_paraphrase", "edge_iou", 0.0),
+    ("the circuit changes more than the new answer alone does", "edge_iou_answer", "edge_iou", 0.0),
+    ("the change sits in the edited layer", "edited_share", "node_share", 0.0),
+)
+
+
 @verb
-def account(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
-    """Test the account of Knowledge Circuits claim by claim, over many edits of one method.
+def edit_claims(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
+    """Test what Knowledge Circuits claims of editing, claim by claim, over many edits of one method.
 
     Parameters
     ----------
     table
         Of `compare_edits`.
-    seed
-        Of the bootstrap over edits.
 
     Returns
     -------
@@ -111,36 +118,20 @@ def account(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
         mover heads; NaN for fewer than two), `n`, and `holds`: `yes` if the interval lies above `least`, `no` if below,
         else `undecided`.
     """
-    claims = {
-        "the edit is written at the subject": ("te_subject", table["te_subject"], 0.5),
-        "the edit is written at END": ("te_end", table["te_end"], 0.5),
-        "mover heads carry it, more than other heads": (
-            "te_movers - te_random",
-            table["te_movers"] - table["te_random"],
-            0.0,
-        ),
-        "mover heads carry most of it": ("te_movers", table["te_movers"], 0.5),
-        "the circuit changes more than by a paraphrase": (
-            "edge_iou_paraphrase - edge_iou",
-            table["edge_iou_paraphrase"] - table["edge_iou"],
-            0.0,
-        ),
-        "the circuit changes more than the new answer alone does": (
-            "edge_iou_answer - edge_iou",
-            table["edge_iou_answer"] - table["edge_iou"],
-            0.0,
-        ),
-        "the change sits in the edited layer": (
-            "edited_share - node_share",
-            table["edited_share"] - table["node_share"],
-            0.0,
-        ),
-    }
     rows = []
-    for claim, (quantity, values, least) in claims.items():
+    for claim, column, beside, least in _CLAIMS:
+        values = table[column] if beside is None else table[column] - table[beside]
         found = values.dropna().to_numpy(float)
         low, high = mean_interval(found, seed)
         holds = "yes" if low > least else "no" if high < least else "undecided"
         mean = float(found.mean()) if len(found) else math.nan
+        quantity = column if beside is None else f"{column} - {beside}"
         rows.append((claim, quantity, least, mean, low, high, len(found), holds))
     return pd.DataFrame(rows, columns=["claim", "quantity", "least", "mean", "low", "high", "n", "holds"])
+
+
+@verb
+def account(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
+    """What `edit_claims` was called in version 0.1."""
+    warnings.warn("account is edit_claims now.", DeprecationWarning, stacklevel=3)
+    return edit_claims(table, seed)

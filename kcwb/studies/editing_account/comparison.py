@@ -20,6 +20,7 @@ does. Measured here, for one edit that turns the old object into the new one:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,12 +46,13 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.dla import attribute
 from kcwb.reading.positions import check_prompts, position_groups, told_at_end
-from kcwb.reading.roles import RATIO, strongest_movers
+from kcwb.reading.roles import role_labels, strongest_movers
+from kcwb.reading.trajectories import standing
 from kcwb.settings import Count, Seed
 from kcwb.studies.editing_account.transport import mlp_outputs, trace_blocks, transport
+from kcwb.studies.fact_circuits import found_with
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights, encode
-from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact
 from kcwb.verbs import verb
 
@@ -154,10 +156,6 @@ def compare_edit(
         How many mover heads are put back, those of largest D_S; or their names.
     draws
         Random sets of heads.
-    seed
-        Of those, and of head roles.
-    progress
-        Reported per step.
 
     Raises
     ------
@@ -249,16 +247,8 @@ def _circuit(model: Model, task: Task, fact: Fact, template: str, cuts: Ablation
     """The circuit of one prompt with one answer, by EAP-IG under mean ablation, at a size."""
     loss = make_loss(model, _asked(model, task, fact, template), "nll")
     scores = attribution_scores(model, loss, cuts, steps=STEPS)
-    provenance = {
-        "method": "eap-ig",
-        "ablation": "mean",
-        "metric": "nll",
-        "model": {"name": model.name, "digest": model.digest},
-        "template": template,
-        "facts": [[fact.subject, fact.object]],
-        "parameters": {"edges": edges, "select": "signed", "steps": STEPS},
-    }
-    return replace(matched_circuit(model.graph, scores, edges), provenance=provenance)
+    about = found_with(model, task, [fact], "nll", "mean", edges, STEPS)
+    return replace(matched_circuit(model.graph, scores, edges), provenance={**about, "template": template})
 
 
 def _overlap(circuits: Mapping[str, Circuit]) -> pd.DataFrame:
@@ -308,15 +298,12 @@ def _shares(layers: np.ndarray, n_layers: int) -> np.ndarray:
 def _lens(model: Model, prompt: Prompts, trace: Sequence[Block], tokens: Int[Tensor, "2"], state: str) -> pd.DataFrame:
     places = {"END": -1, "subject": int(prompt.subject_stop[0]) - 1}
     rows: list[dict[str, Any]] = []
-    for layer, block in enumerate(trace):
-        for place, position in places.items():
-            logits = model.network.logits(block.after[0, position]).float()
-            ranks = rank_of(logits.expand(2, -1), tokens).tolist()
-            probabilities = logits.softmax(-1)[tokens].tolist()
-            for who, rank, probability in zip(("old", "new"), ranks, probabilities, strict=True):
-                head = {"state": state, "layer": layer, "who": f"{who}, {place}"}
-                rows.append({**head, "quantity": "rank", "value": float(rank)})
-                rows.append({**head, "quantity": "probability", "value": probability})
+    for (layer, block), (place, position) in itertools.product(enumerate(trace), places.items()):
+        found = standing(model.network.logits(block.after[0, position])[None].float(), tokens[None])
+        for who, rank, probability in zip(("old", "new"), *(values[0].tolist() for values in found), strict=True):
+            head = {"state": state, "layer": layer, "who": f"{who}, {place}"}
+            rows.append({**head, "quantity": "rank", "value": float(rank)})
+            rows.append({**head, "quantity": "probability", "value": probability})
     return pd.DataFrame(rows).assign(low=math.nan, high=math.nan)
 
 
@@ -327,34 +314,14 @@ def _contributions(model: Model, prompt: Prompts, tokens: Int[Tensor, "2"]) -> F
 
 
 def _roles(
-    circuits: Mapping[str, Circuit],
-    movers: Sequence[str],
-    before: Float[Tensor, "2 L H"],
+    circuits: Mapping[str, Circuit], movers: Sequence[str], before: Float[Tensor, "2 L H"],
     after: Float[Tensor, "2 L H"],
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     nodes = (circuits["before"] | circuits["after"]).nodes
-    heads = nodes[nodes["kind"] == "head"]
-    rows = []
-    for name, layer, head in zip(heads["node"], heads["layer"], heads["head"], strict=True):
-        row: dict[str, Any] = {"node": name, "mover": name in movers}
-        for state, d in (("before", before), ("after", after)):
-            subject, relation = (float(value) for value in d[:, layer, head])
-            row |= {f"D_S_{state}": subject, f"D_R_{state}": relation, f"role_{state}": _role(subject, relation)}
-        rows.append(row)
-    columns = [
-        "node",
-        "mover",
-        *(f"{what}_{state}" for state in ("before", "after") for what in ("D_S", "D_R", "role")),
-    ]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _role(subject: float, relation: float) -> str:
-    """A head's role on one prompt, with the ratio of `kcwb.reading.roles`."""
-    size = abs(subject) + abs(relation)
-    if size < LEAST_LOGITS:
-        return "other"
-    if subject + relation < 0:
-        return "suppressor"
-    share = abs(subject) / size
-    return "mover" if share > RATIO / (RATIO + 1) else "relation" if share < 1 / (RATIO + 1) else "mixture"
+    heads = nodes[nodes["kind"] == "head"].reset_index(drop=True)
+    table = pd.DataFrame({"node": heads["node"], "mover": heads["node"].isin(movers)})
+    for state, every in (("before", before), ("after", after)):
+        d = every[:, heads["layer"].tolist(), heads["head"].tolist()].double()
+        table[f"D_S_{state}"], table[f"D_R_{state}"] = d.tolist()
+        table[f"role_{state}"] = role_labels(d, d.abs().sum(0) >= LEAST_LOGITS)
+    return table

@@ -17,24 +17,25 @@ whether it is so in general, and `rescue` whether it is the cause.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.errors import DataError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.reading.dla import Attribution, attribute, head_outputs, named_heads, token_directions
+from kcwb.reading.dla import Attribution, attribute, head_outputs, named_heads, top_tokens
 from kcwb.reading.lens import arrival
 from kcwb.reading.positions import check_prompts, position_groups, token_text, told_at_end, without_copies
 from kcwb.reading.roles import circuit_heads, strongest_movers
-from kcwb.reading.trajectories import WHERE, WHO, Readings, read_answers
+from kcwb.reading.trajectories import WHERE, WHO, Trajectories, read_trajectories
 from kcwb.settings import Count, Seed
+from kcwb.studies.hallucination.description import describe
 from kcwb.tasks.prompts import Prompts, Task, encode, make_task
 from kcwb.tasks.relations import Fact, Relation, load_relation
 from kcwb.verbs import verb
@@ -136,10 +137,6 @@ def diagnose(
         How many mover heads are told apart, those of the relation's other facts with the largest D_S; or their names.
     n
         On how many other facts, which the model knows, the movers are found and the test of recall is tried.
-    seed
-        Of the draw of those facts, and of head roles.
-    progress
-        Reported per step.
 
     Returns
     -------
@@ -159,7 +156,9 @@ def diagnose(
     model.network.require("roles")
     relation = load_relation(relation) if isinstance(relation, str) else relation
     text = relation.template(template)
-    fact = fact if isinstance(fact, Fact) else _fact_of(relation, fact)
+    if isinstance(fact, str):
+        facts = {one.subject: one for one in relation.facts}
+        fact = facts[choose(f"The subject in {relation.name}", fact, facts)]
     if not isinstance(movers, int):
         named_heads(model, movers)
     prompts = encode(model, [fact], text, relation.objects)
@@ -169,7 +168,7 @@ def diagnose(
         others = _other_facts(model, relation, fact, text, n, seed, needed=isinstance(movers, int))
         names = list(movers) if not isinstance(movers, int) else _movers(model, others, movers, seed)
         step(note="mover heads")
-        readings = read_answers(model, prompts)
+        readings = read_trajectories(model, prompts)
         step(note="lens")
         found = attribute(model, prompts, readings.tokens)
         heads = _head_table(model, prompts, found, names)
@@ -199,11 +198,6 @@ def diagnose(
 
 
 # --- other facts ---
-
-
-def _fact_of(relation: Relation, subject: str) -> Fact:
-    facts = {fact.subject: fact for fact in relation.facts}
-    return facts[choose(f"The subject in {relation.name}", subject, facts)]
 
 
 def _other_facts(
@@ -245,35 +239,32 @@ def _recall_of(model: Model, others: Task | None) -> tuple[int, int]:
 # --- tables ---
 
 
-def _answer_table(readings: Readings, texts: Sequence[str]) -> pd.DataFrame:
-    last = readings.ranks.shape[1] - 1
-    rows = []
-    for i, (who, token) in enumerate(zip(WHO, texts, strict=True)):
-        row = {
-            "who": who,
-            "token": token,
-            "rank": int(readings.ranks[0, -1, 0, i]),
-            "probability": float(readings.probabilities[0, -1, 0, i]),
-            "logit": float(readings.logits[0, i]),
+def _answer_table(readings: Trajectories, texts: Sequence[str]) -> pd.DataFrame:
+    never = readings.ranks.shape[1] - 1
+    table = pd.DataFrame(
+        {
+            "who": WHO,
+            "token": texts,
+            "rank": readings.ranks[0, -1, 0].tolist(),
+            "probability": readings.probabilities[0, -1, 0].tolist(),
+            "logit": readings.logits[0].tolist(),
         }
-        for w, where in enumerate(WHERE):
-            layer = int(readings.arrival[w, 0, i])
-            row[f"arrives, {where}"] = pd.NA if layer == last else layer
-            row[f"best rank, {where}"] = int(readings.ranks[w, :, 0, i].min())
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    return table.astype({name: "Int64" for name in table if str(name).startswith("arrives")})
+    )
+    for w, where in enumerate(WHERE):
+        arrives = pd.Series(readings.arrival[w, 0].tolist(), dtype="Int64")
+        table[f"arrives, {where}"] = arrives.mask(arrives == never)
+        table[f"best rank, {where}"] = readings.ranks[w, :, 0].amin(0).tolist()
+    return table
 
 
-def _lens_table(readings: Readings) -> pd.DataFrame:
+def _lens_table(readings: Trajectories) -> pd.DataFrame:
     parts = []
     for quantity, values in (("rank", readings.ranks), ("probability", readings.probabilities)):
-        for w, where in enumerate(WHERE):
-            for i, who in enumerate(WHO):
-                part = pd.DataFrame({"value": values[w, :, 0, i].float().tolist()})
-                part["layer"] = part.index - 1
-                parts.append(part.assign(quantity=quantity, who=who, where=where))
-    return pd.concat(parts, ignore_index=True)[["layer", "quantity", "who", "where", "value"]]
+        for (w, where), (i, who) in itertools.product(enumerate(WHERE), enumerate(WHO)):
+            layers = {"layer": range(-1, values.shape[1] - 1)}
+            about = {"quantity": quantity, "who": who, "where": where}
+            parts.append(pd.DataFrame({**layers, **about, "value": values[w, :, 0, i].float().tolist()}))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _head_table(model: Model, prompts: Prompts, found: Attribution, movers: Sequence[str]) -> pd.DataFrame:
@@ -294,18 +285,9 @@ def _head_table(model: Model, prompts: Prompts, found: Attribution, movers: Sequ
     words = [token_text(model, token) for token in prompts.tokens[0].tolist()]
     table["source"] = [words[position] for position in source.tolist()]
     table["attention_source"] = attention.gather(-1, source[:, None])[:, 0].tolist()
-    table["writes"] = _top_tokens(model, found)
+    table["writes"] = top_tokens(model, head_outputs(model.network, found)[:, :, 0].flatten(0, 1), _TOP_TOKENS)
     order = table["difference"].sort_values(ascending=False, kind="stable").index
     return table.loc[order].reset_index(drop=True)
-
-
-@torch.no_grad()
-def _top_tokens(model: Model, found: Attribution) -> list[str]:
-    """What each head's output at END raises most, on a single prompt."""
-    network = model.network
-    every = token_directions(network, torch.arange(network.d_vocab, device=model.device))
-    best = [(layer[:, 0] @ every.T).topk(_TOP_TOKENS).indices.tolist() for layer in head_outputs(network, found)]
-    return [" | ".join(token_text(model, token).strip() for token in tokens) for layer in best for tokens in layer]
 
 
 def _balance(heads: pd.DataFrame, logits: Float[Tensor, " 2"]) -> pd.DataFrame:
@@ -318,90 +300,3 @@ def _balance(heads: pd.DataFrame, logits: Float[Tensor, " 2"]) -> pd.DataFrame:
     rows += [("MLPs and the rest", 0, *rest), ("all", len(heads), *whole)]
     table = pd.DataFrame(rows, columns=["part", "heads", "gold", "rival"])
     return table.assign(difference=table["rival"] - table["gold"])
-
-
-# --- words ---
-
-
-def describe(found: Diagnosis) -> str:
-    """A diagnosis as a paragraph of plain text; every number in it is from its tables."""
-    return " ".join([_said(found), _when(found), _which(found), _who(found), _decides(found)])
-
-
-def _quoted(token: str) -> str:
-    return repr(token.strip())
-
-
-def _said(found: Diagnosis) -> str:
-    gold, rival = found.answers.to_dict("records")
-    if found.right:
-        return (
-            f"Asked {found.prompt!r}, the model says {_quoted(found.gold)} (probability {gold['probability']:.2f}), "
-            f"which is right; the likeliest wrong answer is {_quoted(found.rival)} ({rival['probability']:.2f})."
-        )
-    return (
-        f"Asked {found.prompt!r}, the model says {_quoted(found.rival)} (probability {rival['probability']:.2f}); the "
-        f"right answer {_quoted(found.gold)} has rank {gold['rank']:,} (probability {gold['probability']:.2g})."
-    )
-
-
-def _when(found: Diagnosis) -> str:
-    words = [
-        f"{_quoted(token)} {'never' if layer is pd.NA else f'after layer {layer}'}"
-        for token, layer in zip((found.gold, found.rival), found.answers[f"arrives, {WHERE[0]}"], strict=True)
-    ]
-    last = int(found.lens["layer"].max())
-    return (
-        "By the logit lens at END, first among the ten likeliest tokens: "
-        f"{words[0]}, {words[1]}; the last layer is {last}."
-    )
-
-
-def _which(found: Diagnosis) -> str:
-    gold = found.answers.iloc[0]
-    best, layer = gold[f"best rank, {WHERE[2]}"], gold[f"arrives, {WHERE[2]}"]
-    if layer is pd.NA:
-        words = f"At the subject's tokens the right answer never ranks better than {best:,}"
-        words += ": a failure of enrichment." if not found.right else "."
-    else:
-        words = f"At the subject's tokens the right answer is among the ten likeliest after layer {layer}"
-        words += ", and END loses it: a failure of selection." if not found.right else "."
-    passed, total = found.recalled
-    if not total:
-        return words + " How right answers do in this test is not known here."
-    note = f" Of {total} other facts that the model gets right, {passed} pass this test of recall"
-    if passed < total / 2 and layer is pd.NA:
-        note += ", so that failing it says little"
-    return words + note + "."
-
-
-def _who(found: Diagnosis) -> str:
-    movers = found.movers
-    if movers.empty:
-        return "No head was named a mover."
-    said, other = ("gold", "rival") if found.right else ("rival", "gold")
-    name, against = _quoted(getattr(found, said)), _quoted(getattr(found, other))
-    for_said = int((movers[said] > movers[other]).sum())
-    top = movers.sort_values(said, ascending=False, kind="stable").iloc[0]
-    part = found.balance.set_index("part").loc["movers"]
-    share = movers["attention_subject"].mean()
-    return (
-        f"Of {len(movers)} mover heads, {for_said} write{'s' if for_said == 1 else ''} more towards {name} than "
-        f"towards {against}; together they give the one {part[said]:+.2f} and the other {part[other]:+.2f} logits, and "
-        f"{share:.0%} of their attention from END is on the subject. The one that moves most towards {name} is "
-        f"{top['node']}, chiefly from {_quoted(top['source'])} (attention {top['attention_source']:.2f}): "
-        f"{top[said]:+.2f} logits, against {top[other]:+.2f} for {against}."
-    )
-
-
-def _decides(found: Diagnosis) -> str:
-    parts = found.balance.set_index("part")["difference"]
-    return (
-        f"In all {_quoted(found.rival)} is {_above(parts['all'])} {_quoted(found.gold)}, of which movers contribute "
-        f"{parts['movers']:+.2f}, other heads {parts['other heads']:+.2f}, and MLPs, embedding and constants "
-        f"{parts['MLPs and the rest']:+.2f}."
-    )
-
-
-def _above(difference: float) -> str:
-    return f"{abs(difference):.2f} logits {'above' if difference >= 0 else 'below'}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,7 @@ from kcwb.progress import Progress, track
 from kcwb.reading.dla import attribute
 from kcwb.reading.positions import check_prompts, position_groups, says_its_object, token_text, told_at_end
 from kcwb.reading.roles import head_roles
-from kcwb.reading.trajectories import read_answers
+from kcwb.reading.trajectories import read_trajectories
 from kcwb.settings import Count, Seed
 from kcwb.tasks.prompts import Prompts, Task, encode
 from kcwb.tasks.relations import Fact, Relation, load_relation
@@ -108,46 +107,39 @@ def measure_answers(
             step(len(facts), relation.name)
         check_labels({one.name: (prompts.ranks != 1).cpu().numpy() for one, prompts in zip(found, asked, strict=True)})
         for relation, text, facts, prompts in zip(found, texts, samples, asked, strict=True):
-            parts.append(_measure(model, relation, text, prompts, seed, step))
-            step(2 * (len(facts) - len(prompts)))
+            table, by_head = _measure(model, relation, text, prompts, step)
+            movers = _mover_strengths(model, relation, text, prompts, seed)
+            step(2 * len(facts) - len(prompts))
+            parts.append((table, by_head, movers))
             rows.append(
                 {
                     "relation": relation.name,
                     "template": text,
                     "facts": len(prompts),
                     "left_out": len(facts) - len(prompts),
-                    "wrong": int(parts[-1].prompts["wrong"].sum()),
-                    "movers": int((parts[-1].movers > 0).sum()),
+                    "wrong": int(table["wrong"].sum()),
+                    "movers": int((movers > 0).sum()),
                     "digest": relation.digest[:12],
                 }
             )
-    arrays = [np.concatenate([part[i] for part in parts]) for i in range(1, 4)]
-    prompts = pd.concat([part.prompts for part in parts], ignore_index=True)
-    return Measured(model.graph, prompts, *arrays, np.stack([part.movers for part in parts]), pd.DataFrame(rows))
-
-
-class _Part(NamedTuple):
-    """What is measured of one relation."""
-
-    prompts: pd.DataFrame
-    attention: np.ndarray
-    gold: np.ndarray
-    rival: np.ndarray
-    movers: np.ndarray
+    tables, by_head, movers = zip(*parts, strict=True)
+    prompts = pd.concat(tables, ignore_index=True)
+    return Measured(model.graph, prompts, *np.concatenate(by_head, 1), np.stack(movers), pd.DataFrame(rows))
 
 
 def _measure(
-    model: Model, relation: Relation, template: str, prompts: Prompts, seed: int, step: Callable[..., None]
-) -> _Part:
-    readings = read_answers(model, prompts, step)
+    model: Model, relation: Relation, template: str, prompts: Prompts, step: Callable[..., None]
+) -> tuple[pd.DataFrame, Float[np.ndarray, "3 N LH"]]:
+    """Of one relation `Measured.prompts`, and `attention`, `gold` and `rival`."""
+    readings = read_trajectories(model, prompts, step)
     found = attribute(model, prompts, readings.tokens)
-    groups = position_groups(prompts)
-    attention = torch.einsum("lhns,ns->nlh", found.attention, groups[0].to(found.attention.dtype)).flatten(1)
-    written = found.total.permute(3, 2, 0, 1).flatten(2).cpu().numpy()
+    subject = position_groups(prompts)[0].to(found.attention.dtype)
+    attention = torch.einsum("lhns,ns->nlh", found.attention, subject)
+    by_head = torch.stack([attention, *found.total.permute(3, 2, 0, 1)]).flatten(2).cpu().numpy()
     right = readings.right
     predicted = torch.where(right, readings.tokens[:, 0], readings.tokens[:, 1]).tolist()
-    subject = relation.facts[0].subject
-    objects = {answer[0] for answer in object_tokens(model, template, subject, relation.objects).values()}
+    any_subject = relation.facts[0].subject
+    objects = {answer[0] for answer in object_tokens(model, template, any_subject, relation.objects).values()}
     kinds = [
         KINDS[0] if good else KINDS[1] if token in objects else KINDS[2]
         for good, token in zip(right.tolist(), predicted, strict=True)
@@ -169,9 +161,7 @@ def _measure(
             "recalled": readings.recalled.tolist(),
         }
     )
-    movers = _mover_strengths(model, relation, template, prompts, seed)
-    step(len(prompts))
-    return _Part(table, attention.cpu().numpy(), written[0], written[1], movers)
+    return table, by_head
 
 
 def _mover_strengths(

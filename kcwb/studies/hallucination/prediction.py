@@ -44,6 +44,7 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.statistics import chance_range, matched_head_sets, p_value, statistic_interval
+from kcwb.studies.hallucination.auroc import pairs_auroc, resampled_aurocs, within_pairs
 from kcwb.studies.hallucination.measurement import FEWEST_FACTS, KINDS, Measured, check_labels, measure_answers
 from kcwb.tasks.relations import Relation
 from kcwb.verbs import verb
@@ -138,18 +139,12 @@ def hallucination_study(
         Random sets of heads.
     resamples
         Of the bootstrap.
-    seed
-        Of all of these.
-    progress
-        Reported per batch of prompts, then per step.
 
     Raises
     ------
     DataError
         If there are no wrong (or no right) answers in two relations, too few facts, or no mover in the relations that
         are left; says how many there are.
-    SettingError
-        If a number or a template cannot be meant.
     """
     _check(draws, resamples)
     measured = measure_answers(model, relations, n=n, template=template, seed=seed, progress=progress)
@@ -185,8 +180,8 @@ def predict_wrong(
         for sets in random:
             chance.append(np.stack(list(_out_of_relation(measured, place, wrong, sets, some)[0].values())))
             step()
-    pairs = _pairs(np.stack(list(found.values())), place, wrong)
-    by_chance = _auroc(_pairs(np.concatenate(chance), place, wrong)) if chance else np.empty(0)
+    pairs = within_pairs(np.stack(list(found.values())), place, wrong)
+    by_chance = pairs_auroc(within_pairs(np.concatenate(chance), place, wrong)) if chance else np.empty(0)
     return HallucinationStudy(
         scores=_scores(found, wrong, pairs, by_chance.reshape(len(random), len(some)), resamples, seed),
         relations=_by_relation(measured, list(found), pairs, chosen),
@@ -261,44 +256,6 @@ def _out_of_relation(
     return found, weights.reset_index()
 
 
-# --- AUROC within relations ---
-
-
-def _pairs(
-    scores: Float[np.ndarray, "s N"], place: Int[np.ndarray, " N"], wrong: Bool[np.ndarray, " N"]
-) -> dict[int, Float[np.ndarray, "s w g"]]:
-    """Relation -> for every pair of a wrong and a right prompt: 1 if the wrong one scores higher, 1/2 if they tie."""
-    found = {}
-    for i in np.unique(place):
-        bad, good = scores[:, (place == i) & wrong, None], scores[:, None, (place == i) & ~wrong]
-        if bad.size and good.size:
-            found[int(i)] = (bad > good) + 0.5 * (bad == good)
-    return found
-
-
-def _auroc(pairs: Mapping[int, Float[np.ndarray, "s w g"]]) -> Float[np.ndarray, " s"]:
-    """The share of pairs, over all relations."""
-    return np.sum([one.sum((1, 2)) for one in pairs.values()], 0) / sum(one[0].size for one in pairs.values())
-
-
-def _resampled(pairs: Mapping[int, Float[np.ndarray, "s w g"]], resamples: int, seed: int) -> Float[np.ndarray, "b s"]:
-    """AUROCs of resampled relations, of each of which prompts are resampled, wrong and right apart."""
-    draw = np.random.default_rng(seed)
-    values = list(pairs.values())
-    sizes = np.array([one[0].size for one in values])
-    total, weight = 0.0, np.zeros(resamples)
-    for _ in values:
-        took = draw.integers(len(values), size=resamples)
-        for i, one in enumerate(values):
-            rows = np.flatnonzero(took == i)
-            bad, good = (draw.multinomial(k, np.full(k, 1 / k), len(rows)) / k for k in one.shape[1:])
-            means = np.zeros((resamples, len(one)))
-            means[rows] = np.einsum("bsg,bg->bs", np.tensordot(bad, one, (1, 1)), good)
-            total = total + sizes[i] * means
-            weight[rows] += sizes[i]
-    return np.asarray(total) / weight[:, None]
-
-
 # --- tables ---
 
 
@@ -311,7 +268,7 @@ def _scores(
     seed: int,
 ) -> pd.DataFrame:
     names = list(found)
-    values, again = _auroc(pairs), _resampled(pairs, resamples, seed)
+    values, again = pairs_auroc(pairs), resampled_aurocs(pairs, resamples, seed)
     base = names.index(_BASELINE)
     rows = []
     for i, name in enumerate(names):

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kcwb.errors import DataError, SettingError
@@ -107,10 +107,6 @@ def rescue(
         of heads, for all relations.
     draws
         Random sets of heads; where no relation has so many, as many as there are.
-    seed
-        Of all draws.
-    progress
-        Reported per prompt that is asked, then per fact that is patched.
 
     Raises
     ------
@@ -119,8 +115,6 @@ def rescue(
         movers on; says how many there are.
     CircuitError
         If a named head is not one.
-    SettingError
-        If a number or a template cannot be meant.
     """
     model.network.require("roles")
     found = [load_relation(one) if isinstance(one, str) else one for one in relations]
@@ -140,7 +134,7 @@ def rescue(
     if not rows:
         raise DataError(_nothing(counted))
     table = pd.concat([one.table for one in rows], ignore_index=True)
-    chance = {name: _side_by_side([getattr(one, name) for one in rows]) for name in ("rescued", "rise")}
+    chance = {name: _side_by_side([one.chance[i] for one in rows]) for i, name in enumerate(("rescued", "rise"))}
     shares = table.groupby("relation")[[f"rescued, {run}" for run in RUNS]].mean()
     return Rescue(_summary(table, chance, seed), table, counted.merge(shares, on="relation", how="left"))
 
@@ -220,17 +214,18 @@ def _nothing(counts: pd.DataFrame) -> str:
 
 
 class _Patched(NamedTuple):
-    """One relation's pairs, and what each random set does to each of them."""
+    """One relation's pairs, and what each random set does to each of them: whether it is rescued, and the rise."""
 
     table: pd.DataFrame
-    rescued: Float[np.ndarray, "draws n"]
-    rise: Float[np.ndarray, "draws n"]
+    chance: Float[np.ndarray, "2 draws n"]
 
 
+@torch.no_grad()
 def _patch_relation(
     model: Model, asked: _Asked, pairs: Sequence[_Pair], movers: Sequence[str], draws: int, seed: int
 ) -> _Patched:
-    graph = model.graph
+    """Put what heads write in the right prompts into the wrong ones, template by template."""
+    graph, network = model.graph, model.network
     names = [head.node for head in named_heads(model, movers)]
     sets = head_masks(graph, [names, *matched_head_sets(graph, names, draws, seed)])
     every = torch.ones_like(sets[:1])
@@ -238,40 +233,37 @@ def _patch_relation(
     for (right, wrong), some in itertools.groupby(sorted(pairs, key=lambda one: one[1:]), key=lambda one: one[1:]):
         rows = [one.row for one in some]
         source, target = asked.prompts[right].select(rows), asked.prompts[wrong].select(rows)
-        outputs = head_outputs(model.network, attribute(model, source))
-        before = model.network.logits(at_end(forward(model.network, target.tokens).residual, target)).float()
+        outputs = head_outputs(network, attribute(model, source))
+        before = network.logits(at_end(forward(network, target.tokens).residual, target)).float()
         gold, rival = target.answers[:, 0], before.argmax(-1)
-        about = {
-            "relation": asked.relation.name,
-            "subject": [fact.subject for fact in target.facts],
-            "object": [fact.object for fact in target.facts],
-            "right_in": asked.texts[right],
-            "wrong_in": asked.texts[wrong],
-            "predicted": [token_text(model, token) for token in rival.tolist()],
-            "gap": _gap(before, gold, rival).tolist(),
-        }
-        after = [
-            np.concatenate([*_effects(model, target, outputs, which, gold, rival, before)], 1)
-            for which in (sets, every)
-        ]
-        parts.append(_tabulate(pd.DataFrame(about), *after))
-    return _Patched(
-        pd.concat([part.table for part in parts], ignore_index=True),
-        np.concatenate([part.rescued for part in parts], 1),
-        np.concatenate([part.rise for part in parts], 1),
-    )
-
-
-@torch.no_grad()
-def _effects(
-    model: Model, prompts: Prompts, outputs: Tensor, sets: Bool[Tensor, "s L H"], gold: Int[Tensor, " N"],
-    rival: Int[Tensor, " N"], before: Float[Tensor, "N V"],
-) -> Iterator[Float[np.ndarray, "2 c N"]]:  # fmt: skip
-    """Whether each set rescues each prompt, and the rise."""
-    gap = _gap(before, gold, rival)
-    for logits in logits_with(model, prompts, outputs, sets):
-        first = rank_of(logits, gold.expand(len(logits), -1)) == 1
-        yield torch.stack([first.double(), (_gap(logits, gold, rival) - gap).double()]).cpu().numpy()
+        gap = _gap(before, gold, rival)
+        after = []  # of movers and random sets, and of all heads: whether it rescues each prompt, and the rise
+        for which in (sets, every):
+            found = []
+            for logits in logits_with(model, target, outputs, which):
+                first = rank_of(logits, gold.expand(len(logits), -1)) == 1
+                found.append(torch.stack([first.double(), (_gap(logits, gold, rival) - gap).double()]))
+            after.append(torch.cat(found, 1).cpu().numpy())
+        table = pd.DataFrame(
+            {
+                "relation": asked.relation.name,
+                "subject": [fact.subject for fact in target.facts],
+                "object": [fact.object for fact in target.facts],
+                "right_in": asked.texts[right],
+                "wrong_in": asked.texts[wrong],
+                "predicted": [token_text(model, token) for token in rival.tolist()],
+                "gap": gap.tolist(),
+            }
+        )
+        own, all_heads = after
+        chance = own[:, 1:]
+        random = chance.mean(1) if chance.size else np.full_like(own[:, 0], np.nan)
+        for i, name in enumerate(("rescued", "rise")):
+            for run, values in zip(RUNS, (own[i, 0], random[i], all_heads[i, 0]), strict=True):
+                table[f"{name}, {run}"] = values
+        parts.append(_Patched(table, chance))
+    tables, chances = zip(*parts, strict=True)
+    return _Patched(pd.concat(tables, ignore_index=True), np.concatenate(chances, 2))
 
 
 def _gap(logits: Float[Tensor, "*c N V"], gold: Int[Tensor, " N"], rival: Int[Tensor, " N"]) -> Float[Tensor, "*c N"]:
@@ -279,15 +271,6 @@ def _gap(logits: Float[Tensor, "*c N V"], gold: Int[Tensor, " N"], rival: Int[Te
     pair = torch.stack([gold, rival], -1).expand(*logits.shape[:-1], 2)
     own, other = logits.gather(-1, pair).unbind(-1)
     return own - other
-
-
-def _tabulate(table: pd.DataFrame, sets: Float[np.ndarray, "2 s N"], every: Float[np.ndarray, "2 1 N"]) -> _Patched:
-    """Columns for each run; the first of the sets are the movers."""
-    for name, own, one in zip(("rescued", "rise"), sets, every, strict=True):
-        random = own[1:].mean(0) if len(own) > 1 else np.full(own.shape[1], np.nan)
-        for run, values in zip(RUNS, (own[0], random, one[0]), strict=True):
-            table[f"{name}, {run}"] = values
-    return _Patched(table, sets[0, 1:], sets[1, 1:])
 
 
 # --- tables ---

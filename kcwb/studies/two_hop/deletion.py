@@ -53,10 +53,6 @@ def delete_first_hop(
     draws
         Random sets of as many edges, into the same receivers and from senders of the same kind, that neither hop's
         circuit has.
-    seed
-        Of those and of the bootstrap.
-    progress
-        Reported per run.
 
     Returns
     -------
@@ -158,32 +154,26 @@ def _score(
 
 
 def _costs(
-    before: Mapping[str, np.ndarray],
-    after: Mapping[str, np.ndarray],
-    chance: Sequence[Mapping[str, np.ndarray]],
-    question: str,
-    seed: int,
-) -> dict[str, float]:
+    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], chance: Sequence[Mapping[str, np.ndarray]],
+    question: str, seed: int,
+) -> dict[str, float]:  # fmt: skip
     """What a cut costs on one question, or on the two-hop question more than on hop 2."""
-    difference = question not in HOPS
+    asked = ("two-hop", "hop 2") if question == DIFFERENCE else (question,)
 
     def cost(scored: Mapping[str, np.ndarray]) -> np.ndarray:
-        if difference:
-            return (scored["two-hop"] - before["two-hop"])[0] - (scored["hop 2"] - before["hop 2"])[0]
-        return (scored[question] - before[question])[0]
+        each = [(scored[name] - before[name])[0] for name in asked]
+        return each[0] - each[1] if len(each) > 1 else each[0]
 
-    own = cost(after)
+    own, null = cost(after), np.array([cost(one).mean() for one in chance])
     low, high = mean_interval(own, seed)
     row = {"cost": float(own.mean()), "low": low, "high": high}
-    hits = math.nan, math.nan, math.nan, math.nan
-    if not difference:
+    row |= dict.fromkeys(("hit_before", "hit", "hit_low", "hit_high"), math.nan)
+    random_hit = math.nan
+    if question != DIFFERENCE:
         right = after[question][1]
-        hits = float(before[question][1].mean()), float(right.mean()), *proportion_interval(right)
-    row |= dict(zip(("hit_before", "hit", "hit_low", "hit_high"), hits, strict=True))
-    null = np.array([cost(one).mean() for one in chance])
-    row["random_cost"] = float(null.mean()) if len(null) else math.nan
-    row["random_hit"] = (
-        float(np.mean([one[question][1].mean() for one in chance])) if len(null) and not difference else math.nan
-    )
-    row["p"] = p_value(own.mean(), null)
-    return row
+        low, high = proportion_interval(right)
+        row |= {"hit_before": float(before[question][1].mean()), "hit": float(right.mean())}
+        row |= {"hit_low": low, "hit_high": high}
+        random_hit = float(np.mean([one[question][1].mean() for one in chance])) if chance else math.nan
+    random_cost = float(null.mean()) if len(null) else math.nan
+    return {**row, "random_cost": random_cost, "random_hit": random_hit, "p": p_value(own.mean(), null)}

@@ -1,39 +1,33 @@
-"""Two hops read layer by layer, and facts asked backwards.
+"""Two hops read layer by layer: is the bridge there before the object is.
 
-**The bridge in the lens.** If a model takes two hops, the bridge should be there before the object is: at the words
-that describe it, or at END (Yang et al., arXiv 2402.16837). After each layer the residual stream is read with the
-final norm and the unembedding, as in `kcwb.reading.lens`, at three places of the two-hop prompt: the subject's last
-token, the description's last token (where the two differ), and END. A bridge may rank high because all countries do,
-so beside it stand the bridges of the other chains, read at the same place of the same prompt; and beside the object
-theirs.
-
-**Backwards.** A model that knows A -> B need not know B -> A (arXiv 2309.12288). Each fact whose object has one subject
-is asked both ways.
+If a model takes two hops, the bridge should be there before the object is: at the words that describe it, or at END
+(Yang et al., arXiv 2402.16837). After each layer the residual stream is read with the final norm and the unembedding
+(`kcwb.reading.trajectories`) at three places of the two-hop prompt: the subject's last token, the description's last
+token (where the two differ), and END. A bridge may rank high because all countries do, so beside it stand the bridges
+of the other chains, read at the same place of the same prompt; and beside the object theirs.
 """
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 
-from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.forward import prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
+from kcwb.reading.lens import geometric_mean
 from kcwb.reading.positions import rows_told_at_end
-from kcwb.settings import Count
+from kcwb.reading.trajectories import layer_streams
 from kcwb.statistics import mean_interval, proportion_interval
-from kcwb.tasks.compose import Wording, reverse
+from kcwb.tasks.compose import Wording
 from kcwb.tasks.hops import Hops
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, check_same_weights, encode
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, answer_tokens, check_same_weights, encode_one
 from kcwb.tasks.ranks import rank_of
-from kcwb.tasks.relations import Fact, Relation, load_relation
-from kcwb.tasks.tokens import answer_tokens, encode_one
+from kcwb.tasks.relations import Fact
 from kcwb.verbs import verb
 
 #: Where the stream is read, and what is looked for there.
@@ -50,8 +44,6 @@ def hop_lens(model: Model, hops: Hops, *, progress: Progress = True) -> pd.DataF
     model, hops
         The full model is run. A chain whose bridge or object begins with the same token as another one of its
         relation is left out with a warning.
-    progress
-        Reported per layer.
 
     Returns
     -------
@@ -65,7 +57,9 @@ def hop_lens(model: Model, hops: Hops, *, progress: Progress = True) -> pd.DataF
     check_same_weights(model, task)
     told = rows_told_at_end(task.val, hops.tasks["hop 1"].val)
     prompts, chains = task.val.select(told), hops.chains.iloc[told].reset_index(drop=True)
-    bridges = torch.tensor(_first_tokens(model, prompts, task.template, chains["bridge"].tolist()), device=model.device)
+    asked = zip(prompts.facts, chains["bridge"], strict=True)
+    firsts = [answer_tokens(model, task.template, fact.subject, bridge)[0] for fact, bridge in asked]
+    bridges = torch.tensor(firsts, device=model.device)
     objects = prompts.answers[:, 0]
     places = _places(model, prompts, hops.wording)
     parts = []
@@ -73,10 +67,8 @@ def hop_lens(model: Model, hops: Hops, *, progress: Progress = True) -> pd.DataF
     with track(progress, len(chunks) * (model.graph.n_layers + 1), "bridge lens") as step:
         for rows in chunks:
             with torch.no_grad():
-                run = forward(model.network, prompts.tokens[rows], receivers=True)
-            assert run.receivers is not None  # asked for in the line above
-            stream = [x[0] for x, _ in run.receivers]
-            for layer, residual in enumerate([*stream, run.residual], start=-1):
+                streams = layer_streams(model.network, prompts.tokens[rows])
+            for layer, residual in enumerate(streams, start=-1):
                 for place, at in places.items():
                     some = [i for i in range(rows.start, min(rows.stop, len(prompts))) if at[i] is not None]
                     if some:
@@ -104,10 +96,9 @@ def lens_summary(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """
     rows = []
     for (place, who, layer), some in table.groupby(["place", "who", "layer"], sort=False):
-        logs = np.log(some["rank"].to_numpy(dtype=float))
         hits = some["hit_10"].to_numpy(dtype=float)
         ends = mean_interval(hits, seed) if str(who).startswith("other") else proportion_interval(hits)
-        rank = [math.exp(value) for value in (logs.mean(), *mean_interval(logs, seed))]
+        rank = geometric_mean(some["rank"], seed)
         rows += [
             (place, "rank", who, layer, *rank, len(some)),
             (place, "hit_10", who, layer, hits.mean(), *ends, len(some)),
@@ -151,90 +142,6 @@ def hop_arrival(table: pd.DataFrame) -> pd.DataFrame:
     columns = ["subject", "bridge", "object", "bridge_before", "bridge_at_end", "object_at_end", "advantage"]
     found = pd.DataFrame(rows, columns=columns)
     return found.astype(dict.fromkeys(columns[3:6], "Int64"))
-
-
-@verb
-def both_ways(
-    model: Model,
-    relation: Relation | str,
-    backwards: Relation | None = None,
-    *,
-    template: int | str = 0,
-    back_template: int | str = 0,
-    progress: Progress = True,
-) -> pd.DataFrame:
-    """Ask facts forwards and backwards.
-
-    Parameters
-    ----------
-    model, relation
-        A relation, or the name of a packaged one.
-    backwards
-        The same relation from object to subject; None for `kcwb.tasks.compose.reverse(relation)`.
-    template, back_template
-        Which zero-shot templates of the two, or templates of one's own.
-    progress
-        Reported per question.
-
-    Returns
-    -------
-    DataFrame
-        One row per fact that can be asked both ways: `subject`, `object`, and the ranks `forward`, `backward` of the
-        answers.
-    """
-    relation = load_relation(relation) if isinstance(relation, str) else relation
-    back = reverse(relation) if backwards is None else backwards
-    facts = [Fact(fact.object, fact.subject) for fact in back.facts]
-    texts = {"forward": relation.template(template), "backward": back.template(back_template)}
-    asked = {"forward": facts, "backward": list(back.facts)}
-    ranks = {}
-    with track(progress, len(texts), "both ways") as step:
-        for way, text in texts.items():
-            objects = (relation if way == "forward" else back).objects
-            ranks[way] = encode(model, asked[way], text, objects).ranks.tolist()
-            step(note=way)
-    return pd.DataFrame(facts, columns=["subject", "object"]).assign(**ranks)
-
-
-@verb
-def reversal(table: pd.DataFrame, k: Count = 1) -> pd.DataFrame:
-    """How many facts of the table of `both_ways` are known each way.
-
-    Returns
-    -------
-    DataFrame
-        Rows `forward`, `backward`, `both`, `backward, of those known forward` and `forward, of those known backward`:
-        `known`, `of`, `share` of facts with its 95% Wilson interval `low`, `high` (NaN of none). `p`, in the first
-        row: that of McNemar's exact test, two-sided, for as many facts known one way only being known forward as
-        backward.
-    """
-    forward_, backward = (table[way].to_numpy() <= k for way in ("forward", "backward"))
-    both = forward_ & backward
-    one_way = int((forward_ ^ backward).sum())
-    p = float(stats.binomtest(int((forward_ & ~backward).sum()), one_way).pvalue) if one_way else 1.0
-    rows = []
-    for name, known, among in (
-        ("forward", forward_, np.ones_like(both)),
-        ("backward", backward, np.ones_like(both)),
-        ("both", both, np.ones_like(both)),
-        ("backward, of those known forward", both, forward_),
-        ("forward, of those known backward", both, backward),
-    ):
-        values = known[among]
-        share = values.mean() if len(values) else math.nan
-        rows.append((name, int(values.sum()), len(values), share, *proportion_interval(values)))
-    found = pd.DataFrame(rows, columns=["asked", "known", "of", "share", "low", "high"])
-    found["p"] = [p] + [math.nan] * (len(found) - 1)
-    return found
-
-
-# --- reading ---
-
-
-def _first_tokens(model: Model, prompts: Prompts, template: str, names: list[str]) -> list[int]:
-    """The first token of each bridge, as it follows the two-hop prompt of its own chain."""
-    subjects = [fact.subject for fact in prompts.facts]
-    return [answer_tokens(model, template, subject, name)[0] for subject, name in zip(subjects, names, strict=True)]
 
 
 def _places(model: Model, prompts: Prompts, words: Wording) -> dict[str, list[int | None]]:

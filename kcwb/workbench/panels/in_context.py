@@ -1,6 +1,6 @@
 """Learning in context with widgets: choose a relation and a number of shots, see which heads are new and needed.
 
-What the panel shows comes from `kcwb.studies.in_context.heads`, and is kept in attributes, so that a notebook can go on
+What the panel shows comes from `kcwb.studies.in_context`, and is kept in attributes, so that a notebook can go on
 with it.
 """
 
@@ -16,7 +16,8 @@ import pandas as pd
 from kcwb.errors import SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
-from kcwb.studies.in_context.heads import ARMS, InContext, in_context
+from kcwb.studies.in_context.ablation import ARMS
+from kcwb.studies.in_context.study import InContext, in_context
 from kcwb.tasks.relations import Relation, load_relation, relation_files
 from kcwb.tasks.shots import KINDS, label_of
 from kcwb.workbench import tables
@@ -43,7 +44,7 @@ class ContextPanel(Panel):
     controls
         Whether the accuracy after both other contexts is told, too.
     edges, n, n_test, template, sets, steps, resamples, draws, seed, unrelated
-        As in `kcwb.studies.in_context.heads.in_context`.
+        As in `kcwb.studies.in_context.in_context`.
 
     Attributes
     ----------

@@ -17,9 +17,10 @@ import pandas as pd
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
-from kcwb.studies.two_hop.circuits import HopCircuits, hop_circuits, hop_overlap
+from kcwb.studies.two_hop.circuits import HopCircuits, hop_circuits
 from kcwb.studies.two_hop.deletion import delete_first_hop
 from kcwb.studies.two_hop.lens import PLACES, hop_arrival, hop_lens, lens_summary
+from kcwb.studies.two_hop.overlap import hop_overlap
 from kcwb.tasks.compose import Composition, compose, compositions
 from kcwb.tasks.hops import ASKED, HopAnswers, Hops, ask_hops, funnel, make_hops
 from kcwb.tasks.prompts import make_task

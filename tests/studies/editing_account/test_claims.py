@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kcwb.editing.cases import EditCase
-from kcwb.studies.editing_account.claims import account, compare_edits
+from kcwb.studies.editing_account.claims import account, compare_edits, edit_claims
 from kcwb.studies.editing_account.comparison import compare_edit
 from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Fact
@@ -48,7 +48,7 @@ def test_the_account_says_yes_no_or_undecided():
     table["te_movers"], table["te_random"] = 0.5 + 0.4 * draw.standard_normal(n), 0.2
     table["edge_iou_paraphrase"] = table["edge_iou_answer"] = 0.5 + 0.01 * draw.standard_normal(n)
     table["edited_share"], table["node_share"] = 0.02 + 0.001 * draw.standard_normal(n), 0.03
-    rows = account(table).set_index("quantity")
+    rows = edit_claims(table).set_index("quantity")
     assert rows["holds"].to_dict() == {
         "te_subject": "yes",
         "te_end": "no",
@@ -59,10 +59,12 @@ def test_the_account_says_yes_no_or_undecided():
         "edited_share - node_share": "no",
     }
     assert (rows["n"] == n).all() and (rows["low"] <= rows["mean"]).all()
+    with pytest.warns(DeprecationWarning, match="edit_claims"):
+        pd.testing.assert_frame_equal(account(table).set_index("quantity"), rows)
 
 
 def test_one_edit_or_edits_that_are_all_alike_decide_nothing():
     names = ("te_subject", "te_end", "te_movers", "te_random", "edge_iou", "edge_iou_paraphrase", "edge_iou_answer")
     for n in (1, 30):
-        rows = account(pd.DataFrame(dict.fromkeys((*names, "edited_share", "node_share"), [0.6] * n)))
+        rows = edit_claims(pd.DataFrame(dict.fromkeys((*names, "edited_share", "node_share"), [0.6] * n)))
         assert (rows["holds"] == "undecided").all() and rows[["low", "high"]].isna().all(axis=None)

@@ -13,15 +13,13 @@ from kcwb.errors import DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.reading.dla import attribute
 from kcwb.reading.roles import head_roles
-from kcwb.reading.trajectories import read_answers
+from kcwb.reading.trajectories import read_trajectories
+from kcwb.studies.hallucination.auroc import pairs_auroc, resampled_aurocs, within_pairs
 from kcwb.studies.hallucination.measurement import Measured, measure_answers
 from kcwb.studies.hallucination.prediction import (
     FEATURE_SETS,
-    _auroc,
     _out_of_relation,
-    _pairs,
     _random_sets,
-    _resampled,
     _scores,
     _strongest,
     hallucination_study,
@@ -80,7 +78,7 @@ def scored(measured: Measured) -> pd.DataFrame:
     wrong = measured.prompts["wrong"].to_numpy()
     place = pd.Categorical(measured.prompts["relation"]).codes.astype(int)
     found, _ = _out_of_relation(measured, place, wrong, [np.array([MOVER])] * (place.max() + 1), FEATURE_SETS)
-    pairs = _pairs(np.stack(list(found.values())), place, wrong)
+    pairs = within_pairs(np.stack(list(found.values())), place, wrong)
     return _scores(found, wrong, pairs, np.zeros((20, 2)), 400, seed=0).set_index("features")
 
 
@@ -244,9 +242,9 @@ def toy(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_auroc_counts_pairs_within_relations():
     for seed in range(5):
         scores, place, wrong = toy(seed)
-        found = _auroc(_pairs(scores, place, wrong))
+        found = pairs_auroc(within_pairs(scores, place, wrong))
         assert found.tolist() == pytest.approx([slow_auroc(one, place, wrong) for one in scores])
-        assert 3 not in _pairs(scores, place, wrong)
+        assert 3 not in within_pairs(scores, place, wrong)
 
 
 def test_resamples_are_of_relations_and_then_of_prompts():
@@ -262,9 +260,9 @@ def test_resamples_are_of_relations_and_then_of_prompts():
                 some = np.flatnonzero((place == i) & (wrong == kind))
                 rows += draw.choice(some, len(some)).tolist()
                 names += [copy] * len(some)
-        pairs = _pairs(scores[:, rows], np.array(names), wrong[rows])
-        slow.append(_auroc(pairs))
-    fast = _resampled(_pairs(scores, place, wrong), 3000, seed=1)
+        pairs = within_pairs(scores[:, rows], np.array(names), wrong[rows])
+        slow.append(pairs_auroc(pairs))
+    fast = resampled_aurocs(within_pairs(scores, place, wrong), 3000, seed=1)
     assert np.mean(slow, 0) == pytest.approx(fast.mean(0), abs=0.015)
     assert np.std(slow, 0) == pytest.approx(fast.std(0), rel=0.08)
 
@@ -314,7 +312,7 @@ def test_what_is_measured_is_what_each_prompt_does_alone(tiny):
         relation = by_name[prompt["relation"]]
         fact = next(one for one in relation.facts if one.subject == prompt["subject"])
         alone = encode(model, [fact], relation.template(0), relation.objects)
-        readings = read_answers(model, alone)
+        readings = read_trajectories(model, alone)
         assert prompt["wrong"] != bool(readings.right[0]) and prompt["rank"] == int(alone.ranks[0])
         assert prompt["entropy"] == pytest.approx(float(readings.entropy[0]), abs=1e-4)
         heads = attribute(model, alone, readings.tokens)
@@ -420,7 +418,7 @@ def test_a_model_that_gets_all_right_is_refused_before_its_heads_are_looked_at(m
     found = additive("capital")
     relations = [replace(found.relation, name=f"r{i}", facts=found.relation.facts[i::3]) for i in range(3)]
     monkeypatch.setattr(
-        "kcwb.studies.hallucination.measurement.read_answers", lambda *_: pytest.fail("its heads were looked at")
+        "kcwb.studies.hallucination.measurement.read_trajectories", lambda *_: pytest.fail("its heads were looked at")
     )
     with pytest.raises(DataError, match="All 16 answers are right"):
         measure_answers(found.model, relations, progress=False)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from kcwb.errors import DataError, KcwbError
-from kcwb.studies.in_context.heads import in_context
+from kcwb.studies.in_context.study import in_context
 from kcwb.tasks.relations import Fact
 from kcwb.workbench.panels.in_context import ContextPanel, summary
 from tests.tasks import known_relation, relation_of

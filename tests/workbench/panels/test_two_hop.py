@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from kcwb.errors import DataError, KcwbError, SettingError
-from kcwb.studies.two_hop.circuits import hop_circuits, hop_overlap
+from kcwb.studies.two_hop.circuits import hop_circuits
+from kcwb.studies.two_hop.overlap import hop_overlap
 from kcwb.tasks.compose import compose
 from kcwb.tasks.hops import ask_hops, make_hops
 from kcwb.workbench.panels.two_hop import HopPanel

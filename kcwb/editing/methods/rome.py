@@ -87,19 +87,23 @@ def rome(
 ) -> Fit:
     """Fit a ROME edit; see the module's text."""
     network, (request,) = model.network, requests
+    # 1. k*, and the direction u
     (contexts,) = all_contexts(model, requests, settings.prefixes, seed)
     rows = make_rows(model, [(request.wanted, context) for context in contexts])
     found = read_places(network, rows.tokens, rows.subjects, [layer])[layer]
     mean, first = found.key.float().mean(0), found.output[0].float()
-    what = f"ROME, layer {layer}"
-    delta, losses = optimise_delta(model, contexts, request.wanted, layer, first.norm(), settings, progress, what)
-    value, place = first + delta, found.key[0] if settings.key == "prompt" else mean.to(network.dtype)
     details: dict[str, Any] = {"prefixes": [c.removesuffix(request.template).strip() for c in contexts[1:]]}
     direction = mean
     if settings.covariance == "text":
         about = covariance(model, layer, seed=seed, progress=progress)
         direction = whiten(about.matrix, mean, settings.ridge)
         details["direction_agreement"] = about.agreement(mean, settings.ridge)
+    # 2. v*
+    what = f"ROME, layer {layer}"
+    delta, losses = optimise_delta(model, contexts, request.wanted, layer, first.norm(), settings, progress, what)
+    value = first + delta
+    # 3. the change that maps the one to the other
+    place = found.key[0] if settings.key == "prompt" else mean.to(network.dtype)
     change = rank_one(direction, place, value - network.mlp_output(layer, place)).to(network.dtype)
     return Fit({layer: change}, losses, losses[-1]["loss"], [contexts], mean[None], value[None], details)
 

@@ -16,6 +16,9 @@ does. Measured here, for one edit that turns the old object into the new one:
   at END; patched: the edited model, into which some outputs of the unedited run are put back. TE is 1 if all of the
   edit's effect goes through them, 0 if none does. Put back are the relation's strongest mover heads at END, random
   sets of heads with as many in each layer, and the edited MLP's outputs at the subject, at END and elsewhere.
+
+The steps: 1. the relation's mover heads; 2. the unedited model's circuits, lens and roles; 3. those with the edit in;
+4. outputs of the unedited run put back into the edited one, `kcwb.studies.editing_account.transport`.
 """
 
 from __future__ import annotations
@@ -178,8 +181,10 @@ def compare_edit(
     for prompts in asked.values():
         check_prompts(told_at_end(prompts))
     with track(progress, 7, "comparing") as step:
+        # 1. the relation's mover heads
         names = strongest_movers(model, task, movers, seed) if isinstance(movers, int) else list(movers)
         step(note="mover heads")
+        # 2. the unedited model: circuits, lens, roles
         cuts = make_ablation(model, task, "mean")
         circuits = {"before": _circuit(model, task, fact, task.template, cuts, edges)}
         step(note="circuit before")
@@ -189,18 +194,20 @@ def compare_edit(
         circuits["paraphrase"] = _circuit(model, reworded, fact, other, make_ablation(model, reworded, "mean"), edges)
         step(note="circuit of the paraphrase")
         prompt = asked[fact].select([0])
-        ends = int(prompt.ends[0])
-        clean = trace_blocks(model.network, prompt.tokens[:, : ends + 1])
+        ids = prompt.tokens[:, : int(prompt.ends[0]) + 1]
+        clean = trace_blocks(model.network, ids)
         written = mlp_outputs(model.network, clean, made.layers)
         lens = [_lens(model, prompt, clean, tokens, "before")]
         roles = _contributions(model, prompt, tokens)
+        # 3. the same with the edit in
         with made:
             circuits["after"] = _circuit(model, task, new, task.template, make_ablation(model, task, "mean"), edges)
             step(note="circuit after")
-            edited = trace_blocks(model.network, prompt.tokens[:, : ends + 1])
+            edited = trace_blocks(model.network, ids)
             lens.append(_lens(model, prompt, edited, tokens, "after"))
             roles_after = _contributions(model, prompt, tokens)
             step(note="lens and roles")
+            # 4. outputs of the unedited run put back
             transported, p = transport(model, made, prompt, clean, edited, written, tokens, names, draws, seed)
             step(note="transport")
     return EditComparison(

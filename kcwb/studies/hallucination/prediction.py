@@ -170,6 +170,7 @@ def predict_wrong(
     wrong = measured.prompts["wrong"].to_numpy(dtype=bool)
     place = pd.Categorical(measured.prompts["relation"], categories=names).codes.astype(int)
     check_labels({name: wrong[place == i] for i, name in enumerate(names)})
+    # 1. each relation left out, with the others' movers and (4.) random heads
     chosen = [_strongest(measured, i, movers) for i in range(len(names))]
     random = _random_sets(measured, chosen, draws, seed)
     some = {name: FEATURE_SETS[name] for name in _CONTROLLED}
@@ -180,6 +181,7 @@ def predict_wrong(
         for sets in random:
             chance.append(np.stack(list(_out_of_relation(measured, place, wrong, sets, some)[0].values())))
             step()
+    # 2. and 3. AUROC within relations, with intervals
     pairs = within_pairs(np.stack(list(found.values())), place, wrong)
     by_chance = pairs_auroc(within_pairs(np.concatenate(chance), place, wrong)) if chance else np.empty(0)
     return HallucinationStudy(

@@ -122,12 +122,16 @@ def in_context(
     more = {"n": n, "seed": seed, "template": template, "sets": sets, "n_test": n_test, "unrelated": unrelated}
     tasks = shot_tasks(model, relation, wanted, progress=within("questions"), **more)
     chosen = {"0 shots": tasks[0, "shots"], tasks[k, kind].label: tasks[k, kind]}
+    # 1. circuits
     size = {"edges": edges, "steps": steps, "resamples": resamples, "seed": seed}
     circuits = context_circuits(model, chosen, progress=within("circuits"), **size)
     before, after = circuits.values()
+    # 2. new heads
     nodes = new_heads(before, after)
     task, new, shared = tasks[k, kind], heads_with(nodes, "new"), heads_with(nodes, "shared")
+    # 3. ablation
     ablation = ablate_new(model, task, new, shared, draws=draws, seed=seed, progress=within("ablation"))
+    # 4. what they read
     heads = demonstration_attention(model, task)
     heads["status"] = heads["node"].map(nodes.set_index("node")["status"]).fillna("in neither")
     reading = reading_summary(model, heads, draws=draws, seed=seed)

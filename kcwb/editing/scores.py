@@ -36,9 +36,8 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.statistics import mean_interval, proportion_interval, statistic_interval
-from kcwb.tasks.prompts import answer_tokens, padded
 from kcwb.tasks.relations import Fact
-from kcwb.tasks.tokens import padded
+from kcwb.tasks.tokens import answer_tokens, padded
 from kcwb.verbs import verb
 
 #: What `edit_scores` reports of each edit.

@@ -27,7 +27,8 @@ from kcwb.reading.positions import split_of, told_at_end, without_copies
 from kcwb.reading.trajectories import follow, layer_streams
 from kcwb.settings import Seed
 from kcwb.statistics import mean_interval, proportion_interval
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, answer_tokens, check_same_weights
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights
+from kcwb.tasks.tokens import answer_tokens
 from kcwb.verbs import verb
 
 #: What is looked for -> where (the index in `kcwb.reading.trajectories.WHERE`), and the object (0) or the subject (1).

@@ -80,7 +80,6 @@ def attention_pattern(
     run = _plan(model, task, circuit, ablation, prompt)
     with torch.no_grad():
         inputs = run.forward(run.prompts, receivers=True).receivers
-        assert inputs is not None  # asked for in the line above
         x = inputs[place.layer][0]
         reads = x.chunk(3) if x.shape[0] > 1 else (x, x)  # in a circuit each head reads its own
         q, k = (part[[place.head]] if part.shape[0] > 1 else part for part in reads[:2])
@@ -138,7 +137,7 @@ def node_logits(
             passed = run.forward(part, senders=not whole)
             at = torch.arange(len(part), device=part.tokens.device), part.ends
             residual = passed.residual[at]
-            if passed.senders is None:
+            if whole:
                 found.append(network.logits(residual).float())
             else:  # the node's summand, by the final norm held at the stream's scale
                 share = network.logit_shares(passed.senders[graph.sender_index(node)][at]).float()

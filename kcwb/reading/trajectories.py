@@ -37,7 +37,6 @@ WHERE = ("END", "subject's last token", "subject's best token")
 def layer_streams(network: Network, tokens: Int[Tensor, "N T"]) -> list[Float[Tensor, "N T D"]]:
     """The residual stream before the first block, and after each."""
     run = forward(network, tokens, receivers=True)
-    assert run.receivers is not None  # asked for in the line above
     return [*(x[0] for x, _ in run.receivers), run.residual]
 
 

@@ -15,7 +15,7 @@ from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Positive
-from kcwb.tasks.prompts import answer_tokens
+from kcwb.tasks.tokens import answer_tokens
 from kcwb.verbs import noun
 from kcwb.workbench.panels.edit import EditPanel
 from tests.editing.conftest import FACT, TEMPLATE, same_bits, weights

@@ -23,10 +23,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from kcwb.errors import SettingError
+from kcwb.workbench.tables import shorten
 
 _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e6ea"}
-_RUNS = {"full model": "#656d76", "circuit": "#0072b2", "empty circuit": "#e69f00", "random circuits": "#cc79a7"}
-_INK, _MUTED = "#1f2328", "#656d76"
+INK, MUTED = "#1f2328", "#656d76"
+_RUNS = {"full model": MUTED, "circuit": "#0072b2", "empty circuit": "#e69f00", "random circuits": "#cc79a7"}
 _QUANTITIES = {"rank": "rank (geometric mean)", "probability": "probability", "hit_10": "Hit@10"}
 # control characters, marks that turn the direction of writing, characters without width, halves of characters
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -51,8 +52,7 @@ class Plot(Figure):
 def plain(text: object, longest: int = 60) -> str:
     """Any text as matplotlib draws it verbatim: one line, no formulas, shortened."""
     shown = _UNSEEN.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), str(text))
-    shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
-    return shown.replace("$", r"\$")
+    return shorten(shown, longest).replace("$", r"\$")
 
 
 def plot_knowledge(table: pd.DataFrame) -> Plot:
@@ -63,11 +63,8 @@ def plot_knowledge(table: pd.DataFrame) -> Plot:
     ordered = table.sort_values(["category", "hit_10"], ascending=[True, False], kind="stable")
     names = [f"{plain(row.relation)}  ({row.answers})" for row in ordered.itertuples()]
     ordered = ordered.assign(name=names)
-    categories = list(dict.fromkeys(ordered["category"]))
-    colours = dict(zip(categories, sns.color_palette("colorblind", len(categories)), strict=True))
-    with sns.axes_style("white", _STYLE):
-        figure = Plot(figsize=(8.5, 1.1 + 0.235 * len(ordered)), layout="constrained")
-        axes = figure.subplots()
+    colours = _palette(ordered["category"])
+    figure, (axes,) = panes(1, 8.5, 1.1 + 0.235 * len(ordered))
     common = {"data": ordered, "y": "name", "hue": "category", "palette": colours, "legend": False, "ax": axes}
     sns.barplot(x="hit_10", alpha=0.35, width=0.74, **common)
     sns.barplot(x="hit_1", width=0.74, **common)
@@ -76,7 +73,7 @@ def plot_knowledge(table: pd.DataFrame) -> Plot:
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", labelsize=9, length=0)
     handles = [Patch(color=colour, label=plain(name)) for name, colour in colours.items()]
-    _finish(figure, handles, None, "upper")
+    finish(figure, handles, None, "upper")
     return figure
 
 
@@ -88,28 +85,12 @@ def plot_completeness(tables: Mapping[str, pd.DataFrame]) -> Plot:
     tables
         Title -> table, for example one per ablation.
     """
-    with sns.axes_style("white", _STYLE):
-        figure = Plot(figsize=(4.2 * len(tables), 3.2), layout="constrained")
-        panes = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
-    for axes, (title, table) in zip(panes, tables.items(), strict=True):
-        table = table[table["split"].isin(["D_val", "D_test"]) & (table["n"] > 0)]
-        runs = {name: colour for name, colour in _RUNS.items() if name in set(table["run"])}
-        splits = list(dict.fromkeys(table["split"]))
-        sns.barplot(
-            data=table, x="split", y="hit", order=splits, hue="run", hue_order=list(runs), palette=runs, width=0.8,
-            saturation=1, legend=False, ax=axes,
-        )  # fmt: skip
-        for bars, run in zip(axes.containers, runs, strict=True):
-            rows = table[table["run"] == run].set_index("split").loc[splits]
-            middles = [bar.get_x() + bar.get_width() / 2 for bar in bars.patches]
-            axes.vlines(middles, rows["low"], rows["high"], color="#1f2328", linewidth=1.1)
-        axes.set(title=plain(title), ylim=(0, 1.02), xlabel="", ylabel="Hit@10" if axes is panes[0] else "")
-        axes.title.set_fontsize(10)
-        axes.grid(axis="x", visible=False)
-        axes.set_axisbelow(True)
-    shown = {run for table in tables.values() for run in table["run"]}
-    handles = [Patch(color=colour, label=run) for run, colour in _RUNS.items() if run in shown]
-    _finish(figure, handles, None)
+    rows = pd.concat([table.assign(title=title) for title, table in tables.items()], ignore_index=True)
+    rows = rows[rows["split"].isin(["D_val", "D_test"]) & (rows["n"] > 0)]
+    colours = {run: colour for run, colour in _RUNS.items() if run in set(rows["run"])}
+    figure = _bars(rows, "split", "hit", "run", "title", colours, "Hit@10", None)
+    for axes in figure.axes:
+        axes.set_ylim(0, 1.02)
     return figure
 
 
@@ -138,20 +119,10 @@ def plot_lens(
     if not quantities or not set(quantities) <= set(found):
         raise SettingError(f"quantities={list(quantities)}: the table has {', '.join(map(str, found)) or 'none'}.")
     palette = _palette(table["who"])
-    figure, panes = _panes(len(quantities), 4.6, 3.2, sharey=False)
-    for axes, quantity in zip(panes, quantities, strict=True):
-        some = table[table["quantity"] == quantity]
-        for who, curve in some.groupby("who", sort=False):
-            curve = curve.sort_values("layer")
-            _band(axes, curve["layer"], curve, "value", palette[who])
-        axes.set(xlabel="after layer", ylabel=_QUANTITIES.get(quantity, plain(quantity)))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if quantity == "rank":
-            axes.set_yscale("log")
-            axes.invert_yaxis()
-        else:
-            axes.set_ylim(bottom=0)
-    _finish(figure, [Line2D([], [], color=palette[who], linewidth=2, label=plain(who)) for who in palette], title)
+    figure, drawn = panes(len(quantities), 4.6, 3.2, sharey=False)
+    for axes, quantity in zip(drawn, quantities, strict=True):
+        draw_curves(axes, table[table["quantity"] == quantity], quantity, palette)
+    finish(figure, [Line2D([], [], color=palette[who], linewidth=2, label=plain(who)) for who in palette], title)
     return figure
 
 
@@ -185,15 +156,11 @@ def plot_heads(table: pd.DataFrame, value: str, *, title: str | None = None, lab
     largest = float(grid.abs().max().max()) or 1.0
     signed = bool((grid < 0).any().any())
     colours = {"cmap": "vlag", "vmin": -largest, "vmax": largest} if signed else {"cmap": "Blues", "vmin": 0}
-    with sns.axes_style("white"):
-        figure = Plot(figsize=(1.8 + 0.42 * grid.shape[1], 1.2 + 0.22 * grid.shape[0]), layout="constrained")
-        axes = figure.subplots()
+    size = (1.8 + 0.42 * grid.shape[1], 1.2 + 0.22 * grid.shape[0])
+    figure, axes = _map(grid, size, plain(label or value), ("head", "layer"), **colours)
     axes.set_facecolor("#d5d9de")
-    name = plain(label or value)
-    sns.heatmap(grid, ax=axes, cbar_kws={"label": name}, linewidths=0.5, linecolor="white", **colours)
-    axes.set(xlabel="head", ylabel="layer")
-    axes.tick_params(length=0, labelsize=8, rotation=0)
-    _finish(figure, [], title)
+    axes.tick_params(rotation=0)
+    finish(figure, [], title)
     return figure
 
 
@@ -220,19 +187,15 @@ def plot_attention(pattern: pd.DataFrame, *, title: str | None = None) -> Plot:
     later = np.arange(n_keys)[None, :] > np.arange(n_queries)[:, None] + n_keys - n_queries
     hidden = later & bool((values[later] == 0).all())
     rows, columns = ([plain(label, 24) for label in labels] for labels in (pattern.index, pattern.columns))
-    with sns.axes_style("white"):
-        figure = Plot(figsize=(2.4 + 0.34 * n_keys, 1.6 + 0.3 * n_queries), layout="constrained")
-        axes = figure.subplots()
-    sns.heatmap(
-        pd.DataFrame(values), mask=hidden, vmin=0, vmax=1, cmap="Blues", linewidths=0.5, linecolor="white", ax=axes,
+    figure, axes = _map(
+        pd.DataFrame(values), (2.4 + 0.34 * n_keys, 1.6 + 0.3 * n_queries), "attention", ("to", "from"),
+        mask=hidden, vmin=0, vmax=1, cmap="Blues", xticklabels=False, yticklabels=False,
         annot=values.size <= _MOST_CELLS_WITH_NUMBERS, fmt=".2f", annot_kws={"fontsize": 6.5},
-        xticklabels=False, yticklabels=False, cbar_kws={"label": "attention"},
     )  # fmt: skip
     axes.set_xticks(np.arange(n_keys) + 0.5, columns, rotation=60, ha="right", rotation_mode="anchor")
     axes.set_yticks(np.arange(n_queries) + 0.5, rows)
-    axes.set(xlabel="to", ylabel="from")
     axes.tick_params(length=0, labelsize=8)
-    _finish(figure, [], title)
+    finish(figure, [], title)
     return figure
 
 
@@ -257,19 +220,19 @@ def plot_faithfulness(curves: pd.DataFrame | Mapping[str, pd.DataFrame], *, titl
     for table in named.values():
         _need(table, ("fraction", "faithfulness", "low", "high"))
     palette = _palette(pd.Series(list(named)))
-    figure, (axes,) = _panes(1, 7, 3.4)
+    figure, (axes,) = panes(1, 7, 3.4)
     for level in (0, 1):  # the empty circuit, the full model
-        axes.axhline(level, color=_MUTED, linewidth=0.8, linestyle="--", zorder=1)
+        axes.axhline(level, color=MUTED, linewidth=0.8, linestyle="--", zorder=1)
     for name, table in named.items():
         _band(axes, table["fraction"], table, "faithfulness", palette[name], marker="o")
     fractions = pd.concat([table["fraction"] for table in named.values()])
-    if bool((fractions == 0).any()):
+    if (fractions == 0).any():
         axes.set_xscale("symlog", linthresh=float(fractions[fractions > 0].min()))
     else:
         axes.set_xscale("log")
     axes.set(xlabel="share of all edges asked for", ylabel="faithfulness")
     handles = [Line2D([], [], color=palette[name], marker="o", label=plain(name)) for name in named]
-    _finish(figure, handles if len(handles) > 1 else [], title)
+    finish(figure, handles if len(handles) > 1 else [], title)
     return figure
 
 
@@ -311,33 +274,94 @@ def plot_bars(
     _need(table, (*keys, y, low, high))
     if table.empty or bool(table.duplicated(keys).any()):
         raise SettingError(f"Bars need one row for each {' and '.join(keys)}; take means first.")
-    groups = list(dict.fromkeys(table[x]))
     kinds = list(dict.fromkeys(table[hue])) if hue else [None]
-    shades = dict(zip(kinds, _shades(len(kinds)), strict=True))
-    parts = {None: table} if column is None else {key: part for key, part in table.groupby(column, sort=False)}
-    figure, panes = _panes(len(parts), max(3.2, 1.2 + 0.42 * len(groups) * len(kinds)), 3.2)
-    width = 0.8 / len(kinds)
-    for axes, (name, part) in zip(panes, parts.items(), strict=True):
-        for i, kind in enumerate(kinds):
-            rows = (part if hue is None else part[part[hue] == kind]).set_index(x).reindex(groups)
-            places = np.arange(len(groups)) - 0.4 + (i + 0.5) * width
-            axes.bar(places, rows[y], width * 0.94, color=shades[kind])
-            axes.vlines(places, rows[low], rows[high], color=_INK, linewidth=1.1)
-        axes.set_xticks(range(len(groups)), [plain(group, 24) for group in groups])
-        axes.set(title="" if column is None else plain(name))
-        axes.title.set_fontsize(10)
-        axes.grid(axis="x", visible=False)
-        axes.set_axisbelow(True)
-        axes.axhline(0, color=_MUTED, linewidth=0.8)
-        if len(groups) * max(len(plain(group, 24)) for group in groups) > 60:
-            axes.tick_params(axis="x", rotation=60)
-            figure.set_figheight(4.4)
-    panes[0].set_ylabel(plain(label or y))
-    _finish(figure, [Patch(color=shades[kind], label=plain(kind)) for kind in kinds] if hue else [], title)
-    return figure
+    shades = ["#9ecae1", "#0072b2"] if len(kinds) == 2 else sns.color_palette("colorblind", len(kinds))
+    rows = table.rename(columns={low: "low", high: "high"})
+    return _bars(rows, x, y, hue, column, dict(zip(kinds, shades, strict=True)), label or y, title)
 
 
 # --- shared ---
+
+
+def panes(count: int, width: float, height: float, *, sharey: bool = True) -> tuple[Plot, list[Axes]]:
+    """A figure of axes side by side, each of a width and a height in inches."""
+    with sns.axes_style("white", _STYLE):
+        figure = Plot(figsize=(width * count, height), layout="constrained")
+        return figure, list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
+
+
+def draw_curves(axes: Axes, table: pd.DataFrame, quantity: str, palette: Mapping[Any, Any]) -> None:
+    """Draw `value` over `layer`, a line for each `who`; ranks on a logarithmic axis, the best at the top."""
+    for who, curve in table.groupby("who", sort=False):
+        curve = curve.sort_values("layer")
+        _band(axes, curve["layer"], curve, "value", palette[who])
+    axes.set(xlabel="after layer", ylabel=_QUANTITIES.get(quantity, plain(quantity)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if quantity == "rank":
+        axes.set_yscale("log")
+        axes.invert_yaxis()
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def finish(figure: Plot, handles: Sequence[Any], title: str | None, legend_at: str = "lower") -> None:
+    """Title and legend; the figure grows by the lines that the legend takes."""
+    if handles:
+        longest = max(len(handle.get_label()) for handle in handles)
+        columns = max(1, min(len(handles), int(11 * figure.get_figwidth() / (longest + 6))))
+        figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(handles) / columns) - 0.22)
+        place: Any = f"outside {legend_at} center"
+        figure.legend(handles=handles, loc=place, ncols=columns, frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(plain(title, 90), fontsize=11)
+
+
+def _bars(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str | None,
+    column: str | None,
+    colours: Mapping[Any, Any],
+    label: str,
+    title: str | None,
+) -> Plot:
+    """Bars with their intervals `low` to `high`; `colours` has the bars of a group in their order."""
+    groups = list(dict.fromkeys(table[x]))
+    names = [plain(group, 24) for group in groups]
+    parts = {None: table} if column is None else {key: part for key, part in table.groupby(column, sort=False)}
+    figure, drawn = panes(len(parts), max(3.2, 1.2 + 0.42 * len(groups) * len(colours)), 3.2)
+    width = 0.8 / len(colours)
+    for axes, (name, part) in zip(drawn, parts.items(), strict=True):
+        for i, (kind, colour) in enumerate(colours.items()):
+            rows = (part if hue is None else part[part[hue] == kind]).set_index(x).reindex(groups)
+            places = np.arange(len(groups)) - 0.4 + (i + 0.5) * width
+            axes.bar(places, rows[y], width * 0.94, color=colour)
+            axes.vlines(places, rows["low"], rows["high"], color=INK, linewidth=1.1)
+        axes.set_xticks(range(len(groups)), names)
+        axes.set_title("" if column is None else plain(name), fontsize=10)
+        axes.grid(axis="x", visible=False)
+        axes.set_axisbelow(True)
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        if len(groups) * max(map(len, names)) > 60:
+            axes.tick_params(axis="x", rotation=60)
+            figure.set_figheight(4.4)
+    drawn[0].set_ylabel(plain(label))
+    finish(figure, [Patch(color=colour, label=plain(kind)) for kind, colour in colours.items()] if hue else [], title)
+    return figure
+
+
+def _map(
+    grid: pd.DataFrame, size: tuple[float, float], label: str, names: tuple[str, str], **more: Any
+) -> tuple[Plot, Axes]:
+    """Cells in colour, with a bar that says what the colours are; `names` are of the axes x and y."""
+    with sns.axes_style("white"):
+        figure = Plot(figsize=size, layout="constrained")
+        axes = figure.subplots()
+    sns.heatmap(grid, ax=axes, cbar_kws={"label": label}, linewidths=0.5, linecolor="white", **more)
+    axes.set(xlabel=names[0], ylabel=names[1])
+    axes.tick_params(length=0, labelsize=8)
+    return figure, axes
 
 
 def _need(table: pd.DataFrame, columns: Sequence[str]) -> None:
@@ -358,12 +382,6 @@ def _with_places(table: pd.DataFrame) -> pd.DataFrame:
     return heads.astype({"layer": int, "head": int})
 
 
-def _panes(count: int, width: float, height: float, *, sharey: bool = True) -> tuple[Plot, list[Axes]]:
-    with sns.axes_style("white", _STYLE):
-        figure = Plot(figsize=(width * count, height), layout="constrained")
-        return figure, list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
-
-
 def _band(axes: Axes, x: pd.Series, table: pd.DataFrame, y: str, colour: Any, **line: Any) -> None:
     """A line and its interval."""
     sns.lineplot(x=x, y=table[y], color=colour, errorbar=None, ax=axes, zorder=3, **line)
@@ -374,20 +392,3 @@ def _palette(names: pd.Series) -> dict[Any, Any]:
     """A colour per name, safe for colour blindness, in the order of first mention."""
     found = list(dict.fromkeys(names))
     return dict(zip(found, sns.color_palette("colorblind", len(found)), strict=True))
-
-
-def _shades(count: int) -> list[Any]:
-    """For before and after: pale and full; for more, colours."""
-    return ["#9ecae1", "#0072b2"] if count == 2 else sns.color_palette("colorblind", count)
-
-
-def _finish(figure: Plot, handles: Sequence[Any], title: str | None, legend_at: str = "lower") -> None:
-    """Title and legend; the figure grows by the lines that the legend takes."""
-    if handles:
-        longest = max(len(handle.get_label()) for handle in handles)
-        columns = max(1, min(len(handles), int(11 * figure.get_figwidth() / (longest + 6))))
-        figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(handles) / columns) - 0.22)
-        place: Any = f"outside {legend_at} center"
-        figure.legend(handles=handles, loc=place, ncols=columns, frameon=False, fontsize=9)
-    if title:
-        figure.suptitle(plain(title, 90), fontsize=11)

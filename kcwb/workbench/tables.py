@@ -5,33 +5,15 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Iterable, Mapping
+from importlib import resources
 from typing import Any
 
 import pandas as pd
 
 _LONGEST = 160  # characters of a text in a cell
 
-STYLE = """<style>
-.kcwb { --kc-ink: var(--jp-ui-font-color1, #1f2328); --kc-muted: var(--jp-ui-font-color2, #656d76);
-  --kc-line: var(--jp-border-color2, #d5d9de); --kc-band: var(--jp-rendermime-table-row-background, #f5f6f8);
-  color: var(--kc-ink); font: 13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif); }
-.kcwb .kc-scroll { overflow: auto; max-height: 380px; }
-.kcwb table.kc-table { border-collapse: collapse; margin: 2px 0 6px; font-size: 12.5px; line-height: 1.35; }
-.kcwb table.kc-table th, .kcwb table.kc-table td { padding: 3px 12px 3px 0; text-align: left; vertical-align: top;
-  white-space: normal; max-width: 420px; overflow-wrap: anywhere; border: 0; color: var(--kc-ink); background: none; }
-.kcwb table.kc-table thead th { color: var(--kc-muted); font-weight: 500; border-bottom: 1px solid var(--kc-line);
-  white-space: nowrap; }
-.kcwb table.kc-table tbody tr { background: none; }
-.kcwb table.kc-table tbody tr + tr td { border-top: 1px solid var(--kc-line); }
-.kcwb table.kc-table .kc-number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.kcwb table.kc-table td:first-child { min-width: 90px; }
-.kcwb .kc-muted { color: var(--kc-muted); }
-.kcwb .kc-heading { font-weight: 600; margin: 8px 0 2px; }
-.kcwb .kc-summary { font-size: 14px; margin: 2px 0; }
-.kcwb .kc-error, .kcwb .kc-note { border-left: 3px solid #d55e00; padding: 6px 10px; margin: 4px 0;
-  white-space: pre-wrap; overflow-wrap: anywhere; background: var(--kc-band); max-height: 200px; overflow: auto; }
-.kcwb .kc-note { border-left-color: #0072b2; }
-</style>"""
+CSS = resources.files("kcwb.workbench").joinpath("tables.css").read_text(encoding="utf-8").strip()
+STYLE = f"<style>{CSS}</style>"
 
 Format = Callable[[Any], str]
 
@@ -41,10 +23,14 @@ def styled(*parts: str) -> str:
     return f'<div class="kcwb">{STYLE}{"".join(parts)}</div>'
 
 
+def shorten(words: str, most: int) -> str:
+    """A text, cut where it is longer than so many characters."""
+    return words if len(words) <= most else words[: most - 1] + "…"
+
+
 def text(value: object, longest: int = _LONGEST) -> str:
     """Any value as escaped text, shortened where it would fill a page."""
-    plain = _whole(str(value))
-    return html.escape(plain if len(plain) <= longest else plain[: longest - 1] + "…", quote=True)
+    return html.escape(shorten(_whole(str(value)), longest), quote=True)
 
 
 def _whole(text: str) -> str:
@@ -90,6 +76,11 @@ def pairs(values: Mapping[str, object]) -> str:
 def heading(words: str) -> str:
     """A line above a table."""
     return f'<div class="kc-heading">{text(words)}</div>'
+
+
+def summary(words: str) -> str:
+    """A line that says the result."""
+    return f'<div class="kc-summary">{text(words, 2000)}</div>'
 
 
 def muted(words: str) -> str:

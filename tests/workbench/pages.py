@@ -12,10 +12,23 @@ from typing import Any
 
 import pandas as pd
 
+from kcwb.circuits.circuit import Circuit
 from kcwb.workbench.graph.page import GraphView, graph_view
 from tests.hostile import HOSTILE, SURROGATE
 
 LAYERS, HEADS = 30, 9
+
+
+class StandIn(Circuit):
+    """What is drawn of a circuit, of any names and sizes."""
+
+    edges: Any = None
+    nodes: Any = None
+    __setattr__ = object.__setattr__
+
+    def __init__(self, edges: pd.DataFrame, nodes: pd.DataFrame, graph: Any) -> None:
+        for name, value in (("edges", edges), ("nodes", nodes), ("graph", graph), ("provenance", {})):
+            setattr(self, name, value)
 
 
 def make_circuit(n_edges: int, seed: int = 0, n_layers: int = LAYERS, n_heads: int = HEADS) -> Any:
@@ -53,7 +66,7 @@ def stand_in(
     columns = ["node", "kind", "layer", "head", "in_edges", "out_edges", "score"]
     nodes = pd.DataFrame(table, columns=columns)
     graph = SimpleNamespace(n_layers=n_layers, n_heads=n_heads)
-    return SimpleNamespace(edges=edges, nodes=nodes, graph=graph, provenance={})
+    return StandIn(edges, nodes, graph)
 
 
 def graph_of(names: list[str]) -> Any:

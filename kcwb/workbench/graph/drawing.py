@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from kcwb.errors import CircuitError, SettingError
+from kcwb.workbench.tables import shorten
 
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
@@ -99,37 +100,28 @@ class Drawing(NamedTuple):
     sides: dict[str, str]  # side -> how the legend names it; empty unless two circuits are compared
 
 
-def draw(
-    circuit: Circuit,
-    *,
-    roles: Roles | None = None,
-    max_edges: int = 2000,
-    title: str | None = None,
-    details: Mapping[str, str] | None = None,
-) -> Drawing:
-    """Lay out a circuit; the parameters are those of `graph_view`."""
-    _check(max_edges)
+class Look(NamedTuple):
+    """How a circuit is to be drawn: parameters of `graph_view`."""
+
+    roles: Roles | None
+    max_edges: int
+    title: str | None
+    details: Mapping[str, str] | None
+
+
+def draw(circuit: Circuit, look: Look) -> Drawing:
+    """Lay out a circuit."""
     table = circuit.edges.assign(side=None)
     table["weight"] = table["score"].abs().fillna(0.0)
-    table["words"] = [_score_words(_finite(score)) for score in table["score"]]
+    table["words"] = [_score_words(score) for score in table["score"]]
     largest = float(table["weight"].max()) if len(table) else 0.0
     # without any scores all edges are alike; a circuit whose scores are all 0 is drawn thin
     table["share"] = 0.25 if table["score"].isna().all() else table["weight"] / (largest or 1.0)
-    return _draw(circuit, table, {}, {}, _read_roles(roles), max_edges, title, details)
+    return _draw(circuit, table, {}, {}, look)
 
 
-def draw_two(
-    left: Circuit,
-    right: Circuit,
-    *,
-    names: Sequence[str] = ("left", "right"),
-    roles: Roles | None = None,
-    max_edges: int = 2000,
-    title: str | None = None,
-    details: Mapping[str, str] | None = None,
-) -> Drawing:
-    """Lay out two circuits in one picture; the parameters are those of `compare_view`."""
-    _check(max_edges)
+def draw_two(left: Circuit, right: Circuit, names: Sequence[str], look: Look) -> Drawing:
+    """Lay out two circuits in one picture; `names` are what the legend calls them."""
     if isinstance(names, str) or len(names) != 2:
         raise SettingError(f"names={names!r}: give two, the left circuit's and the right one's.")
     both = left | right  # raises where graphs differ
@@ -138,10 +130,10 @@ def draw_two(
     table["side"] = table["side"].map({"left_only": "left", "right_only": "right", "both": "shared"})
     table["share"] = table["weight"] = table[["share_left", "share_right"]].max(axis=1)
     # halves of characters, which pandas refuses, become "?"
-    short = [_shorten(str(name), 40).encode("utf-8", "replace").decode("utf-8") for name in names]
+    short = [shorten(str(name), 40).encode("utf-8", "replace").decode("utf-8") for name in names]
     table["words"] = [
         "; ".join(
-            f"{name}: {_score_words(_finite(score))}"
+            f"{name}: {_score_words(score)}"
             for name, score, other in zip(short, (row.score_left, row.score_right), ("right", "left"), strict=True)
             if row.side != other
         )
@@ -156,7 +148,7 @@ def draw_two(
         name: "shared" if name in left_nodes & right_nodes else "left" if name in left_nodes else "right"
         for name in both.nodes["node"]
     }
-    return _draw(both, table, sides, held, _read_roles(roles), max_edges, title, details)
+    return _draw(both, table, sides, held, look)
 
 
 def control_points(start: Place, end: Place, bend: tuple[str, float]) -> list[Place]:
@@ -179,63 +171,27 @@ def width_of(label: str) -> float:
 # --- from tables to what is drawn ---
 
 
-def _check(max_edges: int) -> None:
-    if max_edges < 1:
-        raise SettingError(f"max_edges must be at least 1, not {max_edges!r}")
-
-
 def _own_share(circuit: Circuit) -> pd.Series:
     """Each edge's |score| over the circuit's largest, for scores of two methods have no common unit."""
     sizes = circuit.edges["score"].abs()
     return sizes.fillna(0.0) / (sizes.max() or 1.0) if sizes.notna().any() else sizes.fillna(0.25)
 
 
-def _draw(
-    circuit: Circuit,
-    table: pd.DataFrame,
-    sides: dict[str, str],
-    held: Mapping[str, str],
-    roles: Mapping[str, str],
-    max_edges: int,
-    title: str | None,
-    details: Mapping[str, str] | None,
-) -> Drawing:
-    known = circuit.nodes
-    rows = [_Row(*values) for values in zip(*(known[column] for column in _Row._fields), strict=True)]
-    layout = _layout(rows, circuit.graph.n_heads)
+def _draw(circuit: Circuit, table: pd.DataFrame, sides: dict[str, str], held: Mapping[str, str], look: Look) -> Drawing:
+    """What is drawn of a table of edges; `held` has the side of each node."""
+    rows, roles = list(circuit.nodes.itertuples(index=False)), _read_roles(look.roles)
+    places, lines, pitch, tightest = _layout(rows, circuit.graph.n_heads)
     words = {side: text.rpartition(" (")[0] if side != "shared" else "in both" for side, text in sides.items()}
     nodes = []
     for row in rows:
-        role, name = str(roles.get(row.node) or ""), str(row.node)
-        lines = _lines(row, role, words.get(held.get(name, "")), (details or {}).get(name))
-        place = layout.places[name]
-        nodes.append(Node(name, str(row.kind), _tone(row, role), _label(name), lines, *place, held.get(name)))
-    shown = table.head(max_edges)
+        name, kind, role = str(row.node), str(row.kind), roles.get(str(row.node), "")
+        tone = plain if kind == "head" and (plain := role.strip().lower().removesuffix(" head")) in ROLES else kind
+        hover = _lines(row, role, words.get(held.get(name, "")), (look.details or {}).get(name))
+        nodes.append(Node(name, kind, tone, _label(name), hover, *places[name], held.get(name)))
+    shown = table.head(look.max_edges)
     notice = f"showing the {len(shown):,} strongest of {len(table):,} edges" if len(shown) < len(table) else ""
-    edges = _edges(shown, nodes)
-    with_roles = any(node.tone in ROLES for node in nodes)
-    return Drawing(_shorten(title or "", _NAME), notice, nodes, edges, *layout[1:], with_roles, sides)
-
-
-class _Row(NamedTuple):
-    """A row of `Circuit.nodes`."""
-
-    node: str
-    kind: str
-    layer: int
-    head: int
-    in_edges: int
-    out_edges: int
-    score: float
-
-
-def _tone(row: _Row, role: str) -> str:
-    known = _plain_role(role)
-    return known if row.kind == "head" and known in ROLES else str(row.kind)
-
-
-def _plain_role(role: str) -> str:
-    return role.strip().lower().removesuffix(" head")
+    with_roles, title = any(node.tone in ROLES for node in nodes), shorten(look.title or "", _NAME)
+    return Drawing(title, notice, nodes, _edges(shown, nodes), lines, pitch, tightest, with_roles, sides)
 
 
 def _read_roles(roles: Roles | None) -> dict[str, str]:
@@ -254,20 +210,19 @@ def _read_roles(roles: Roles | None) -> dict[str, str]:
     return {name: str(role) for name, role in zip(names, roles["role"], strict=True) if not pd.isna(role)}
 
 
-def _lines(row: _Row, role: str, held: str | None, detail: str | None) -> list[str]:
+def _lines(row: Any, role: str, held: str | None, detail: str | None) -> list[str]:
     """What hovering over a node shows."""
     what = [{"mlp": "MLP"}.get(row.kind, str(row.kind))]
     if row.kind in ("head", "mlp"):
         what.append(f"layer {row.layer}")
     if role:
-        what.append(f"role: {_shorten(role, _NAME)}")
+        what.append(f"role: {shorten(role, _NAME)}")
     if held:
         what.append(held)
     edges = f"edges: {row.in_edges:,} in, {row.out_edges:,} out"
-    score = _finite(row.score)
-    lines = [_shorten(str(row.node), _NAME), ", ".join(what), edges]
-    lines.append("no score" if score is None else f"score {_number(score)}")
-    return [*lines, _shorten(str(detail), _TEXT)] if detail else lines
+    score = f"score {_number(row.score)}" if math.isfinite(row.score) else "no score"
+    lines = [shorten(str(row.node), _NAME), ", ".join(what), edges, score]
+    return [*lines, shorten(str(detail), _TEXT)] if detail else lines
 
 
 def _edges(table: pd.DataFrame, nodes: Sequence[Node]) -> list[Edge]:
@@ -285,7 +240,7 @@ def _edges(table: pd.DataFrame, nodes: Sequence[Node]) -> list[Edge]:
         bend = _bend(nodes[start], nodes[end], port)
         width = round(thin + (thick - thin) * share, 2)
         strength = round(faint + (1 - faint) * share**0.5, 2)
-        lines = [f"{_shorten(sender, _NAME)} → {_shorten(receiver, _NAME)}", words]
+        lines = [f"{shorten(sender, _NAME)} → {shorten(receiver, _NAME)}", words]
         edges.append(Edge(start, end, port, side or port, lines, float(weight), width, strength, bend))
     return edges[::-1]
 
@@ -302,15 +257,11 @@ def _bend(start: Node, end: Node, port: str) -> tuple[str, float]:
 # --- where things stand ---
 
 
-class _Layout(NamedTuple):
-    places: dict[str, Place]
-    rows: list[dict[str, float]]
-    pitch: float
-    tightest: float
+def _layout(nodes: Sequence[Any], n_heads: int) -> tuple[dict[str, Place], list[dict[str, float]], float, float]:
+    """Layers from bottom to top (on the canvas y points down), heads by their index, then the MLP.
 
-
-def _layout(nodes: Sequence[_Row], n_heads: int) -> _Layout:
-    """Layers from bottom to top (on the canvas y points down), heads by their index, then the MLP."""
+    Places by node, and the layers' labels, pitch and tightest factor as in `Drawing`.
+    """
     layers = sorted({int(node.layer) for node in nodes})
     pitch = min(max(_ROW, 540 / max(len(layers), 1)), 76.0)
     heights, y = {}, 0.0
@@ -319,7 +270,7 @@ def _layout(nodes: Sequence[_Row], n_heads: int) -> _Layout:
             y -= pitch * (1.0 if layer == layers[i - 1] + 1 else 1.4)
         heights[layer] = y
 
-    by_layer: dict[int, list[_Row]] = {}
+    by_layer: dict[int, list[Any]] = {}
     for node in sorted((node for node in nodes if node.kind == "head"), key=lambda node: node.head):
         by_layer.setdefault(node.layer, []).append(node)
     gap = _CHARACTER * max((len(_label(str(node.node))) for node in nodes), default=0) + _PADDING
@@ -343,7 +294,7 @@ def _layout(nodes: Sequence[_Row], n_heads: int) -> _Layout:
     named = sorted({int(node.layer) for node in nodes if node.kind in ("head", "mlp")})
     rows = [{"layer": layer, "y": round(heights[layer] - 0.16 * pitch, 1)} for layer in named]
     places = {str(name): (round(x, 1), round(y, 1)) for name, (x, y) in places.items()}
-    return _Layout(places, rows, round(pitch, 1), round(min(1.0, gap / nearest), 3))
+    return places, rows, round(pitch, 1), round(min(1.0, gap / nearest), 3)
 
 
 def _spread(wanted: Sequence[float], gap: float, width: float) -> list[float]:
@@ -367,25 +318,16 @@ def _split(receiver: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (receiver, "direct")
 
 
-def _shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def _label(name: str) -> str:
     """One line of plain characters: no line breaks, no marks that turn the direction of writing."""
-    return _shorten(_UNFIT.sub(" ", name), _LABEL)
-
-
-def _finite(value: Any) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None
+    return shorten(_UNFIT.sub(" ", name), _LABEL)
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}".replace("-", "\u2212")
 
 
-def _score_words(score: float | None) -> str:
-    if score is None:
+def _score_words(score: Any) -> str:
+    if not math.isfinite(score):
         return "no score"
     return f"score {_number(score)}{' (positive)' if score > 0 else ' (negative)' if score < 0 else ''}"

@@ -33,12 +33,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvis.network import Network
 
-from kcwb.errors import KcwbError, SettingError
+from kcwb.errors import KcwbError
 from kcwb.files import write_text
 from kcwb.outputs import PAGE, PAGE_MARK, check_output
 from kcwb.settings import Count
 from kcwb.verbs import verb
-from kcwb.workbench.graph.drawing import COLOURS, DASHES, ROLES, Drawing, Roles, draw, draw_two
+from kcwb.workbench.graph.drawing import COLOURS, DASHES, ROLES, Drawing, Look, Roles, draw, draw_two
 
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
@@ -50,25 +50,10 @@ _EXTERNAL = re.compile(r"""<\w+\b[^>]*?\b(?:src|href)\s*=\s*["']?\s*(?:https?:)?
 _DATA = "__CIRCUIT__"  # where page.html has a circuit
 _MOST = 100_000_000  # letters of a page
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_UNPACK = """
-(async () => {
-  try {
-    const bytes = Uint8Array.from(atob(document.getElementById("kc-page").textContent), (c) => c.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const page = await new Response(stream).text();
-    document.open(); document.write(page); document.close();
-  } catch (error) {
-    document.body.textContent = "This graph needs a newer browser (with DecompressionStream): " + error;
-  }
-})();
-"""
-_LOADER = (
-    '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">' + PAGE_MARK,
-    '<meta name="viewport" content="width=device-width"><title>',
-    '</title></head>\n<body><noscript>This graph needs JavaScript.</noscript>\n<script type="text/plain" id="kc-page">',
-    f"</script>\n<script>{_UNPACK}</script></body></html>\n",
-)
-"""What stands before, between and after a graph's title and its compressed page; the first two belong together."""
+_FILES = resources.files("kcwb.workbench.graph")
+_LOADER = re.split("__TITLE__|__PAGE__", _FILES.joinpath("loader.html").read_text(encoding="utf-8"))
+_LOADER[0] = _LOADER[0].replace("__MARK__", PAGE_MARK)
+"""What stands before, between and after a graph's title and its compressed page."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +150,7 @@ def graph_view(
     CircuitError
         If an edge names a node that ``circuit.nodes`` lacks.
     """
-    _check_height(height)
-    return _view(draw(circuit, roles=roles, max_edges=max_edges, title=title, details=details), height)
+    return _view(draw(circuit, Look(roles, max_edges, title, details)), height)
 
 
 @verb
@@ -206,14 +190,7 @@ def compare_view(
     SettingError
         As in `graph_view`, or if ``names`` are not two.
     """
-    _check_height(height)
-    drawing = draw_two(left, right, names=names, roles=roles, max_edges=max_edges, title=title, details=details)
-    return _view(drawing, height)
-
-
-def _check_height(height: int) -> None:
-    if height < 1:
-        raise SettingError(f"height must be at least 1, not {height!r}")
+    return _view(draw_two(left, right, names, Look(roles, max_edges, title, details)), height)
 
 
 # --- the page ---
@@ -229,9 +206,9 @@ class _Shell(NamedTuple):
 
 def is_graph_page(page: str) -> bool:
     """Whether a page is one that `GraphView` holds, of whatever circuit, and holds nothing else."""
-    match = re.fullmatch(f"{_LOADER[0]}{_LOADER[1]}[^<>]*{re.escape(_LOADER[2])}([^<>]*){re.escape(_LOADER[3])}", page)
+    match = re.fullmatch("([^<>]*)".join(map(re.escape, _LOADER)), page)
     try:
-        packed = base64.b64decode(match[1], validate=True) if match else b""
+        packed = base64.b64decode(match[2], validate=True) if match else b""
         text = zlib.decompressobj(wbits=31).decompress(packed, _MOST).decode("utf-8")
     except (ValueError, zlib.error):
         return False
@@ -246,10 +223,8 @@ def _holds(text: str, before: str, after: str) -> bool:
 @cache
 def script_hashes() -> tuple[str, ...]:
     """The scripts of all graphs' pages, as a content security policy names them; circuits are data in these pages."""
-    scripts = [
-        _UNPACK,
-        *(one for arrows in (True, False) for one in re.findall(r"<script>(.*?)</script>", _text(arrows), re.DOTALL)),
-    ]
+    pages = (_LOADER[-1], _text(True), _text(False))
+    scripts = [one for page in pages for one in re.findall(r"<script>(.*?)</script>", page, re.DOTALL)]
     digests = (hashlib.sha256(one.encode("utf-8")).digest() for one in dict.fromkeys(scripts))
     return tuple(f"'sha256-{base64.b64encode(digest).decode('ascii')}'" for digest in digests)
 
@@ -262,8 +237,9 @@ def _view(drawing: Drawing, height: int) -> GraphView:
     compressor = shell.compressor.copy()
     packed = shell.begun + compressor.compress((data + shell.after).encode("utf-8")) + compressor.flush()
     title = drawing.title or "Knowledge circuit"
-    parts = (*_LOADER[:2], _ascii(title), _LOADER[2], base64.b64encode(packed).decode("ascii"), _LOADER[3])
-    return GraphView(page="".join(parts), height=int(height), title=title)
+    before, between, after = _LOADER
+    page = f"{before}{_ascii(title)}{between}{base64.b64encode(packed).decode('ascii')}{after}"
+    return GraphView(page=page, height=int(height), title=title)
 
 
 @cache
@@ -277,7 +253,9 @@ def _shell(arrows: bool) -> _Shell:
 def _text(arrows: bool) -> str:
     """What pyvis writes, made free of outside links, between the two parts of ``page.html``."""
     network = Network(height="100%", width="100%", directed=True, cdn_resources="in_line")
-    network.set_options(json.dumps(_options(arrows=arrows)))
+    options = json.loads(_FILES.joinpath("options.json").read_text(encoding="utf-8"))
+    options["edges"]["arrows"]["to"]["enabled"] = arrows
+    network.set_options(json.dumps(options))
     built = network.generate_html(notebook=False).replace("\r\n", "\n")
     built = re.sub(r"<center>\s*<h1>.*?</h1>\s*</center>", "", built, flags=re.DOTALL)
     built = re.sub(r"<!-- <link.*?-->", "", built, flags=re.DOTALL)
@@ -291,7 +269,7 @@ def _text(arrows: bool) -> str:
     built, spots = re.subn(r"(?<=\b(nodes|edges) = new vis\.DataSet\()\[\](?=\);)", r"circuit.\1", built)
     if spots != 2:
         raise KcwbError("this version of pyvis puts nodes and edges into the page in a way not known here")
-    ours = resources.files("kcwb.workbench.graph").joinpath("page.html").read_text(encoding="utf-8")
+    ours = _FILES.joinpath("page.html").read_text(encoding="utf-8")
     before, after = ours.replace("__COLOURS__", _style()).split("<!-- graph -->")
     head, _, body = built.partition("<body>")
     body, _, _ = body.rpartition("</body>")
@@ -302,31 +280,6 @@ def _style() -> str:
     """The colours of both themes as custom properties of CSS."""
     light, dark = ("".join(f"--{name}:{value};" for name, value in COLOURS[theme].items()) for theme in COLOURS)
     return f":root {{ color-scheme: light; {light} }}\n:root.dark {{ color-scheme: dark; {dark} }}"
-
-
-def _options(*, arrows: bool) -> dict[str, Any]:
-    return {
-        "physics": {"enabled": False},
-        "interaction": {
-            "hover": True,
-            "multiselect": True,
-            "dragNodes": False,
-            "selectConnectedEdges": False,
-        },
-        "nodes": {
-            "borderWidth": 1,
-            "borderWidthSelected": 3,
-            "labelHighlightBold": False,
-            "font": {"size": 13, "face": "system-ui, sans-serif"},
-            "margin": {"top": 3, "bottom": 3, "left": 6, "right": 6},
-        },
-        "edges": {
-            "arrows": {"to": {"enabled": arrows, "scaleFactor": 0.45}},
-            "arrowStrikethrough": True,
-            "hoverWidth": 1,
-            "selectionWidth": 0,
-        },
-    }
 
 
 def _nodes(drawing: Drawing) -> list[dict[str, Any]]:

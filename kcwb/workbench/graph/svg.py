@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from kcwb.errors import SettingError
 from kcwb.settings import Count, Positive
 from kcwb.verbs import verb
 from kcwb.workbench.graph.drawing import (
@@ -15,6 +14,7 @@ from kcwb.workbench.graph.drawing import (
     DASHES,
     ROLES,
     Drawing,
+    Look,
     Node,
     Place,
     Roles,
@@ -67,9 +67,7 @@ def graph_svg(
     CircuitError
         If an edge names a node that `circuit.nodes` lacks.
     """
-    if not aspect > 0:
-        raise SettingError(f"aspect={aspect!r}: the width over the height must be above 0.")
-    drawing = draw(circuit, roles=roles, max_edges=max_edges, title=title, details=details)
+    drawing = draw(circuit, Look(roles, max_edges, title, details))
     ink = COLOURS["dark" if dark else "light"]
     places = _places(drawing, aspect)
     left = min((x for x, _ in places), default=0) - _ENDS / 2 - _LEFT

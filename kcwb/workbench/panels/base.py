@@ -1,413 +1,143 @@
-"""What all panels share: a worker, its progress, a place for errors, and a plain drawing for pages without widgets."""
+"""What every panel has: a button and its job on a worker, messages, results in tabs, and a plain drawing.
+
+A panel of one's own is a subclass in a file of its own:
+
+    class AskPanel(Panel):
+        pages = ("Facts",)
+
+        def __init__(self, model, relation="country_capital"):
+            super().__init__(model, button("Ask", "question"))
+            self.picker = Picker(self, relation)
+            self._lay_out([self.picker.relation, self.picker.template])
+
+        @property
+        def settings(self):
+            return {"relation": self.picker.relation.value, "template": self.picker.wording}
+
+        def _job(self):  # reads the controls, and gives what is then done on the worker
+            relation, template = self.picker.chosen, self.picker.number
+            return lambda progress: make_task(self.model, relation, template=template, progress=progress)
+
+        def _take(self, task):  # keeps the result, and gives the HTML of each page
+            self.task = task
+            return {"Facts": tables.table(...)}
+
+`kcwb.workbench.panels.registry` says how it gets a name.
+"""
 
 from __future__ import annotations
 
-import base64
-import threading
-import time
-import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ipywidgets as W
-from IPython.core.getipython import get_ipython
-from IPython.display import display, update_display
 
-from kcwb.errors import KcwbError, SettingError
-from kcwb.locks import WAITING, Exclusive
-from kcwb.progress import ProgressCallback
 from kcwb.workbench import tables
-from kcwb.workbench.panels.runner import Runner
+from kcwb.workbench.panels.life import Living
+from kcwb.workbench.panels.runner import Job
+from kcwb.workbench.panels.widgets import rows, wide
 
 if TYPE_CHECKING:
     from kcwb.models.loading import Model
-    from kcwb.workbench.plots import Plot
-
-PANEL_CLASS = "kcwb-panel"
-"""The CSS class of a whole panel, in which `kcwb.workbench.panels.nodes` looks for the graph that was clicked."""
-
-_REDRAW = 0.1  # seconds between two drawings of the progress bar
-_LOCK = threading.RLock()
-"""Held while what any panel shows is changed, by whichever thread: one for all, since panels hold one another."""
-ROW = {
-    "flex_flow": "row wrap",
-    "align_items": "center",
-    "grid_gap": "2px 14px",
-    "width": "100%",
-    "overflow": "visible",
-}
-"""The layout of widgets side by side, on a second line where there is no room."""
-_SHOWN: dict[str, tuple[str, list[weakref.ref[Panel]]]] = {}
-"""By cell: in which of its runs it showed panels last, and which."""
 
 
-class _Notes:
-    """Takes the warnings of worker threads, each thread its own, while other threads' go where they always went.
+class Panel(Living):
+    """A job behind widgets; the head of this module shows what a subclass gives.
 
-    Python keeps its filters and `showwarning` for the whole process, so that two threads in `warnings.catch_warnings`
-    undo each other's. Here the first thread to come replaces them and the last one to leave puts them back.
+    Parameters
+    ----------
+    model
+        The model.
+    start
+        The button that calls `run`.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._taken: dict[int, list[str]] = {}  # by thread
-        self._before: warnings.catch_warnings | None = None
+    pages: ClassVar[tuple[str, ...]] = ()
+    """The titles of the tabs under which results are shown."""
 
-    @contextmanager
-    def taken(self) -> Iterator[list[str]]:
-        """The texts of the UserWarnings that this thread gives meanwhile."""
-        thread, notes = threading.get_ident(), []
-        with self._lock:
-            if not self._taken:
-                self._replace()
-            self._taken[thread] = notes
-        try:
-            yield notes
-        finally:
-            with self._lock:
-                del self._taken[thread]
-                if not self._taken and self._before is not None:
-                    self._before.__exit__(None, None, None)
-
-    def _replace(self) -> None:
-        self._before = warnings.catch_warnings()
-        self._before.__enter__()
-        usual = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
-            notes = self._taken.get(threading.get_ident())
-            if notes is None:
-                usual(message, category, *more, **named)
-            elif category is UserWarning:
-                notes.append(str(message))
-
-        warnings.showwarning = show
-        warnings.simplefilter("always", UserWarning)
-
-
-_NOTES = _Notes()
-
-
-class Panel:
-    """What all panels share: a worker, its progress, a place for errors, and a plain drawing for pages without widgets.
-
-    A subclass sets `model`, passes its widgets to `_assemble`, starts long work with `_start`, and draws itself in
-    `to_html`. From the first job to the last that follows from it, drawing included, the panel has the model to itself:
-    what it shows together is of one state of the weights. Meanwhile other panels on the model wait, and say so.
-
-    A panel lives until `close`, or until nothing holds it any more: no name of yours, no cell that shows it and was not
-    run again since, nobody who took its `widget`, no running job. Then its widgets go, too. What a cell's last line
-    shows is also kept by IPython, in `Out`: end the cell with `display(panel)` instead, or close the panel.
-    """
-
-    model: Model
-
-    def __init__(self) -> None:
-        self._lock = _LOCK
-        self._quiet = False
-        self._runner = Runner(on_change=self._show_state, on_error=self._tell, hold=self._hold)
-        self._stage, self._stage_started, self._drawn = "", 0.0, 0.0
-        self._displays: dict[str, str] = {}  # id -> what was last drawn there for pages without widgets
-        self._works: list[Callable[[Any], None]] = []  # what our widgets' callbacks do
-        self._bar = W.FloatProgress(min=0, max=1, layout=W.Layout(width="220px", margin="0"))
-        self._status = W.HTML()
-        self._cancel_button = button("Cancel", "stop")
-        self._cancel_button.on_click(self._guarded(lambda _: self.cancel()))
-        self._message = W.HTML()
-        self._progress = (self._cancel_button, self._bar, self._status)
-        self._root: Any = W.VBox(layout=W.Layout(width="100%", max_width="1100px"))
-        self._root.kept = {}  # the panel itself, by those who need it as long as the widget is there
-        self._owned = _widgets(vars(self))
-        self._let_go = weakref.finalize(self, _close, self._owned)
-        self._let_go.atexit = False  # pages that show the panel outlive the kernel
-        self._show_state()
+    def __init__(self, model: Model, start: W.Button) -> None:
+        super().__init__(model)
+        self._run_button = start
+        self._press(start, self.run)
+        self._summary = W.HTML()
+        self._pages = {name: wide() for name in self.pages}
+        self._tabs = W.Tab(list(self._pages.values()), titles=self.pages)
+        self._result = W.VBox(layout=W.Layout(display="none"))
+        self._adopt()
 
     @property
-    def widget(self) -> W.VBox:
-        """The whole panel, to be put into other widgets; whoever takes it keeps the panel, until `close`."""
-        self._keep("its taker", True)
-        return self._root
+    def settings(self) -> dict[str, Any]:
+        """What `run` would do, by name."""
+        raise NotImplementedError
 
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return not self._let_go.alive
+    def run(self) -> None:
+        """Do what the panel is for with the settings on screen; returns at once, see `wait`.
 
-    def close(self) -> None:
-        """Stop what is running and wait for its end, then let the widgets go; results stay in the attributes.
-
-        On screen the panel is replaced by its plain drawing. In a `with` block, the panel is closed at its end.
+        What is on screen stays there until it is done.
         """
-        if self.closed:
-            return
-        self._runner.close()
-        self._leave()
-        drawn = {"text/html": self.to_html(), "text/plain": repr(self)} if self._displays else {}
-        for key in self._displays:
-            update_display(drawn, display_id=key, raw=True)
-        self._displays.clear()
-        self._let_go()
-        self._root.kept = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            self.close()
-        except KcwbError as trouble:
-            if error is None:
-                raise
-            error.add_note(str(trouble))  # which must not hide what went wrong first
-
-    @property
-    def state(self) -> str:
-        """`idle`, `running`, `failed` or `done`."""
-        return self._runner.state
-
-    @property
-    def error(self) -> BaseException | None:
-        """What the latest run failed with."""
-        return self._runner.error
-
-    def cancel(self) -> None:
-        """Stop what is running at its next report; what is on screen stays."""
-        self._runner.cancel()
-        if self.state == "running":
-            self._status.value = _line("Stopping…")
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Block until nothing is running, so that a notebook executed from top to bottom holds the result.
-
-        Raises
-        ------
-        TimeoutError
-            If that takes longer than `timeout` seconds.
-        KcwbError
-            What the run failed with, if it did.
-        """
-        if not self._runner.wait(timeout):
-            raise TimeoutError(f"The panel is still running after {timeout} s: {self._stage}.")
-        self._refresh()
-        if self.state == "failed" and self.error is not None:
-            raise self.error
+        self._begin(self._run_button.description.lower(), self._job(), self._show_result)
 
     def to_html(self) -> str:
         """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
+        if self._result.layout.display == "none":
+            return self._settings_html()
+        pages = [part for name in self.pages for part in (tables.heading(name), self._pages[name].value)]
+        return tables.styled(self._message.value, self._summary.value, *pages)
+
+    def _settings_html(self) -> str:
+        return tables.styled(tables.heading("Settings"), tables.pairs(self._told_settings()), self._message.value)
+
+    # --- what a subclass gives ---
+
+    def _job(self) -> Job:
+        """What `run` does, as a function of a progress callback; called when the controls are to be read."""
         raise NotImplementedError
 
-    # --- for subclasses ---
+    def _take(self, result: Any) -> Mapping[str, str]:
+        """Keep a result in attributes, and give the HTML of pages; called on the worker."""
+        raise NotImplementedError
 
-    def _assemble(self, *children: W.Widget) -> None:
-        """The panel from top to bottom; all of its widgets are made by now."""
-        self._root.children = [W.HTML(tables.STYLE), *children]
-        self._owned[:] = _widgets(vars(self))
+    def _told_settings(self) -> dict[str, Any]:
+        """The settings that the plain drawing names."""
+        return self.settings
 
-    def _leave(self) -> None:
-        """What else is to be done when the panel is closed; nothing is running then."""
+    # --- what it is given ---
 
-    def _start(
-        self, name: str, job: Callable[[ProgressCallback], Any], on_done: Callable[[Any], None] | None = None
+    def _lay_out(
+        self,
+        *controls: list[W.Widget] | W.Widget,
+        buttons: tuple[W.Widget, ...] = (),
+        above: tuple[list[W.Widget] | W.Widget, ...] = (),
+        below: tuple[W.Widget, ...] = (),
+        last: tuple[list[W.Widget], ...] = (),
     ) -> None:
-        """Run a job on the worker; the latest wins. Its warnings are told as notes."""
-        if self.closed:
-            raise SettingError("This panel is closed. Make another one.")
+        """The panel from top to bottom, when all of its widgets are made; widgets of a list stand side by side.
 
-        def noting(progress: ProgressCallback) -> Any:
-            with _NOTES.taken() as notes:
-                result = job(progress)
-            if notes:
-                self._say("kc-note", "\n".join(dict.fromkeys(notes)))
-            return result
-
-        self._runner.submit(name, noting, on_done, self._report)
-
-    def _enter(self, stage: str, progress: ProgressCallback) -> None:
-        """Name what a job does next."""
-        self._stage, self._stage_started, self._drawn = stage, time.monotonic(), 0.0
-        progress(0, 0, "")
-
-    def _guarded(self, work: Callable[[Any], None]) -> Callable[[Any], None]:
-        """A callback for widgets: one at a time, not for our own changes, and what it raises is told.
-
-        ipywidgets keeps all widgets, which must not keep the panel: they know it weakly, and it knows the work.
+        Parameters
+        ----------
+        controls
+            What is chosen before `run`.
+        buttons
+            Beside the one that runs.
+        above, below
+            Above and below the summary of the result; the tabs follow.
+        last
+            Below the result.
         """
-        number, known = len(self._works), weakref.ref(self)
-        self._works.append(work)
+        self._result.children = rows(*above, self._summary, *below, *([self._tabs] if self.pages else []))
+        start = [self._run_button, *buttons, *self._progress]
+        self._assemble(*rows(*controls, start, self._message, self._result, *last))
 
-        def callback(event: Any) -> None:
-            panel = known()
-            if panel is not None:
-                panel._answer(panel._works[number], event)
-
-        return callback
-
-    def _answer(self, work: Callable[[Any], None], event: Any) -> None:
+    def _show_result(self, result: Any) -> None:
         with self._lock:
-            if self._quiet:
-                return
-            try:
-                work(event)
-            except Exception as error:
-                self._tell(error)
+            self._fill(self._take(result))
+            self._result.layout.display = ""
 
-    @contextmanager
-    def _silently(self) -> Iterator[None]:
-        """Change widgets without calling their callbacks."""
-        with self._lock:
-            before, self._quiet = self._quiet, True
-            try:
-                yield
-            finally:
-                self._quiet = before
+    def _fill(self, pages: Mapping[str, str]) -> None:
+        """Show pieces of HTML under their titles."""
+        for name, drawn in pages.items():
+            self._pages[name].value = tables.styled(drawn)
 
-    def _tell(self, error: BaseException) -> None:
-        """Say an error in words."""
-        if isinstance(error, (KcwbError, OSError)):
-            words = str(error)
-        elif isinstance(error, MemoryError):
-            words = "There is not enough memory for this. Take fewer facts, or a smaller model."
-        else:
-            words = f"{type(error).__name__}: {error}\nThis should not happen; the object is kept in panel.error."
-        self._say("kc-error", words)
-
-    def _say(self, kind: str, words: str) -> None:
-        escaped = "\n".join(tables.text(line) for line in words[:4000].splitlines())
-        self._message.value = f'<div class="kcwb"><div class="{kind}" role="alert">{escaped}</div></div>'
-
-    # --- private ---
-
-    def _show_state(self) -> None:
-        running = self._runner.state == "running"
-        self._cancel_button.disabled = not running
-        self._bar.layout.display = "" if running else "none"
-        if not running:
-            failed = self._runner.state == "failed"
-            self._status.value = _line("Failed; what was found before stays.") if failed else ""
-
-    def _hold(self, progress: ProgressCallback) -> Exclusive:
-        """The model, for all that one request leads to."""
-        return self.model.exclusive(progress)
-
-    def _report(self, done: int, total: int, note: str) -> None:
-        """Draw the progress, but not more often than an eye can follow."""
-        if note == WAITING:
-            self._stage, self._status.value = WAITING, _line(f"{WAITING.capitalize()}…")
-            return
-        now = time.monotonic()
-        if now - self._drawn < _REDRAW and done < total:
-            return
-        self._drawn = now
-        self._bar.value = done / total if total else 0.0
-        words = self._stage
-        if total:
-            words += f": {done:,} of {total:,}" + (f", {note}" if note else "")
-        if 0 < done < total:
-            words += f" · {duration((now - self._stage_started) / done * (total - done))} left"
-        self._status.value = _line(words)
-
-    # --- display ---
-
-    def _keep(self, by: str, kept: bool) -> None:
-        """Let the widgets hold the panel, as ipywidgets holds them; or let it go."""
-        self._root.kept.pop(by, None)
-        if kept and not self.closed:
-            self._root.kept[by] = self
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        bundle = {"text/plain": repr(self)} if self.closed else dict(self._root._repr_mimebundle_() or {})
-        return {**bundle, "text/html": self.to_html()}
-
-    def _ipython_display_(self) -> None:
-        """Show the widgets, under an id by which `wait` can renew the plain drawing beside them."""
-        bundle = self._repr_mimebundle_()
-        handle = display(bundle, raw=True, display_id=True)
-        if handle is not None and not self.closed:
-            self._displays[handle.display_id] = bundle["text/html"]
-            _keep_on_screen(self)
-
-    def _refresh(self) -> None:
-        bundle = self._repr_mimebundle_() if self._displays else {}
-        for key, drawn in self._displays.items():
-            if drawn != bundle["text/html"]:
-                update_display(bundle, display_id=key, raw=True)
-                self._displays[key] = bundle["text/html"]
-
-
-def _keep_on_screen(panel: Panel) -> None:
-    """Let the cell that shows a panel hold it, and no longer those that an earlier run of the cell showed."""
-    kernel = getattr(get_ipython(), "kernel", None)
-    request = kernel.get_parent() if kernel is not None else {}
-    run = request.get("header", {}).get("msg_id", "")
-    cell = request.get("metadata", {}).get("cellId", run)
-    before, shown = _SHOWN.get(cell, ("", []))
-    if before != run:
-        for earlier in filter(None, (known() for known in shown)):
-            earlier._keep(cell, False)
-        shown = []
-    panel._keep(cell, True)
-    _SHOWN[cell] = run, [*shown, weakref.ref(panel)]
-
-
-def _widgets(*values: Any) -> list[W.Widget]:
-    """All widgets among values and what they hold: children, layouts, styles."""
-    found: dict[int, W.Widget] = {}
-    queue = list(values)
-    while queue:
-        one = queue.pop()
-        if isinstance(one, Mapping):
-            queue += one.values()
-        elif isinstance(one, list | tuple):
-            queue += one
-        elif isinstance(one, W.Widget) and id(one) not in found:
-            found[id(one)] = one
-            queue += [getattr(one, key) for key in one.keys]
-    return list(found.values())
-
-
-def _close(widgets: list[W.Widget]) -> None:
-    for widget in widgets:
-        widget.close()
-
-
-def picture(plot: Plot, words: str) -> str:
-    """A plot as an image in HTML, described by `words`."""
-    png, size = plot._repr_png_()
-    source = base64.b64encode(png).decode("ascii")
-    return (
-        f'<img class="kc-picture" alt="{tables.text(words, 1000)}" width="{size["width"]}" '
-        f'style="max-width:100%;border-radius:4px" src="data:image/png;base64,{source}">'
-    )
-
-
-def dropdown(name: str, options: Any, value: Any, *, wide: bool = False) -> W.Dropdown:
-    """A menu with its name beside it."""
-    return W.Dropdown(options=options, value=value, description=name, layout=room(400 if wide else 205))
-
-
-def room(least: int) -> W.Layout:
-    """A widget that grows with the panel, from a width in pixels."""
-    return W.Layout(flex=f"1 1 {least}px", min_width=f"min({least}px, 100%)", width="auto")
-
-
-def button(words: str, icon: str, *, width: int = 96, **more: Any) -> W.Button:
-    """A button."""
-    return W.Button(description=words, icon=icon, layout=W.Layout(width=f"{width}px"), **more)
-
-
-def brief(words: str, most: int = 120) -> str:
-    """One line of a text, for menus: shortened where it would fill a screen, without what turns or breaks lines."""
-    line = "".join(c if c.isprintable() else " " for c in words)
-    return line if len(line) <= most else line[: most - 1] + "…"
-
-
-def _line(words: str) -> str:
-    return f'<span class="kcwb"><span class="kc-muted">{tables.text(words)}</span></span>'
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    whole = max(1, round(seconds))
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02} s"
+    def _summarise(self, words: str) -> None:
+        """What stands above the tabs."""
+        self._summary.value = tables.styled(tables.summary(words))

@@ -6,28 +6,27 @@ with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import ipywidgets as W
-import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
 
-from kcwb.errors import SettingError, choose
+from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
 from kcwb.reading.trajectories import WHERE, WHO
 from kcwb.studies.hallucination.diagnosis import Diagnosis, diagnose
 from kcwb.tasks.prompts import KNOWN_RANK
-from kcwb.tasks.relations import Fact, Relation, load_relation, relation_files
+from kcwb.tasks.relations import Relation
 from kcwb.workbench import tables
-from kcwb.workbench.panels.base import ROW, Panel, brief, button, dropdown, picture, room
-from kcwb.workbench.plots import Plot, plain
+from kcwb.workbench.panels.base import Panel
+from kcwb.workbench.panels.picker import Picker
+from kcwb.workbench.panels.runner import Job
+from kcwb.workbench.panels.widgets import button, picture, room
+from kcwb.workbench.plots import MUTED, Plot, draw_curves, finish, panes, plain
 
 _COLOURS = ("#0072b2", "#d55e00")  # the right answer, its rival
-_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e6ea"}
 _MOST_HEADS = 12
 
 
@@ -38,49 +37,26 @@ def plot_diagnosis(found: Diagnosis) -> Plot:
     """
     rival = "runner-up" if found.right else "the model says"
     words = (f"right answer: {plain(found.gold.strip(), 24)}", f"{rival}: {plain(found.rival.strip(), 24)}")
-    names = dict(zip(WHO, words, strict=True))
     palette = dict(zip(words, _COLOURS, strict=True))
-    with sns.axes_style("white", _STYLE):
-        figure = Plot(figsize=(11, 3.7), layout="constrained")
-        end, subject, movers = figure.subplots(1, 3)
-    ranks = found.lens[found.lens["quantity"] == "rank"].assign(who=lambda table: table["who"].map(names))
+    figure, (end, subject, movers) = panes(3, 11 / 3, 3.7, sharey=False)
+    ranks = found.lens[found.lens["quantity"] == "rank"].assign(low=float("nan"), high=float("nan"))
+    ranks["who"] = ranks["who"].map(dict(zip(WHO, words, strict=True)))
     for axes, where in ((end, WHERE[0]), (subject, WHERE[2])):
-        _draw_ranks(axes, ranks[ranks["where"] == where], palette)
+        draw_curves(axes, ranks[ranks["where"] == where], "rank", palette)
+        axes.axhline(KNOWN_RANK, color=MUTED, linewidth=0.8, linestyle="--")
         axes.set_title(f"logit lens, {where}", fontsize=10)
     subject.sharey(end)
-    _draw_movers(movers, found, words, palette)
-    handles, labels = end.get_legend_handles_labels()
-    place: Any = "outside lower center"
-    figure.legend(handles, labels, loc=place, ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(plain(found.prompt, 90), fontsize=11)
-    return figure
-
-
-def _draw_ranks(axes: Axes, table: pd.DataFrame, palette: Mapping[str, str]) -> None:
-    for who, colour in palette.items():
-        curve = table[table["who"] == who]
-        sns.lineplot(x=curve["layer"], y=curve["value"], color=colour, label=who, errorbar=None, legend=False, ax=axes)
-    axes.axhline(KNOWN_RANK, color="#656d76", linewidth=0.8, linestyle="--")
-    axes.set_yscale("log")
-    axes.invert_yaxis()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="after layer", ylabel="rank")
-
-
-def _draw_movers(axes: Axes, found: Diagnosis, words: tuple[str, str], palette: Mapping[str, str]) -> None:
+    movers.set_title("what movers write", fontsize=10)
     some = found.movers.head(_MOST_HEADS)
-    axes.set_title("what movers write", fontsize=10)
-    if some.empty:
-        return
-    long = pd.concat([pd.DataFrame({"node": some["node"], "logits": some[k], "who": w}) for k, w in _pair(words)])
-    sns.barplot(long, x="logits", y="node", hue="who", palette=dict(palette), saturation=1, legend=False, ax=axes)
-    axes.axvline(0, color="#656d76", linewidth=0.8)
-    axes.set(xlabel="logits, direct", ylabel="")
-    axes.grid(axis="y", visible=False)
-
-
-def _pair(words: tuple[str, str]) -> tuple[tuple[str, str], tuple[str, str]]:
-    return ("gold", words[0]), ("rival", words[1])
+    if len(some):
+        named = some[["node", "gold", "rival"]].set_axis(["node", *words], axis=1)
+        long = named.melt("node", var_name="who", value_name="logits")
+        sns.barplot(long, x="logits", y="node", hue="who", palette=palette, saturation=1, legend=False, ax=movers)
+        movers.axvline(0, color=MUTED, linewidth=0.8)
+        movers.set(xlabel="logits, direct", ylabel="")
+        movers.grid(axis="y", visible=False)
+    finish(figure, [Line2D([], [], color=colour, label=who) for who, colour in palette.items()], found.prompt)
+    return figure
 
 
 class HallucinationPanel(Panel):
@@ -129,82 +105,39 @@ class HallucinationPanel(Panel):
         most = model.graph.n_layers * model.graph.n_heads
         if not 1 <= movers <= most or n < 1:
             raise SettingError(f"movers={movers}, n={n}: 1 to {most} heads, and at least one other fact, are needed.")
-        given = relation if isinstance(relation, Relation) else load_relation(relation)
-        given.template(template)
-        row = _row(given, subject)
-        super().__init__()
-        self.model = model
+        super().__init__(model, button("Diagnose", "search", width=112, button_style="primary"))
         self.diagnosis: Diagnosis | None = None
         self._n, self._seed = n, seed
-        self._relations: dict[str, Any] = {**relation_files(), given.name: given}
-        names = sorted(self._relations)
-        self._relation = dropdown("Relation", [(brief(name), name) for name in names], given.name)
-        self._template = dropdown("Template", _templates(given), template, wide=True)
-        self._fact = dropdown("Fact", _facts(given), row, wide=True)
+        self.picker = Picker(self, relation, template=template, subject=subject)
         self._movers = W.BoundedIntText(movers, min=1, max=most, description="Movers", layout=room(120))
-        self._run_button = button("Diagnose", "search", width=112, button_style="primary")
-        self._result = W.HTML(layout=W.Layout(width="100%"))
-        self._relation.observe(self._guarded(lambda _: self._offer_facts()), "value")
-        self._run_button.on_click(self._guarded(lambda _: self.run()))
-        rows = [
-            [self._relation, self._template],
-            [self._fact, self._movers],
-            [self._run_button, *self._progress],
-        ]
-        self._assemble(*(W.HBox(row, layout=ROW) for row in rows), self._message, self._result)
-
-    # --- in a script ---
+        self._lay_out([self.picker.relation, self.picker.template], [self.picker.fact, self._movers])
 
     @property
     def settings(self) -> dict[str, Any]:
         """What Diagnose would look at."""
-        relation, fact = self._source(), self._chosen()
+        fact = self.picker.chosen_fact
         return {
-            "relation": relation.name,
-            "template": relation.prompt_templates_zs[int(self._template.value or 0)],
+            "relation": self.picker.chosen.name,
+            "template": self.picker.wording,
             "subject": fact.subject,
             "object": fact.object,
             "movers": self._movers.value,
         }
 
-    def run(self) -> None:
-        """Diagnose the fact on screen; returns at once, see `wait`. What was there before stays until it is done."""
-        self._message.value = ""
-        relation, fact, template = self._source(), self._chosen(), int(self._template.value or 0)
-        movers = self._movers.value
+    def _job(self) -> Job:
+        relation, fact, template = self.picker.chosen, self.picker.chosen_fact, self.picker.number
+        more: dict[str, Any] = {"movers": self._movers.value, "n": self._n, "seed": self._seed}
 
         def job(progress: ProgressCallback) -> tuple[Diagnosis, str]:
             self._enter(f"Asking {self.model.name}", progress)
-            more: dict[str, Any] = {"movers": movers, "n": self._n, "seed": self._seed, "progress": progress}
-            found = diagnose(self.model, relation, fact, template=template, **more)
+            found = diagnose(self.model, relation, fact, template=template, progress=progress, **more)
             return found, _drawn(found)
 
-        self._start("diagnose", job, self._show)
+        return job
 
-    def to_html(self) -> str:
-        """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
-        if self.diagnosis is None:
-            return tables.styled(tables.heading("Settings"), tables.pairs(self.settings), self._message.value)
-        return tables.styled(self._message.value, self._result.value)
-
-    # --- private ---
-
-    def _source(self) -> Relation:
-        found = self._relations[str(self._relation.value)]
-        return found if isinstance(found, Relation) else load_relation(found)
-
-    def _chosen(self) -> Fact:
-        return self._source().facts[int(self._fact.value or 0)]
-
-    def _offer_facts(self) -> None:
-        relation = self._source()
-        with self._silently():
-            self._template.options, self._template.value = _templates(relation), 0
-            self._fact.options, self._fact.value = _facts(relation), 0
-
-    def _show(self, found: tuple[Diagnosis, str]) -> None:
-        with self._lock:
-            self.diagnosis, self._result.value = found
+    def _take(self, result: tuple[Diagnosis, str]) -> dict[str, str]:
+        self.diagnosis, self._summary.value = result
+        return {}
 
 
 def _drawn(found: Diagnosis) -> str:
@@ -215,7 +148,7 @@ def _drawn(found: Diagnosis) -> str:
     answers = found.answers.astype(object).where(found.answers.notna(), None)
     words = "".join(f"<p>{tables.text(part, 2000)}</p>" for part in found.words.splitlines())
     return tables.styled(
-        f'<div class="kc-summary">{tables.text(line, 400)}</div>',
+        tables.summary(line),
         picture(plot_diagnosis(found), f"Ranks of right answer and rival by layer, and what movers write: {line}"),
         words,
         tables.heading("Who decides (logits above the mean)"),
@@ -227,16 +160,3 @@ def _drawn(found: Diagnosis) -> str:
         tables.heading("When"),
         tables.table(answers, scroll=True),
     )
-
-
-def _templates(relation: Relation) -> list[tuple[str, int]]:
-    return [(brief(text), i) for i, text in enumerate(relation.prompt_templates_zs)]
-
-
-def _facts(relation: Relation) -> list[tuple[str, int]]:
-    return [(brief(f"{fact.subject} → {fact.object}"), i) for i, fact in enumerate(relation.facts)]
-
-
-def _row(relation: Relation, subject: str | None) -> int:
-    subjects = [fact.subject for fact in relation.facts]
-    return 0 if subject is None else subjects.index(choose(f"The subject in {relation.name}", subject, subjects))

@@ -7,7 +7,6 @@ with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as W
@@ -18,15 +17,17 @@ from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
 from kcwb.studies.in_context.ablation import ARMS
 from kcwb.studies.in_context.study import InContext, in_context
-from kcwb.tasks.relations import Relation, load_relation, relation_files
+from kcwb.tasks.relations import Relation
 from kcwb.tasks.shots import KINDS, label_of
 from kcwb.workbench import tables
 from kcwb.workbench.graph.page import compare_view
-from kcwb.workbench.panels.base import ROW, Panel, brief, button, dropdown, picture, room
+from kcwb.workbench.panels.base import Panel
+from kcwb.workbench.panels.picker import Picker
+from kcwb.workbench.panels.runner import Job
+from kcwb.workbench.panels.widgets import button, check_edges, dropdown, picture, room
 from kcwb.workbench.plots import Plot, plot_bars
 
 _MOST_SHOTS = 16
-_PAGES = ("Accuracy", "Heads", "Without them", "What they read", "Circuits")
 _READS = ("object", "subject", "separator", "words", "first", "question")
 
 
@@ -62,6 +63,8 @@ class ContextPanel(Panel):
     >>> panel.run(); panel.wait(); panel.found.ablation  # doctest: +SKIP
     """
 
+    pages = ("Accuracy", "Heads", "Without them", "What they read", "Circuits")
+
     def __init__(
         self,
         model: Model,
@@ -84,94 +87,53 @@ class ContextPanel(Panel):
         choose("The kind of context", kind, KINDS)
         if not 1 <= k <= _MOST_SHOTS:
             raise SettingError(f"k={k}: the panel shows 1 to {_MOST_SHOTS} demonstrations.")
-        if not 1 <= edges <= model.graph.n_edges:
-            raise SettingError(
-                f"edges={edges}: {model.name} has {model.graph.n_edges:,} edges; ask for 1 to that many."
-            )
-        given = relation if isinstance(relation, Relation) else load_relation(relation)
-        super().__init__()
-        self.model = model
+        check_edges(model, edges=edges)
+        super().__init__(model, button("Compare", "play", width=110, button_style="primary"))
         self.found: InContext | None = None
         self._more: dict[str, Any] = {
             **{"n": n, "n_test": n_test, "sets": sets, "steps": steps, "resamples": resamples, "draws": draws},
             **{"template": template, "seed": seed, "unrelated": unrelated},
         }
-        self._relations: dict[str, Relation | Path] = {**relation_files(), given.name: given}
-        names = sorted(self._relations)
-        self._relation = dropdown("Relation", [(brief(name), name) for name in names], given.name, wide=True)
+        self.picker = Picker(self, relation, template=None)
         self._k = W.IntSlider(k, min=1, max=_MOST_SHOTS, description="Shots", continuous_update=False, layout=room(240))
         self._kind = dropdown("Context", list(KINDS), kind)
         self._edges = W.BoundedIntText(edges, min=1, max=model.graph.n_edges, description="Edges", layout=room(160))
         self._controls = W.Checkbox(controls, description="Accuracy of controls", indent=False, layout=room(170))
-        self._run_button = button("Compare", "play", width=110, button_style="primary")
-        self._run_button.on_click(self._guarded(lambda _: self.run()))
-        self._summary = W.HTML()
-        self._pages = {name: W.HTML(layout=W.Layout(width="100%")) for name in _PAGES}
-        self._lay_out()
-
-    # --- in a script ---
+        self._lay_out([self.picker.relation, self._kind], [self._k, self._edges, self._controls])
 
     @property
     def settings(self) -> dict[str, Any]:
         """What Compare would do, as parameters of `in_context`."""
         k, kind = int(self._k.value), str(self._kind.value)
         beside = [(k, other) for other in KINDS if other != kind] if self._controls.value else []
-        return {
-            "relation": self._relation.value,
-            "k": k,
-            "kind": kind,
-            "beside": beside,
-            "edges": self._edges.value,
-            **self._more,
-        }
+        asked = {"relation": self.picker.relation.value, "k": k, "kind": kind, "beside": beside}
+        return {**asked, "edges": self._edges.value, **self._more}
 
-    def run(self) -> None:
-        """Compare the chosen context with none; returns at once, see `wait`."""
-        self._message.value = ""
+    def _told_settings(self) -> dict[str, Any]:
+        return {key: self.settings[key] for key in ("relation", "k", "kind", "edges")}
+
+    def _job(self) -> Job:
         settings = self.settings
-        source = self._relations[settings.pop("relation")]
+        name = settings.pop("relation")
 
         def job(progress: ProgressCallback) -> InContext:
-            relation = source if isinstance(source, Relation) else load_relation(source)
+            relation = self.picker.read(name)
             self._enter(f"{relation.name}, {settings['k']} {settings['kind']}", progress)
             return in_context(self.model, relation, progress=progress, **settings)
 
-        self._start("in context", job, self._show_found)
+        return job
 
-    def to_html(self) -> str:
-        """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
-        if self.found is None:
-            shown = {key: self.settings[key] for key in ("relation", "k", "kind", "edges")}
-            return tables.styled(tables.heading("Settings"), tables.pairs(shown), self._message.value)
-        pages = [part for name in _PAGES for part in (tables.heading(name), self._pages[name].value)]
-        return tables.styled(self._message.value, self._summary.value, *pages)
-
-    # --- drawing ---
-
-    def _lay_out(self) -> None:
-        rows = [
-            [self._relation, self._kind],
-            [self._k, self._edges, self._controls],
-            [self._run_button, *self._progress],
-        ]
-        pages = W.Tab([self._pages[name] for name in _PAGES], titles=_PAGES)
-        self._result = W.VBox([self._summary, pages], layout=W.Layout(display="none"))
-        self._assemble(*(W.HBox(row, layout=ROW) for row in rows), self._message, self._result)
-
-    def _show_found(self, found: InContext) -> None:
-        with self._lock:
-            self.found = found
-            pages = {
-                "Accuracy": _accuracy(found),
-                "Heads": _heads(found),
-                "Without them": _without(found),
-                "What they read": _reads(found),
-                "Circuits": _circuits(found),
-            }
-            for name, drawn in pages.items():
-                self._pages[name].value = tables.styled(drawn)
-            self._summary.value = tables.styled(f'<div class="kc-summary">{tables.text(summary(found), 2000)}</div>')
-            self._result.layout.display = ""
+    def _take(self, result: InContext) -> dict[str, str]:
+        self.found = result
+        self._summarise(summary(result))
+        before, after = (one.circuit for one in result.circuits.values())
+        return {
+            "Accuracy": _accuracy(result),
+            "Heads": _heads(result),
+            "Without them": _without(result),
+            "What they read": _reads(result),
+            "Circuits": compare_view(before, after, names=tuple(result.circuits), height=480)._repr_html_(),
+        }
 
 
 def summary(found: InContext) -> str:
@@ -249,8 +211,3 @@ def _reads(found: InContext) -> str:
     new = found.heads[found.heads["status"] == "new"].drop(columns=["layer", "head", "status"])
     words = "END's attention, mean over facts and heads; low to high: 95% of the random sets. Then each new head."
     return drawn + tables.table(found.reading) + tables.muted(words) + tables.table(new, scroll=True)
-
-
-def _circuits(found: InContext) -> str:
-    before, after = (one.circuit for one in found.circuits.values())
-    return compare_view(before, after, names=tuple(found.circuits), height=480)._repr_html_()

@@ -1,18 +1,13 @@
 """One node of a circuit, looked at: choose it or click it in the graph.
 
 What it shows comes from `kcwb.reading.nodes`; the results are attributes of the panel, so that a notebook can go on
-with them. How a click gets here: the graph's frame posts `{kcwb: "select", nodes: [...]}` to the page that holds it; a
-listener in a frame of its own takes that message if it comes from this panel's graph, and writes the names into a
-hidden text field, whose value Python sees. What names no node of the model is left alone.
+with them.
 """
 
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import ipywidgets as W
 import pandas as pd
@@ -28,85 +23,24 @@ from kcwb.reading.nodes import attention_pattern, component_logits, node_edges
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights
 from kcwb.workbench import tables
 from kcwb.workbench.graph.page import graph_view
-from kcwb.workbench.panels.base import PANEL_CLASS, ROW, Panel, brief, button, dropdown, picture, room
+from kcwb.workbench.panels.base import Panel
+from kcwb.workbench.panels.clicks import GRAPH_CLASS, GraphClicks
 from kcwb.workbench.panels.results import SCORE, title
+from kcwb.workbench.panels.runner import Job, Latest
+from kcwb.workbench.panels.widgets import brief, button, dropdown, numbered, picture, room, rows, wide
 from kcwb.workbench.plots import plot_attention, plot_bars
 
-GRAPH_CLASS = "kcwb-graph"
-"""The CSS class of the widget whose graph is listened to."""
-
-_CLICKED_CLASS = "kcwb-clicked"
-_MOST_CLICKED = 64  # nodes
 _MOST_TOKENS = 40  # of a prompt, in a picture of attention
 _CIRCUIT, _MODEL = "circuit", "model"
-_LISTENER = f"""<!doctype html><meta charset="utf-8"><title>Listens for clicks in the graph</title><script>
-(() => {{
-  const page = window.parent, here = window.frameElement;
-  const listen = (event) => {{
-    if (!here.isConnected) return page.removeEventListener("message", listen);
-    const panel = here.closest(".{PANEL_CLASS}"), graphs = [...panel?.querySelectorAll(".{GRAPH_CLASS} iframe") ?? []];
-    if (event.data?.kcwb !== "select" || !graphs.some((graph) => graph.contentWindow === event.source)) return;
-    const field = panel.querySelector(".{_CLICKED_CLASS} input");
-    field.value = JSON.stringify({{ nodes: event.data.nodes, at: Date.now() }});
-    field.dispatchEvent(new Event("input", {{ bubbles: true }}));
-    field.dispatchEvent(new Event("change", {{ bubbles: true }}));
-  }};
-  page.addEventListener("message", listen);
-  window.addEventListener("pagehide", () => page.removeEventListener("message", listen));
-}})();
-</script>"""
-
-
-class GraphClicks:
-    """What is clicked in a panel's graph, told to Python.
-
-    Parameters
-    ----------
-    on_click
-        Called with a change of the hidden field; `names` reads it.
-
-    Attributes
-    ----------
-    widget
-        The field and the listener, invisible; it must stand in the same panel as the graph, where it is always there.
-    """
-
-    def __init__(self, on_click: Callable[[Any], None]) -> None:
-        self.field = W.Text(layout=W.Layout(display="none"))
-        self.field.add_class(_CLICKED_CLASS)
-        self.field.observe(on_click, "value")
-        source = html.escape(_LISTENER, quote=True)
-        listener = W.HTML(
-            f'<iframe srcdoc="{source}" title="" aria-hidden="true" tabindex="-1" width="0" height="0" '
-            'style="border:0;position:absolute"></iframe>'
-        )
-        self.widget = W.Box([self.field, listener], layout=W.Layout(height="0", margin="0", overflow="hidden"))
-
-    @staticmethod
-    def names(value: str, model: Model) -> tuple[str, ...]:
-        """The nodes of the model that a value of the field names; what else it holds is left alone."""
-        try:
-            nodes = json.loads(value)["nodes"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return ()
-        known = set(model.graph.node_names)
-        listed = nodes[:_MOST_CLICKED] if isinstance(nodes, list) else []
-        return tuple(dict.fromkeys(name for name in listed if isinstance(name, str) and name in known))
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What was found out about a node on a prompt."""
+    """What is found out about the first node on a prompt, for what was asked then."""
 
+    asked: tuple[object, ...]
     pattern: pd.DataFrame | None
     tokens: pd.DataFrame
-
-
-class _Looking(NamedTuple):
-    """Finding it out, and drawing it."""
-
-    job: Callable[[ProgressCallback], _Look]
-    done: Callable[[_Look], None]
 
 
 class NodePanel(Panel):
@@ -167,38 +101,47 @@ class NodePanel(Panel):
     ) -> None:
         if not 1 <= k <= model.network.d_vocab:
             raise SettingError(f"k={k}: the vocabulary has {model.network.d_vocab:,} tokens; ask for 1 to that many.")
-        super().__init__()
-        self.model, self.circuit, self.task, self.roles = model, circuit, task, roles
+        super().__init__(model, button("Ablate it", "scissors", width=120))
+        self.circuit, self.task, self.roles = circuit, task, roles
         self.nodes: tuple[str, ...] = ()
         self.pattern: pd.DataFrame | None = None
         self.tokens: pd.DataFrame | None = None
         self.edges: pd.DataFrame | None = None
         self.ablated: pd.DataFrame | None = None
-        self._k, self._height = k, height
-        self._cuts: tuple[tuple[str, Task, str], Ablation] | None = None  # of what, and the last one made
-        self._node = W.Combobox(
-            description="Node",
-            placeholder="click one in the graph, or type its name",
-            ensure_option=False,
-            continuous_update=False,
-            layout=room(205),
-        )
+        self._k, self._height, self._has_graph = k, height, graph
+        self._cut = Latest[Ablation]()
+        words = {"description": "Node", "placeholder": "click one in the graph, or type its name"}
+        self._node = W.Combobox(ensure_option=False, continuous_update=False, layout=room(205), **words)
         self._where = dropdown("In", [("the circuit alone", _CIRCUIT), ("the full model", _MODEL)], _CIRCUIT)
-        self._prompt = dropdown("Prompt", [], None, wide=True)
-        self._ablate_button = button("Ablate it", "scissors", width=120)
-        self._heading, self._joined, self._gone = W.HTML(), W.HTML(), W.HTML()
+        self._prompt = dropdown("Prompt", [], None, least=400)
+        self._heading, self._joined, self._gone, self._graph = W.HTML(), W.HTML(), W.HTML(), wide()
         beside = {"flex": "1 1 330px", "min_width": "0"}
         self._attention, self._writes = W.HTML(layout=beside), W.HTML(layout=beside)
-        self._graph = W.HTML(layout=W.Layout(width="100%"))
         self._graph.add_class(GRAPH_CLASS)
         self.clicks = GraphClicks(self._guarded(self._on_click))
-        self._connect()
-        self._lay_out(graph)
+        for widget in (self._where, self._prompt):
+            self._on(widget, lambda _: self._look())
+        self._on(self._node, lambda change: self.select(*change["new"].replace(",", " ").split()))
+        wrapped = W.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="2px 28px", width="100%")
+        self._assemble(
+            *([self._graph, self.clicks.widget] if graph else []),
+            *rows([self._node, self._where, self._prompt], [self._run_button, *self._progress]),
+            self._message,
+            self._heading,
+            self._gone,
+            W.HBox([self._attention, self._writes], layout=wrapped),
+            self._joined,
+        )
         self.show(circuit, task, roles)
         if node is not None:
             self.select(node)
 
     # --- in a script ---
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is looked at."""
+        return {"nodes": self.nodes, "in": self._where.value, "prompt": self._prompt.value}
 
     def show(self, circuit: Circuit | None, task: Task | None, roles: pd.DataFrame | None = None) -> None:
         """Go over to another circuit, with its heads' roles if they are known, and look at the same node in it."""
@@ -246,61 +189,12 @@ class NodePanel(Panel):
 
     def ablate(self) -> None:
         """Ablate the chosen nodes in the full model and in the circuit; returns at once, see `wait`."""
-        if not self.nodes:
-            raise SettingError("Choose a node first: click one in the graph, or type its name.")
-        if self.task is None:
-            raise SettingError("The facts that this circuit was found on are not at hand, so there is nothing to ask.")
-        if "logits" in self.nodes:
-            raise SettingError("logits is where the answer is read; choose another node to ablate.")
-        self._message.value = ""
-        circuit, task, nodes = self.circuit, self.task, self.nodes
-        look = self._looking() if self.tokens is None else None  # which this would supersede
-
-        def job(progress: ProgressCallback) -> tuple[_Look | None, pd.DataFrame]:
-            looked = None if look is None else look.job(progress)
-            self._enter(f"Ablating {brief(', '.join(nodes), 60)}", progress)
-            return looked, ablate_nodes(self.model, circuit, task, nodes, progress=progress)
-
-        def done(found: tuple[_Look | None, pd.DataFrame]) -> None:
-            with self._lock:
-                if look is not None and found[0] is not None:
-                    look.done(found[0])
-                if (circuit, task, nodes) == (self.circuit, self.task, self.nodes):
-                    self.ablated = found[1]
-                    self._draw_ablation()
-
-        self._start("ablate", job, done)
+        self.run()
 
     def to_html(self) -> str:
         """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
-        return tables.styled(self._graph.value, self._message.value, *(part.value for part in self._parts))
-
-    # --- making ---
-
-    def _connect(self) -> None:
-        for widget in (self._where, self._prompt):
-            widget.observe(self._guarded(lambda _: self._look()), "value")
-        self._node.observe(self._guarded(lambda change: self.select(*_typed(change["new"]))), "value")
-        self._ablate_button.on_click(self._guarded(lambda _: self.ablate()))
-
-    def _lay_out(self, graph: bool) -> None:
-        self._has_graph = graph
-        self._parts = (self._heading, self._attention, self._writes, self._joined, self._gone)
-        wrapped = W.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="2px 28px", width="100%")
-        side_by_side = W.HBox([self._attention, self._writes], layout=wrapped)
-        rows: list[W.Widget] = [
-            W.HBox([self._node, self._where, self._prompt], layout=ROW),
-            W.HBox([self._ablate_button, *self._progress], layout=ROW),
-            self._message,
-            self._heading,
-            self._gone,
-            side_by_side,
-            self._joined,
-        ]
-        if graph:
-            self._root.add_class(PANEL_CLASS)
-            rows = [self._graph, self.clicks.widget, *rows]
-        self._assemble(*rows)
+        parts = (self._graph, self._message, self._heading, self._attention, self._writes, self._joined, self._gone)
+        return tables.styled(*(part.value for part in parts))
 
     # --- events ---
 
@@ -314,54 +208,68 @@ class NodePanel(Panel):
             self.pattern = self.tokens = None
             node = self.nodes[0] if self.nodes else None
             self.edges = None if node is None or self.circuit is None else node_edges(self.circuit, node)
-            self._ablate_button.disabled = node is None or self.task is None
+            self._run_button.disabled = node is None or self.task is None
             self._draw_edges()
             self._attention.value = self._writes.value = ""
             self._heading.value = tables.styled(self._heading_of())
         if node is None or self.task is None:
             self._runner.cancel()
         else:
-            self._start("look", *self._looking())
+            self._start("look", self._looking(self.task, node), self._draw_look)
 
-    def _looking(self) -> _Looking:
-        """The job that looks at the first node with the settings on screen, and what draws its result."""
-        assert self.task is not None and self.nodes  # the callers see to it
-        node = self.nodes[0]
-        split, row = _prompt_of(self.task, self._prompt.value or 0)
+    # --- work; on the worker ---
+
+    def _asked(self) -> tuple[object, ...]:
+        return self.nodes, self._prompt.value, self._where.value, self.circuit, self.task
+
+    def _looking(self, task: Task, node: str) -> Job:
+        """The job that looks at the first node with the settings on screen."""
+        split, row = _prompt_of(task, self._prompt.value or 0)
         circuit = self.circuit if self._where.value == _CIRCUIT else None
-        asked = (self.nodes, self._prompt.value, self._where.value, self.circuit, self.task)
+        asked = self._asked()
 
         def job(progress: ProgressCallback) -> _Look:
             self._enter(f"Looking at {node}", progress)
             more: dict[str, Any] = {"prompt": row, "circuit": circuit}
             if circuit is not None:
-                more["ablation"] = self._ablation_of(circuit)
+                kind = circuit.ablation
+                key = (self.model.digest, task, kind)
+                more["ablation"] = self._cut.get(key, lambda: make_ablation(self.model, task, kind))
                 progress(1, 3, "")
             head = self.model.graph.node(node).kind == "head"
             pattern = attention_pattern(self.model, split, node, **more) if head else None
             progress(2, 3, "")
-            return _Look(pattern, component_logits(self.model, split, node, k=self._k, **more))
+            return _Look(asked, pattern, component_logits(self.model, split, node, k=self._k, **more))
 
-        def done(look: _Look) -> None:
-            with self._lock:
-                if asked == (self.nodes, self._prompt.value, self._where.value, self.circuit, self.task):
-                    self.pattern, self.tokens = look.pattern, look.tokens
-                    self._draw_look()
+        return job
 
-        return _Looking(job, done)
+    def _job(self) -> Job:
+        circuit, task, nodes = self.circuit, self.task, self.nodes
+        if not nodes:
+            raise SettingError("Choose a node first: click one in the graph, or type its name.")
+        if task is None:
+            raise SettingError("The facts that this circuit was found on are not at hand, so there is nothing to ask.")
+        if "logits" in nodes:
+            raise SettingError("logits is where the answer is read; choose another node to ablate.")
+        look = self._looking(task, nodes[0]) if self.tokens is None else None  # which this would supersede
 
-    # --- work; on the worker ---
+        def job(progress: ProgressCallback) -> tuple[_Look | None, tuple[object, ...], pd.DataFrame]:
+            looked = None if look is None else look(progress)
+            self._enter(f"Ablating {brief(', '.join(nodes), 60)}", progress)
+            return looked, (circuit, task, nodes), ablate_nodes(self.model, circuit, task, nodes, progress=progress)
 
-    def _ablation_of(self, circuit: Circuit) -> Ablation:
-        """What the circuit's cut edges deliver, made anew only when it differs from the last one."""
-        assert self.task is not None  # nothing is looked at without
-        task, kind = self.task, circuit.ablation
-        key = (self.model.digest, task, kind)
-        if self._cuts is None or self._cuts[0] != key:
-            self._cuts = key, make_ablation(self.model, task, kind)
-        return self._cuts[1]
+        return job
 
     # --- drawing ---
+
+    def _take(self, result: tuple[_Look | None, tuple[object, ...], pd.DataFrame]) -> dict[str, str]:
+        look, asked, ablated = result
+        if look is not None:
+            self._draw_look(look)
+        if asked == (self.circuit, self.task, self.nodes):
+            self.ablated = ablated
+            self._draw_ablation()
+        return {}
 
     def _heading_of(self) -> str:
         if not self.nodes:
@@ -377,7 +285,7 @@ class NodePanel(Panel):
         if len(self.nodes) > 1:
             said.append(f"also chosen, to be ablated together: {brief(', '.join(self.nodes[1:]))}")
         without = [] if self.task else [tables.muted("The facts of this circuit are not at hand; only its edges are.")]
-        return "".join([f'<div class="kc-summary">{tables.text(" · ".join(said), 1000)}</div>', *without])
+        return "".join([tables.summary(" · ".join(said)), *without])
 
     def _role_of(self, node: str) -> list[str]:
         """Words for a head's role, where it is known."""
@@ -398,50 +306,52 @@ class NodePanel(Panel):
                 parts.append(tables.table(some, SCORE, scroll=True))
         self._joined.value = tables.styled(*parts)
 
-    def _draw_look(self) -> None:
-        assert self.task is not None and self.tokens is not None  # it has just been looked at
-        where = "in the circuit alone" if self._where.value == _CIRCUIT else "in the full model"
-        if self.pattern is not None:
-            seen = self.pattern.iloc[-_MOST_TOKENS:, -_MOST_TOKENS:]
-            drawn = picture(plot_attention(seen, title=self.nodes[0]), f"Where {self.nodes[0]} attends")
-            left_out = (
-                f" The last {len(seen)} of {len(self.pattern):,} tokens." if len(seen) < len(self.pattern) else ""
-            )
-            note = tables.muted(f"Each row is a token and where it attends, {where}.{left_out}")
-            self._attention.value = tables.styled(tables.heading("Attention"), drawn, note)
-        shown = self.tokens.assign(token=[repr(token) for token in self.tokens["token"]])
-        shown["answer"] = ["the answer" if answer else "" for answer in shown["answer"]]
-        shown = shown.drop(columns=["token_id", "logit"]).rename(
-            columns={"above_mean": "adds, in logits", "answer": ""}
-        )
-        note = tables.muted(f"What its output at END adds to tokens' logits, above the mean over all tokens, {where}.")
-        self._writes.value = tables.styled(tables.heading("Writes"), tables.table(shown), note)
+    def _draw_look(self, look: _Look) -> None:
+        with self._lock:
+            if look.asked != self._asked():
+                return
+            self.pattern, self.tokens = look.pattern, look.tokens
+            where = "in the circuit alone" if self._where.value == _CIRCUIT else "in the full model"
+            if look.pattern is not None:
+                self._attention.value = tables.styled(_attention_html(look.pattern, self.nodes[0], where))
+            self._writes.value = tables.styled(_writes_html(look.tokens, where))
 
     def _draw_ablation(self) -> None:
-        if self.ablated is None:
-            self._gone.value = ""
-            return
-        summary = ablation_summary(self.ablated)
-        facts = self.ablated[self.ablated["split"] == "D_val"]
-        ranks = facts.pivot(index=["prompt", "answer"], columns=["run", "state"], values="rank")
-        ranks = ranks[[(run, state) for run in dict.fromkeys(facts["run"]) for state in ("before", "after")]]
-        ranks.columns = [f"{run}, {state}" for run, state in ranks.columns]
         names = brief(", ".join(self.nodes), 80)
-        self._gone.value = tables.styled(
+        self._gone.value = "" if self.ablated is None else tables.styled(_ablation_html(self.ablated, names))
+
+
+def _attention_html(pattern: pd.DataFrame, node: str, where: str) -> str:
+    seen = pattern.iloc[-_MOST_TOKENS:, -_MOST_TOKENS:]
+    drawn = picture(plot_attention(seen, title=node), f"Where {node} attends")
+    left_out = f" The last {len(seen)} of {len(pattern):,} tokens." if len(seen) < len(pattern) else ""
+    note = tables.muted(f"Each row is a token and where it attends, {where}.{left_out}")
+    return tables.heading("Attention") + drawn + note
+
+
+def _writes_html(tokens: pd.DataFrame, where: str) -> str:
+    shown = tokens.assign(token=tokens["token"].map(repr), answer=tokens["answer"].map({True: "the answer", False: ""}))
+    shown = shown.drop(columns=["token_id", "logit"]).rename(columns={"above_mean": "adds, in logits", "answer": ""})
+    note = tables.muted(f"What its output at END adds to tokens' logits, above the mean over all tokens, {where}.")
+    return tables.heading("Writes") + tables.table(shown) + note
+
+
+def _ablation_html(ablated: pd.DataFrame, names: str) -> str:
+    summary = ablation_summary(ablated)
+    facts = ablated[ablated["split"] == "D_val"]
+    ranks = facts.pivot(index=["prompt", "answer"], columns=["run", "state"], values="rank")
+    ranks = ranks[[(run, state) for run in dict.fromkeys(facts["run"]) for state in ("before", "after")]]
+    ranks.columns = [f"{run}, {state}" for run, state in ranks.columns]
+    bars = plot_bars(summary, "run", "hit", hue="state", column="split", label="Hit@10")
+    return "".join(
+        [
             tables.heading(f"Without {names}"),
-            picture(
-                plot_bars(summary, "run", "hit", hue="state", column="split", label="Hit@10"),
-                f"Hit@10 before and after {names} is ablated",
-            ),
+            picture(bars, f"Hit@10 before and after {names} is ablated"),
             tables.table(summary.rename(columns={"hit": "Hit@10", "rank": "median rank", "loss": "nll"})),
             tables.heading("Rank of the answer, D_val"),
             tables.table(ranks.reset_index(), scroll=True),
-        )
-
-
-def _typed(value: str) -> list[str]:
-    """Names that were typed, separated by commas or spaces."""
-    return value.replace(",", " ").split()
+        ]
+    )
 
 
 def _near(name: str, known: tuple[str, ...]) -> str:
@@ -459,7 +369,7 @@ def _prompt_options(task: Task | None) -> list[tuple[str, int]]:
         for split, prompts in splits
         for text, fact in zip(prompts.texts, prompts.facts, strict=True)
     ]
-    return [(brief(line), i) for i, line in enumerate(lines)]
+    return numbered(lines)
 
 
 def _prompt_of(task: Task, number: int) -> tuple[Prompts, int]:

@@ -1,4 +1,4 @@
-"""What a discovery panel has found, and how it is written: functions from a finding to HTML, every text escaped."""
+"""What a discovery panel has found, and how it is written: functions from it to HTML, every text escaped."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import pandas as pd
 
 from kcwb.circuits.circuit import Circuit
-from kcwb.evaluation.compare import compare_circuits
 from kcwb.tasks.prompts import Prompts, Task
 from kcwb.workbench import tables
-from kcwb.workbench.graph.page import compare_view
-from kcwb.workbench.panels.base import brief
+from kcwb.workbench.panels.widgets import brief
 
 _ROWS = 100  # of a table of edges or nodes
 SCORE = {"score": lambda score: tables.number(float(score))}
@@ -20,7 +18,7 @@ SCORE = {"score": lambda score: tables.number(float(score))}
 
 
 @dataclass(eq=False)
-class Finding:
+class Found:
     """One run: a circuit, what it was found on, and how it does alone.
 
     Attributes
@@ -87,9 +85,9 @@ def settings_of(circuit: Circuit) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def summary(finding: Finding) -> str:
+def summary(found: Found) -> str:
     """Size, time and Hit@10 in two lines."""
-    circuit = finding.circuit
+    circuit = found.circuit
     source, graph = circuit.provenance, circuit.graph
     size = (
         f"{circuit.n_edges:,} of {graph.n_edges:,} edges ({circuit.n_edges / graph.n_edges:.2%}), "
@@ -101,8 +99,8 @@ def summary(finding: Finding) -> str:
     if isinstance(source.get("seconds"), (int, float)):
         size += f" · found in {source['seconds']:.1f} s"
     lines = [size]
-    if finding.completeness is not None:
-        table = finding.completeness.set_index(["split", "run"])["hit"]
+    if found.completeness is not None:
+        table = found.completeness.set_index(["split", "run"])["hit"]
         told = [
             f"{split} {table[split, 'circuit']:.2f} (full model {table[split, 'full model']:.2f}, "
             f"empty circuit {table[split, 'empty circuit']:.2f})"
@@ -110,54 +108,64 @@ def summary(finding: Finding) -> str:
             if (split, "circuit") in table.index
         ]
         lines.append(f"Hit@10 alone: {' · '.join(told)}")
-    return "".join(f'<div class="kc-summary">{tables.text(line, 1000)}</div>' for line in lines)
+    return "".join(map(tables.summary, lines))
 
 
-def completeness_table(finding: Finding) -> str:
+def completeness_table(found: Found) -> str:
     """The circuit beside the full model, the empty circuit and random ones."""
-    if finding.completeness is None:
-        words = "being computed…" if finding.task else "The facts that this circuit was found on are not at hand."
+    if found.completeness is None:
+        words = "being computed…" if found.task else "The facts that this circuit was found on are not at hand."
         return tables.muted(words)
-    return tables.table(tables.completeness_rows(finding.completeness)) + tables.muted(
+    return tables.table(tables.completeness_rows(found.completeness)) + tables.muted(
         "Hit@10: the share of facts whose answer has rank 10 or better, with its 95% interval (Wilson's, of that "
         "share; of random circuits, whose mean it is, the bootstrap's). The empty circuit shows what the ablation "
         "alone gives away, the random circuits what any circuit of its size reaches."
     )
 
 
-def ranked_table(frame: pd.DataFrame) -> str:
+def pages(found: Found) -> dict[str, str]:
+    """Its strongest edges, its nodes, those with the strongest edges first, and its facts, by the titles of tabs."""
+    nodes = found.circuit.nodes.sort_values("score", ascending=False, kind="stable")
+    return {
+        "Strongest edges": _ranked(found.circuit.edges),
+        "Nodes": _ranked(nodes.drop(columns=["layer", "head"])),
+        "Facts": facts_table(found.task),
+    }
+
+
+def plain(found: Found, graph: str) -> str:
+    """All of it on a page without widgets."""
+    return "".join(
+        [
+            tables.heading("Settings"),
+            tables.pairs(settings_of(found.circuit)),
+            summary(found),
+            graph,
+            tables.heading("Is it the model?"),
+            completeness_table(found),
+            tables.heading("Strongest edges"),
+            tables.table(found.circuit.edges.head(10), SCORE),
+        ]
+    )
+
+
+def _ranked(table: pd.DataFrame) -> str:
     """The first rows of a table of edges or nodes."""
-    more = tables.muted(f"The first {_ROWS} of {len(frame):,}.") if len(frame) > _ROWS else ""
-    return more + tables.table(frame.head(_ROWS), SCORE, scroll=True)
-
-
-def edge_table(circuit: Circuit) -> str:
-    """A circuit's strongest edges."""
-    return ranked_table(circuit.edges)
-
-
-def node_table(circuit: Circuit) -> str:
-    """A circuit's nodes, those with the strongest edges first."""
-    nodes = circuit.nodes.sort_values("score", ascending=False, kind="stable")
-    return ranked_table(nodes.drop(columns=["layer", "head"]))
+    more = tables.muted(f"The first {_ROWS} of {len(table):,}.") if len(table) > _ROWS else ""
+    return more + tables.table(table.head(_ROWS), SCORE, scroll=True)
 
 
 def facts_table(task: Task | None) -> str:
     """The facts of a task, with the model's rank of each answer."""
     if task is None:
         return tables.muted("The facts that this circuit was found on are not at hand.")
-    parts = [
-        tables.muted(
-            f"{task.model_name} knows {task.n_known} of {task.n_facts} facts in “{task.template}”: there the answer's "
-            "rank is 10 or better (that of its first token, or of as many as it takes to tell it from other answers)."
-        )
-    ]
-    for name, prompts in (
-        ("D_val: known facts, for discovery", task.val),
-        ("D_test: other facts, for the test", task.test),
-    ):
-        parts += [tables.heading(name), tables.table(_fact_rows(prompts))]
-    return "".join(parts)
+    known = tables.muted(
+        f"{task.model_name} knows {task.n_known} of {task.n_facts} facts in “{task.template}”: there the answer's "
+        "rank is 10 or better (that of its first token, or of as many as it takes to tell it from other answers)."
+    )
+    val = tables.heading("D_val: known facts, for discovery") + tables.table(_fact_rows(task.val))
+    test = tables.heading("D_test: other facts, for the test") + tables.table(_fact_rows(task.test))
+    return known + val + test
 
 
 def _fact_rows(prompts: Prompts) -> pd.DataFrame:
@@ -169,12 +177,3 @@ def _fact_rows(prompts: Prompts) -> pd.DataFrame:
             "known": ["yes" if known else "no" for known in prompts.known.tolist()],
         }
     )
-
-
-def comparison(shown: Finding, other: Finding, height: int) -> tuple[str, str]:
-    """Two circuits in numbers, and in colour."""
-    table = compare_circuits(shown.circuit, other.circuit)
-    names = {"left": "shown", "right": "other", "only_left": "only shown", "only_right": "only other"}
-    numbers = tables.table(table.rename(columns=names).reset_index(names=""))
-    view = compare_view(shown.circuit, other.circuit, names=("shown", "other"), height=height)
-    return numbers, view._repr_html_()

@@ -11,13 +11,28 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from kcwb.progress import ProgressCallback, cancellable
 
 State = Literal["idle", "running", "failed", "done"]
 Job = Callable[[ProgressCallback], Any]
 Hold = Callable[[ProgressCallback], AbstractContextManager[None]]
+T = TypeVar("T")
+
+
+class Latest(Generic[T]):
+    """The value that a job made last, kept for the next one that needs it."""
+
+    def __init__(self) -> None:
+        self.value: T | None = None
+        self._key: object = None
+
+    def get(self, key: object, make: Callable[[], T]) -> T:
+        """The value, made anew if it was made of something else."""
+        if self.value is None or self._key != key:
+            self.value, self._key = make(), key
+        return self.value
 
 
 class _Cancelled(BaseException):

@@ -21,18 +21,21 @@ from kcwb.studies.two_hop.circuits import HopCircuits, hop_circuits
 from kcwb.studies.two_hop.deletion import delete_first_hop
 from kcwb.studies.two_hop.lens import PLACES, hop_arrival, hop_lens, lens_summary
 from kcwb.studies.two_hop.overlap import hop_overlap
-from kcwb.tasks.compose import Composition, compose, compositions
+from kcwb.tasks.compose import Composition
 from kcwb.tasks.hops import ASKED, HopAnswers, Hops, ask_hops, funnel, make_hops
 from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Relation
 from kcwb.workbench import tables
 from kcwb.workbench.graph.page import compare_view
-from kcwb.workbench.panels.base import ROW, Panel, brief, button, dropdown, picture, room
+from kcwb.workbench.panels.base import Panel
+from kcwb.workbench.panels.picker import ChainPicker
+from kcwb.workbench.panels.runner import Job
+from kcwb.workbench.panels.widgets import button, dropdown, numbered, offer, picture, room
 from kcwb.workbench.plots import plot_bars, plot_lens
 
-_PAGES = ("Funnel", "Case", "Bridge", "Overlap", "Without the first hop")
 _RIGHT = [("rank 1", 1), ("rank 10 or better", 10)]
 _SHORTCUTS = [("dropped at rank 1", 1), ("dropped at rank 10 or better", 10), ("kept", 0)]
+_OVERLAP = ["level", "circuit", "part", "share", "low", "high", "random", "p", "jaccard", "random_jaccard"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class HopPanel(Panel):
     >>> panel.run(); panel.wait(); panel.overlap  # doctest: +SKIP
     """
 
+    pages = ("Funnel", "Case", "Bridge", "Overlap", "Without the first hop")
+
     def __init__(
         self,
         model: Model,
@@ -111,10 +116,7 @@ class HopPanel(Panel):
         for name, value, known in (("k", k, _RIGHT), ("shortcut_k", shortcut_k or 0, _SHORTCUTS)):
             if value not in [number for _, number in known]:
                 raise SettingError(f"{name}={value}: the panel takes {', '.join(str(number) for _, number in known)}.")
-        given = first if isinstance(first, Composition) else compose(first, second)
-        given.wording(template)
-        super().__init__()
-        self.model = model
+        super().__init__(model, button("Ask", "play", button_style="primary"))
         self.answers: HopAnswers | None = None
         self.hops: Hops | None = None
         self.lens: pd.DataFrame | None = None
@@ -123,62 +125,27 @@ class HopPanel(Panel):
         self.deletion: pd.DataFrame | None = None
         self._controls, self._edges, self._n = tuple(controls), edges, n
         self._draws, self._resamples, self._seed = draws, resamples, seed
-        self._given = given
-        packaged = compositions(least=1)
-        self._pairs = {str(one): list(some) for one, some in packaged.groupby("first", sort=True)["second"]}
-        seconds = self._pairs.setdefault(given.first.name, [])
-        if given.second.name not in seconds:
-            seconds.append(given.second.name)
-        self._first = dropdown("First", [(brief(name), name) for name in self._pairs], given.first.name)
-        self._second = dropdown("Second", self._seconds(), given.second.name)
-        self._template = dropdown("Question", _wordings(given), template, wide=True)
+        self.picker = picker = ChainPicker(self, first, second, template=template)
         self._k = dropdown("Right is", _RIGHT, k)
         self._shortcuts = dropdown("Shortcuts", _SHORTCUTS, shortcut_k or 0)
         self._compare = W.Checkbox(circuits, description="Compare circuits", indent=False, layout=room(150))
-        self._case = dropdown("Case", [], None, wide=True)
-        self._run_button = button("Ask", "play", button_style="primary")
-        self._summary = W.HTML()
-        self._pages = {name: W.HTML(layout=W.Layout(width="100%")) for name in _PAGES}
-        self._connect()
-        self._lay_out()
-
-    # --- in a script ---
+        self._case = dropdown("Case", [], None, least=400)
+        self._on(self._case, lambda _: self._fill({"Case": self._case_page()}))
+        choices = [self._k, self._shortcuts, self._compare]
+        self._lay_out([picker.first, picker.second, picker.template], choices, below=(self._case,))
 
     @property
     def settings(self) -> dict[str, Any]:
         """What Ask would do."""
         return {
-            "first": self._first.value,
-            "second": self._second.value,
-            "question": self._chosen().wordings[self._number].template,
+            "first": self.picker.first.value,
+            "second": self.picker.second.value,
+            "question": self.picker.chosen.wordings[self.picker.number].template,
             "k": self._k.value,
             "shortcut_k": self._shortcuts.value or None,
             "n": self._n,
             "circuits": self._compare.value,
         }
-
-    def run(self) -> None:
-        """Ask about the relations on screen, and study what is left; returns at once, see `wait`."""
-        self._message.value = ""
-        composition, template, compare = self._chosen(), self._number, self._compare.value
-        settings: dict[str, Any] = {"k": self._k.value, "shortcut_k": self._shortcuts.value or None}
-
-        def job(progress: ProgressCallback) -> _Found:
-            self._enter("Asking about every chain", progress)
-            answers = ask_hops(self.model, composition, template=template, seed=self._seed, progress=progress)
-            left = funnel(answers.ranks, **settings)
-            try:
-                hops = make_hops(answers, **settings, n=self._n, seed=self._seed)
-            except DataError as error:  # that nothing is left is a finding
-                return _Found(answers, left, note=str(error))
-            self._enter("Looking for the bridge", progress)
-            try:
-                found = _Found(answers, left, hops, hop_lens(self.model, hops, progress=progress))
-            except DataError as error:  # first tokens that tell nothing apart; the rest can be looked at
-                found = _Found(answers, left, hops, note=str(error))
-            return self._study(found, progress) if compare else found
-
-        self._start("hops", job, self._show_found)
 
     def select(self, subject: str) -> None:
         """Look at the chain of a subject.
@@ -195,22 +162,35 @@ class HopPanel(Panel):
             )
         self._case.value = subjects.index(subject)
 
-    def to_html(self) -> str:
-        """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
-        if self.answers is None:
-            return tables.styled(tables.heading("Settings"), tables.pairs(self.settings), self._message.value)
-        pages = [part for name in _PAGES for part in (tables.heading(name), self._pages[name].value)]
-        return tables.styled(self._message.value, self._summary.value, *pages)
+    # --- work; on the worker ---
 
-    # --- making ---
+    def _job(self) -> Job:
+        composition, template, compare = self.picker.chosen, self.picker.number, self._compare.value
+        filters: dict[str, Any] = {"k": self._k.value, "shortcut_k": self._shortcuts.value or None}
 
-    def _study(self, found: _Found, progress: ProgressCallback) -> _Found:
-        assert found.hops is not None  # there are chains to study
+        def job(progress: ProgressCallback) -> _Found:
+            self._enter("Asking about every chain", progress)
+            answers = ask_hops(self.model, composition, template=template, seed=self._seed, progress=progress)
+            left = funnel(answers.ranks, **filters)
+            try:
+                hops = make_hops(answers, **filters, n=self._n, seed=self._seed)
+            except DataError as error:  # that nothing is left is a result
+                return _Found(answers, left, note=str(error))
+            self._enter("Looking for the bridge", progress)
+            try:
+                found = _Found(answers, left, hops, hop_lens(self.model, hops, progress=progress))
+            except DataError as error:  # first tokens that tell nothing apart; the rest can be looked at
+                found = _Found(answers, left, hops, note=str(error))
+            return self._study(found, hops, progress) if compare else found
+
+        return job
+
+    def _study(self, found: _Found, hops: Hops, progress: ProgressCallback) -> _Found:
         self._enter("Asking for the facts of other relations", progress)
         tasks = [make_task(self.model, name, self._n, self._seed, progress=progress) for name in self._controls]
         controls = dict(zip(self._controls, tasks, strict=True))
         self._enter("Finding circuits", progress)
-        circuits = hop_circuits(self.model, found.hops, controls=controls, edges=self._edges, progress=progress)
+        circuits = hop_circuits(self.model, hops, controls=controls, edges=self._edges, progress=progress)
         self._enter("Comparing them with random ones", progress)
         more: dict[str, Any] = {"draws": self._draws, "seed": self._seed, "progress": progress}
         overlap = hop_overlap(circuits, resamples=self._resamples, **more)
@@ -221,82 +201,23 @@ class HopPanel(Panel):
             deletion, note = None, str(error)
         return replace(found, circuits=circuits, overlap=overlap, deletion=deletion, note=note)
 
-    @property
-    def _number(self) -> int:
-        return int(self._template.value or 0)
-
-    def _chosen(self) -> Composition:
-        first, second = str(self._first.value), str(self._second.value)
-        given = self._given
-        return given if (first, second) == (given.first.name, given.second.name) else compose(first, second)
-
-    def _seconds(self) -> list[tuple[str, str]]:
-        return [(brief(name), name) for name in self._pairs[str(self._first.value)]]
-
-    def _connect(self) -> None:
-        self._first.observe(self._guarded(lambda _: self._offer_seconds()), "value")
-        self._second.observe(self._guarded(lambda _: self._offer_wordings()), "value")
-        self._case.observe(self._guarded(lambda _: self._draw_case()), "value")
-        self._run_button.on_click(self._guarded(lambda _: self.run()))
-
-    def _lay_out(self) -> None:
-        rows = [
-            [self._first, self._second, self._template],
-            [self._k, self._shortcuts, self._compare],
-            [self._run_button, *self._progress],
-        ]
-        pages = W.Tab([self._pages[name] for name in _PAGES], titles=_PAGES)
-        self._result = W.VBox([self._summary, self._case, pages], layout=W.Layout(display="none"))
-        self._assemble(*(W.HBox(row, layout=ROW) for row in rows), self._message, self._result)
-
-    def _offer_seconds(self) -> None:
-        with self._silently():
-            options = self._seconds()
-            self._second.options, self._second.value = options, options[0][1]
-            self._offer_wordings()
-
-    def _offer_wordings(self) -> None:
-        with self._silently():
-            self._template.options, self._template.value = _wordings(self._chosen()), 0
-
     # --- drawing ---
 
-    def _show_found(self, found: _Found) -> None:
-        with self._lock:
-            self.answers, self.hops, self.lens = found.answers, found.hops, found.lens
-            self.circuits, self.overlap, self.deletion = found.circuits, found.overlap, found.deletion
-            if found.note:
-                self._say("kc-note", found.note)
-            with self._silently():
-                chains = [] if found.hops is None else list(found.hops.chains.itertuples(index=False))
-                self._case.options = [
-                    (brief(f"{one.subject} → {one.bridge} → {one.object}"), i) for i, one in enumerate(chains)
-                ]
-                self._case.value = 0 if chains else None
-            words = repr(found.answers.composition if found.hops is None else found.hops)
-            self._summary.value = tables.styled(f'<div class="kc-summary">{tables.text(words, 1000)}</div>')
-            self._draw_funnel(found)
-            self._draw_case()
-            self._draw_bridge()
-            self._draw_circuits()
-            self._result.layout.display = ""
+    def _take(self, result: _Found) -> dict[str, str]:
+        self.answers, self.hops, self.lens = result.answers, result.hops, result.lens
+        self.circuits, self.overlap, self.deletion = result.circuits, result.overlap, result.deletion
+        if result.note:
+            self._say("kc-note", result.note)
+        chains = [] if result.hops is None else list(result.hops.chains.itertuples(index=False))
+        with self._silently():
+            offer(self._case, numbered(f"{one.subject} → {one.bridge} → {one.object}" for one in chains))
+        self._summarise(repr(result.answers.composition if result.hops is None else result.hops))
+        bridge = {"Funnel": _funnel_page(result), "Case": self._case_page(), "Bridge": self._bridge_page()}
+        return bridge | _circuit_pages(result)
 
-    def _draw_funnel(self, found: _Found) -> None:
-        counts = found.answers.composition.counts
-        self._pages["Funnel"].value = tables.styled(
-            tables.table(found.funnel),
-            tables.muted(
-                "A filter is applied to what the one above leaves. Entity alone: the second relation about the subject "
-                "itself; relation alone: the two-hop question without its subject. Before all of these: "
-                + ", ".join(f"{name}: {count}" for name, count in counts.items())
-            ),
-        )
-
-    def _draw_case(self) -> None:
-        page = self._pages["Case"]
+    def _case_page(self) -> str:
         if self.hops is None or self.answers is None or self._case.value is None:
-            page.value = tables.styled(tables.muted("No chain is left."))
-            return
+            return tables.muted("No chain is left.")
         chain = self.hops.chains.iloc[int(self._case.value)]
         ranks = self.hops.ranks
         row = int(ranks.index[ranks["subject"] == chain["subject"]][0])
@@ -309,71 +230,56 @@ class HopPanel(Panel):
                 "the model's rank of it": [int(ranks[name][row]) for name in ASKED],
             }
         )
-        curves = []
+        curves = ""
         if self.lens is not None:
             some = self.lens[self.lens["subject"] == chain["subject"]].rename(columns={"rank": "value"})
-            curves = _by_place(some.assign(quantity="rank", low=math.nan, high=math.nan))
-        page.value = tables.styled(
-            tables.table(said),
-            *(
-                picture(plot_lens(part, ["rank"], title=f"{chain['subject']}, read at: {place}"), f"Lens at {place}")
-                for place, part in curves
-            ),
-        )
+            some = some.assign(quantity="rank", low=math.nan, high=math.nan)
+            curves = _lenses(some, f"{chain['subject']}, read at: ", "Lens at")
+        return tables.table(said) + curves
 
-    def _draw_bridge(self) -> None:
-        page = self._pages["Bridge"]
+    def _bridge_page(self) -> str:
         if self.lens is None:
             words = "No chain is left." if self.hops is None else "Objects or bridges begin alike: see above."
-            page.value = tables.styled(tables.muted(words))
-            return
-        summary = lens_summary(self.lens, self._seed)
-        page.value = tables.styled(
-            *(
-                picture(plot_lens(part, ["rank"], title=f"read at: {place}"), f"Lens of the bridge at {place}")
-                for place, part in _by_place(summary)
-            ),
-            tables.table(hop_arrival(self.lens), scroll=True),
+            return tables.muted(words)
+        drawn = _lenses(lens_summary(self.lens, self._seed), "read at: ", "Lens of the bridge at")
+        return drawn + tables.table(hop_arrival(self.lens), scroll=True)
+
+
+def _lenses(table: pd.DataFrame, title: str, words: str) -> str:
+    """The curves of each place at which the lens reads."""
+    parts = {place: part for place in PLACES if len(part := table[table["place"] == place])}
+    return "".join(
+        picture(plot_lens(part, ["rank"], title=f"{title}{place}"), f"{words} {place}") for place, part in parts.items()
+    )
+
+
+def _funnel_page(found: _Found) -> str:
+    counts = ", ".join(f"{name}: {count}" for name, count in found.answers.composition.counts.items())
+    return tables.table(found.funnel) + tables.muted(
+        "A filter is applied to what the one above leaves. Entity alone: the second relation about the subject itself; "
+        f"relation alone: the two-hop question without its subject. Before all of these: {counts}"
+    )
+
+
+def _circuit_pages(found: _Found) -> dict[str, str]:
+    if found.circuits is None or found.overlap is None:
+        return dict.fromkeys(("Overlap", "Without the first hop"), tables.muted("Circuits were not compared."))
+    one, shown = found.overlap[found.overlap["level"] == "one fact"], found.circuits.circuits
+    bars = plot_bars(one, "circuit", "share", column="part", label="share in the two-hop circuit")
+    overlap = [
+        picture(bars, "Share of each circuit that the two-hop circuit has"),
+        tables.table(found.overlap[[*_OVERLAP, "size_two_hop", "size"]], scroll=True),
+        tables.muted(
+            "Integrated: the union of the two hops' circuits. One fact: circuits of one chain at a time, mean over "
+            "chains with its 95% bootstrap interval. The control has nothing to do with either hop: what it shares "
+            "is shared by all."
+        ),
+        compare_view(shown["two-hop"], shown["integrated"], names=("two-hop", "integrated"), height=420)._repr_html_(),
+    ]
+    deletion = tables.muted("Nothing could be cut.")
+    if found.deletion is not None:
+        deletion = tables.table(found.deletion) + tables.muted(
+            "What one circuit has and the other has not is cut out of the whole model. Cost: the increase of the "
+            "answer's loss, nats; p: the share of random sets of edges that cost as much."
         )
-
-    def _draw_circuits(self) -> None:
-        if self.circuits is None or self.overlap is None:
-            for name in ("Overlap", "Without the first hop"):
-                self._pages[name].value = tables.styled(tables.muted("Circuits were not compared."))
-            return
-        one = self.overlap[self.overlap["level"] == "one fact"]
-        shown = self.circuits.circuits
-        view = compare_view(shown["two-hop"], shown["integrated"], names=("two-hop", "integrated"), height=420)
-        shown_columns = ["level", "circuit", "part", "share", "low", "high", "random", "p", "jaccard", "random_jaccard"]
-        self._pages["Overlap"].value = tables.styled(
-            picture(
-                plot_bars(one, "circuit", "share", column="part", label="share in the two-hop circuit"),
-                "Share of each circuit that the two-hop circuit has",
-            ),
-            tables.table(self.overlap[[*shown_columns, "size_two_hop", "size"]], scroll=True),
-            tables.muted(
-                "Integrated: the union of the two hops' circuits. One fact: circuits of one chain at a time, mean over "
-                "chains with its 95% bootstrap interval. The control has nothing to do with either hop: what it shares "
-                "is shared by all."
-            ),
-            view._repr_html_(),
-        )
-        self._pages["Without the first hop"].value = (
-            tables.styled(tables.muted("Nothing could be cut."))
-            if self.deletion is None
-            else tables.styled(
-                tables.table(self.deletion),
-                tables.muted(
-                    "What one circuit has and the other has not is cut out of the whole model. Cost: the increase of "
-                    "the answer's loss, nats; p: the share of random sets of edges that cost as much."
-                ),
-            )
-        )
-
-
-def _by_place(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    return [(place, part) for place in PLACES if len(part := table[table["place"] == place])]
-
-
-def _wordings(composition: Composition) -> list[tuple[str, int]]:
-    return [(brief(wording.template), i) for i, wording in enumerate(composition.wordings)]
+    return {"Overlap": "".join(overlap), "Without the first hop": deletion}

@@ -58,7 +58,6 @@ _LOADS = ("url", "src", "image", "image-set", "-webkit-image-set", "cross-fade",
 _CONTROLS = re.compile("[\x00-\x1f]")  # which browsers leave out of an address
 _OUTWARD = re.compile(r"(?:https?|mailto):", re.IGNORECASE)
 _BESIDE = re.compile(r"(?![\\/])(?![A-Za-z][A-Za-z\d+.-]*:)")  # no scheme, no root, no other machine
-_STYLE = tables.STYLE.removeprefix("<style>").removesuffix("</style>").strip()
 
 
 def policy(*, graphs: bool = False) -> str:
@@ -93,7 +92,7 @@ def parsed(source: str) -> BeautifulSoup:
 def missing(words: str) -> Tag:
     """A note for what is not in a report."""
     note = BeautifulSoup().new_tag("span", attrs={"class": "kc-missing"})
-    note.string = words if len(words) <= 300 else words[:299] + "…"
+    note.string = tables.shorten(words, 300)
     return note
 
 
@@ -128,7 +127,7 @@ def _clean_tag(tag: Tag, scope: str, links: bool) -> None:
     address = _CONTROLS.sub("", given.get("href") or given.get("xlink:href") or "").strip()
     if tag.name == "style":
         css = tag.get_text()
-        tag.string = "" if css.strip() == _STYLE else "\n".join(_scoped(css, scope))
+        tag.string = "" if css.strip() == tables.CSS else "\n".join(_scoped(css, scope))
     elif tag.name == "a":
         tag.attrs |= _link(address, links) | ({"id": given["name"]} if "name" in given else {})
     elif tag.name == "iframe":

@@ -27,6 +27,7 @@ from kcwb.outputs import PAGE_MARK
 from kcwb.workbench import tables
 from kcwb.workbench.report.harmless import make_harmless, missing, parsed
 from kcwb.workbench.report.pictures import Pictures, data_uri
+from kcwb.workbench.tables import shorten
 from kcwb.workbench.tables import text as escaped
 
 if TYPE_CHECKING:
@@ -112,10 +113,9 @@ def _environment() -> Environment:
 
     environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
-    of_tables = tables.STYLE.removeprefix("<style>").removesuffix("</style>")
-    environment.globals["style"] = Markup((TEMPLATE / "style.css").read_text(encoding="utf-8") + of_tables)
+    environment.globals["style"] = Markup((TEMPLATE / "style.css").read_text(encoding="utf-8") + tables.CSS)
     environment.globals["mark"] = Markup(PAGE_MARK)
-    environment.filters |= {"value": _value, "shorten": _shorten, "date": _date, "duration": _duration, "size": _size}
+    environment.filters |= {"value": _value, "shorten": shorten, "date": _date, "duration": _duration, "size": _size}
     return environment
 
 
@@ -127,11 +127,7 @@ def _value(value: Any, length: int) -> str:
         value = ", ".join(f"{key} {_value(item, length)}" for key, item in value.items())
     elif isinstance(value, list | tuple):
         value = ", ".join(_value(item, length) for item in value)
-    return _shorten(str(value), length)
-
-
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    return shorten(str(value), length)
 
 
 def _date(iso: str) -> str:
@@ -241,7 +237,7 @@ def _take_title(soup: BeautifulSoup) -> Body:
 
 
 def _plain(tag: Any) -> str:
-    return _shorten(" ".join(tag.get_text().split()), 400)
+    return shorten(" ".join(tag.get_text().split()), 400)
 
 
 # --- math ---

@@ -173,7 +173,7 @@ def test_empty_circuit_gives_a_page(with_ends: bool) -> None:
 
 
 def test_bad_settings_and_unknown_nodes_are_refused() -> None:
-    with pytest.raises(SettingError, match="max_edges must be at least 1, not 0"):
+    with pytest.raises(SettingError, match="max_edges=0 is not a whole number of at least 1"):
         graph_view(make_circuit(5), max_edges=0)
     with pytest.raises(SettingError, match="height"):
         graph_view(make_circuit(5), height=-3)

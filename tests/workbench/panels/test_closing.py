@@ -16,8 +16,7 @@ import kcwb
 from kcwb.editing.edit import edit
 from kcwb.errors import CircuitError, KcwbError, SettingError
 from kcwb.tasks.prompts import make_task
-from kcwb.workbench.panels import base as frame
-from kcwb.workbench.panels import discovery as panels
+from kcwb.workbench.panels import life, search
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.discovery import DiscoveryPanel
 from kcwb.workbench.panels.edit import EditPanel
@@ -154,7 +153,7 @@ def test_closing_cancels_what_runs_and_ends_its_thread(model, relation, monkeypa
         finally:
             ended.set()
 
-    monkeypatch.setattr(panels, "discover", endless)
+    monkeypatch.setattr(search, "discover", endless)
     panel = DiscoveryPanel(model, relation, edges=60, n=4)
     panel.run()
     assert started.wait(SOON) and workers() == ["kcwb-runner"]
@@ -170,7 +169,7 @@ def test_a_dropped_panel_finishes_what_it_runs_and_goes_then(model, relation, mo
         assert go.wait(SOON)
         raise SettingError("enough")
 
-    monkeypatch.setattr(panels, "discover", slow)
+    monkeypatch.setattr(search, "discover", slow)
     before = alive()
     panel = DiscoveryPanel(model, relation, edges=60, n=4)
     panel.run()
@@ -237,10 +236,10 @@ def screen(monkeypatch) -> SimpleNamespace:
         metadata = {} if screen.cell is None else {"cellId": screen.cell}
         return {"header": {"msg_id": f"{screen.cell} {screen.run}"}, "metadata": metadata}
 
-    monkeypatch.setattr(frame, "display", display)
-    monkeypatch.setattr(frame, "update_display", update)
+    monkeypatch.setattr(life, "display", display)
+    monkeypatch.setattr(life, "update_display", update)
     kernel = SimpleNamespace(get_parent=parent)
-    monkeypatch.setattr(frame, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
+    monkeypatch.setattr(life, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
     return screen
 
 

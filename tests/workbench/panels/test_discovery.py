@@ -21,8 +21,8 @@ from kcwb.errors import CircuitError, DataError, KcwbError, SettingError
 from kcwb.reading.nodes import node_edges
 from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Fact, Relation
-from kcwb.workbench.panels import base as frame
 from kcwb.workbench.panels import discovery as panels
+from kcwb.workbench.panels import life, search
 from kcwb.workbench.panels.discovery import DiscoveryPanel
 from tests.hostile import HOSTILE
 from tests.tasks import known_relation
@@ -161,7 +161,7 @@ def test_the_slider_cuts_anew_without_scoring(found, monkeypatch):
     def never(*args: Any, **more: Any) -> None:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(panels, "discover", never)
+    monkeypatch.setattr(search, "discover", never)
     before, graph = found.circuit, found._graph.value
     found.controls.edges.value = 25
     assert found.circuit.digest == kcwb.resize(before, edges=25).digest != before.digest
@@ -188,7 +188,7 @@ def test_a_slider_moved_during_discovery_counts(panel, monkeypatch):
         assert go.wait(SOON)
         return discover(*args, **more)
 
-    monkeypatch.setattr(panels, "discover", slow)
+    monkeypatch.setattr(search, "discover", slow)
     panel.run()
     assert started.wait(SOON)
     panel.controls.edges.value = 30
@@ -201,21 +201,21 @@ def test_a_slider_moved_during_discovery_counts(panel, monkeypatch):
 
 
 def test_a_relation_brings_its_templates(panel):
-    panel.controls.relation.value = "country_capital"
+    panel.picker.relation.value = "country_capital"
     texts = kcwb.load_relation("country_capital").prompt_templates_zs
-    assert [label for label, _ in panel.controls.template.options] == list(texts)
+    assert [label for label, _ in panel.picker.template.options] == list(texts)
     assert panel.settings["template"] == 0
 
 
 def test_relations_are_grouped_by_category(panel):
-    labels = [label for label, _ in panel.controls.relation.options]
+    labels = [label for label, _ in panel.picker.relation.options]
     assert labels == sorted(labels) and "factual: country_capital" in labels and "factual: tiny" in labels
 
 
 def test_a_template_of_ones_own_is_offered(model, relation):
     panel = DiscoveryPanel(model, relation, template="w5 {} w6", edges=60)
     assert panel.settings["template"] == "w5 {} w6"
-    assert [label for label, _ in panel.controls.template.options] == [*relation.prompt_templates_zs, "w5 {} w6"]
+    assert [label for label, _ in panel.picker.template.options] == [*relation.prompt_templates_zs, "w5 {} w6"]
 
 
 def test_a_relation_file_is_taken(model, relation, tmp_path):
@@ -272,10 +272,10 @@ def test_an_unforeseen_error_in_a_callback_is_said_too(found, monkeypatch):
 def test_a_broken_relation_file_is_said_when_it_is_chosen(model, relation, tmp_path):
     relation.save(tmp_path / "mine.json")
     panel = DiscoveryPanel(model, relation, edges=60)
-    panel.controls.relations["mine"] = tmp_path / "mine.json"
-    panel.controls.relation.options = [*panel.controls.relation.options, ("own: mine", "mine")]
+    panel.picker.relations["mine"] = tmp_path / "mine.json"
+    panel.picker.relation.options = [*panel.picker.relation.options, ("own: mine", "mine")]
     (tmp_path / "mine.json").write_text("{")
-    panel.controls.relation.value = "mine"
+    panel.picker.relation.value = "mine"
     assert "not JSON" in panel._message.value
 
 
@@ -289,7 +289,7 @@ def test_cancel_stops_within_a_second_and_another_run_follows(found, monkeypatch
             progress(done, 10_000, "edges")
         raise AssertionError("not cancelled")
 
-    monkeypatch.setattr(panels, "discover", endless)
+    monkeypatch.setattr(search, "discover", endless)
     found._run_button.click()
     assert started.wait(SOON)
     assert found.state == "running" and not found._cancel_button.disabled
@@ -298,7 +298,7 @@ def test_cancel_stops_within_a_second_and_another_run_follows(found, monkeypatch
     found.wait(SOON)
     assert time.monotonic() - clicked < 1
     assert found.state == "idle" and found.circuit is before and found._cancel_button.disabled
-    monkeypatch.setattr(panels, "discover", discover)
+    monkeypatch.setattr(search, "discover", discover)
     found.controls.seed.value = 1
     found._run_button.click()
     found.wait(SOON)
@@ -319,7 +319,7 @@ def test_warnings_become_a_note(panel, monkeypatch):
         warnings.warn("there is none for 'w3 <b>': left out", stacklevel=2)
         return discover(*args, **more)
 
-    monkeypatch.setattr(panels, "discover", warning)
+    monkeypatch.setattr(search, "discover", warning)
     panel.run()
     panel.wait(SOON)
     assert "w3 &lt;b&gt;&#x27;: left out" in panel._message.value and "kc-note" in panel._message.value
@@ -355,7 +355,7 @@ def test_each_of_two_panels_at_work_takes_its_own_warnings(model, relation, recw
 
 def test_waiting_is_limited(panel, monkeypatch):
     go = threading.Event()
-    monkeypatch.setattr(panels, "discover", lambda *args, **more: go.wait(SOON))
+    monkeypatch.setattr(search, "discover", lambda *args, **more: go.wait(SOON))
     panel.run()
     with pytest.raises(TimeoutError, match="still running"):
         panel.wait(0.05)
@@ -374,19 +374,21 @@ def test_runs_are_kept_shown_again_and_compared(found):
     found.wait(SOON)
     second = found.circuit
     assert [one.circuit for one in found.history] == [first, second]
-    assert "Press Run" in found._tables["Compare runs"].value and not found._both.value  # drawn once it is looked at
+    assert (
+        "Press Run" in found._comparison.numbers.value and not found._comparison.graph.value
+    )  # drawn once it is looked at
     open_tab(found, "Compare runs")
-    table = found._tables["Compare runs"].value
+    table = found._comparison.numbers.value
     assert str((first & second).n_edges) in Tags(table).text and f"{first.iou(second):.3g}" in table
-    assert found._both.value.startswith("<iframe")
-    before = found._both.value
+    assert found._comparison.graph.value.startswith("<iframe")
+    before = found._comparison.graph.value
     found._runs.value = 0
-    assert found.circuit is first and found._other.value == 1 and found._both.value != before
+    assert found.circuit is first and found._comparison.other.value == 1 and found._comparison.graph.value != before
 
 
 def test_one_run_cannot_be_compared(found):
     open_tab(found, "Compare runs")
-    assert "Run once more" in found._tables["Compare runs"].value and not found._both.value
+    assert "Run once more" in found._comparison.numbers.value and not found._comparison.graph.value
 
 
 def open_tab(panel: DiscoveryPanel, name: str) -> None:
@@ -399,15 +401,15 @@ def open_tab(panel: DiscoveryPanel, name: str) -> None:
 def test_asking_shows_what_the_model_knows(panel, monkeypatch):
     panel._ask_button.click()
     panel.wait(SOON)
-    task = panel._task[1]
-    text = Tags(panel._tables["Facts"].value).text
+    task = panel._search.task.value
+    text = Tags(panel._pages["Facts"].value).text
     assert f"knows {task.n_known} of {task.n_facts} facts" in text and task.n_known == 10
     for prompts in (task.val, task.test):
         for fact, prompt, rank in zip(prompts.facts, prompts.texts, prompts.ranks.tolist(), strict=True):
             assert prompt in text and fact.object in text and str(rank) in text
     assert panel._result.layout.display == "" and panel._tabs.selected_index == panel._tabs.titles.index("Facts")
     assert panel.circuit is None and not panel.history
-    monkeypatch.setattr(panels, "make_task", lambda *args, **more: pytest.fail("asked again"))
+    monkeypatch.setattr(search, "make_task", lambda *args, **more: pytest.fail("asked again"))
     panel.run()
     panel.wait(SOON)
     assert panel.task is task
@@ -423,19 +425,19 @@ def test_the_time_is_predicted_without_running(panel, monkeypatch):
         asked.append((args, more))
         return 75.4
 
-    monkeypatch.setattr(panels, "predict", seconds)
+    monkeypatch.setattr(search, "predict", seconds)
     panel._predict_button.click()
     panel.wait(SOON)
     ((_, task), more) = asked[0]
-    assert task is panel._task[1] and more == {"metric": "nll", "ablation": None, "within": None}
+    assert task is panel._search.task.value and more == {"metric": "nll", "ablation": None, "within": None}
     assert f"{panel.model.graph.n_edges:,} edges and 4 facts takes about 1 min 15 s" in Tags(panel._message.value).text
     assert not panel.history
 
 
 def test_a_run_of_acdc_says_its_predicted_time_and_what_is_left(panel, monkeypatch):
     lines: list[str] = []
-    monkeypatch.setattr(panels, "predict", lambda *args, **more: 75.4)
-    monkeypatch.setattr(frame, "_REDRAW", 0.0)
+    monkeypatch.setattr(search, "predict", lambda *args, **more: 75.4)
+    monkeypatch.setattr(life, "_REDRAW", 0.0)
     panel._status.observe(lambda change: lines.append(Tags(change["new"]).text), "value")
     panel.controls.method.value = "acdc"
     panel.run()
@@ -471,7 +473,7 @@ def test_the_preselection_is_scored_once(panel, monkeypatch):
         methods.append(method)
         return discover(model, task, method, **more)
 
-    monkeypatch.setattr(panels, "discover", counting)
+    monkeypatch.setattr(search, "discover", counting)
     panel.controls.method.value, panel.controls.within.value = "acdc", 50
     for tau in (0.01, 0.05):
         panel.controls.tau.value = tau
@@ -628,16 +630,16 @@ def test_waiting_renews_the_drawing_beside_the_widgets(panel, monkeypatch):
         shown["one"] = bundle["text/html"]
         return Handle()
 
-    monkeypatch.setattr(frame, "display", first)
+    monkeypatch.setattr(life, "display", first)
     monkeypatch.setattr(
-        frame, "update_display", lambda bundle, display_id, **more: shown.update({display_id: bundle["text/html"]})
+        life, "update_display", lambda bundle, display_id, **more: shown.update({display_id: bundle["text/html"]})
     )
     panel._ipython_display_()
     assert "iframe" not in shown["one"]
     panel.run()
     panel.wait(SOON)
     assert "iframe" in shown["one"]
-    monkeypatch.setattr(frame, "update_display", lambda *args, **more: pytest.fail("nothing has changed"))
+    monkeypatch.setattr(life, "update_display", lambda *args, **more: pytest.fail("nothing has changed"))
     panel.wait(SOON)
 
 
@@ -702,5 +704,5 @@ def _addresses(source: str) -> list[str]:
 
 def test_a_text_of_ten_thousand_characters_breaks_no_menu(model, relation):
     panel = DiscoveryPanel(model, relation, template="w5 {} " + "x" * 10_000, edges=60)
-    assert all(len(label) <= 120 for label, _ in panel.controls.template.options)
+    assert all(len(label) <= 120 for label, _ in panel.picker.template.options)
     assert panel.settings["template"] == "w5 {} " + "x" * 10_000

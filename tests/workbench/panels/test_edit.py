@@ -115,7 +115,7 @@ def test_a_relation_of_one_template_is_edited_but_not_compared(model):
 
 
 def test_another_relation_offers_its_own_facts(panel):
-    panel._relation.value = "country_capital"
+    panel.picker.relation.value = "country_capital"
     assert panel.settings["subject"] != "" and panel.settings["target"] not in ("", panel.settings["object"])
     assert "country_capital" in panel.to_html()
 

@@ -55,8 +55,8 @@ def test_another_fact_and_template_replace_what_was_there(panel):
     panel.run()
     panel.wait(SOON)
     first = panel.diagnosis
-    panel._fact.value = 15
-    panel._template.value = 0
+    panel.picker.fact.value = 15
+    panel.picker.template.value = 0
     assert panel.settings["object"] == "o5"
     panel.run()
     panel.wait(SOON)
@@ -65,7 +65,7 @@ def test_another_fact_and_template_replace_what_was_there(panel):
 
 
 def test_another_relation_offers_its_own_facts(panel):
-    panel._relation.value = "country_currency"
+    panel.picker.relation.value = "country_currency"
     assert panel.settings["object"] != "o1" and "currency" in panel.settings["template"]
 
 

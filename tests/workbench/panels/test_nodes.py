@@ -19,8 +19,9 @@ from kcwb.models.graph import Graph
 from kcwb.reading.nodes import attention_pattern, component_logits, node_edges
 from kcwb.tasks.prompts import Task, make_task
 from kcwb.workbench.panels import nodes as nodepanel
-from kcwb.workbench.panels.base import PANEL_CLASS
-from kcwb.workbench.panels.nodes import GraphClicks, NodePanel
+from kcwb.workbench.panels.clicks import GRAPH_CLASS, GraphClicks
+from kcwb.workbench.panels.life import PANEL_CLASS
+from kcwb.workbench.panels.nodes import NodePanel, _Look
 from tests.hostile import HOSTILE
 from tests.tasks import known_relation
 from tests.workbench.panels.test_discovery import ALLOWED, SOON, Tags, every
@@ -114,7 +115,7 @@ def test_what_cut_edges_deliver_is_what_the_circuit_was_found_with(model, task, 
 def test_ablating_shows_before_and_after(panel, model, circuit, task, head):
     panel.select(head, "m0")
     panel.wait(SOON)
-    panel._ablate_button.click()
+    panel._run_button.click()
     panel.wait(SOON)
     pd.testing.assert_frame_equal(panel.ablated, ablate_nodes(model, circuit, task, [head, "m0"], progress=False))
     page = Tags(panel._gone.value)
@@ -138,8 +139,8 @@ def test_more_tokens_than_a_picture_holds_are_cut_from_the_left(panel, head):
     labels = [f"{i}:w" for i in range(900)]
     panel.select(head)
     panel.wait(SOON)
-    panel.pattern = pd.DataFrame(0.0, index=labels, columns=labels)
-    panel._draw_look()
+    pattern = pd.DataFrame(0.0, index=labels, columns=labels)
+    panel._draw_look(_Look(panel._asked(), pattern, panel.tokens))
     assert "The last 40 of 900 tokens" in Tags(panel._attention.value).text
 
 
@@ -226,7 +227,7 @@ def test_a_node_that_is_not_in_the_circuit_is_said_to_be_so(model, task):
 def test_without_a_task_only_edges_are_shown(model, circuit, head):
     panel = NodePanel(model, circuit, node=head)
     panel.wait(SOON)
-    assert panel.tokens is None and len(panel.edges) and panel._ablate_button.disabled
+    assert panel.tokens is None and len(panel.edges) and panel._run_button.disabled
     assert "not at hand" in text_of(panel)
     with pytest.raises(SettingError, match="not at hand"):
         panel.ablate()
@@ -317,7 +318,7 @@ _GRAPH = "<script>const tell = (message) => parent.postMessage(message, '*');</s
 
 def _page(*panels: NodePanel) -> str:
     """What Jupyter makes of the parts of panels that clicks pass through: a graph, the hidden field, the listener."""
-    graph = f'<div class="{nodepanel.GRAPH_CLASS}"><iframe srcdoc="{_GRAPH}"></iframe></div>'
+    graph = f'<div class="{GRAPH_CLASS}"><iframe srcdoc="{_GRAPH}"></iframe></div>'
     field = '<div class="kcwb-clicked"><input></div>'
     listeners = [panel.clicks.widget.children[1].value for panel in panels]
     parts = [f'<div class="{PANEL_CLASS}">{graph}{field}{listener}</div>' for listener in listeners]

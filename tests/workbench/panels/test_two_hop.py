@@ -111,11 +111,11 @@ def test_hostile_names_are_drawn_and_not_run(planted):
 
 def test_another_first_relation_offers_what_it_chains_with(planted):
     panel = HopPanel(planted.model, planted.composition, **QUICK)
-    panel._first.value = "landmark_country"
+    panel.picker.first.value = "landmark_country"
     assert panel.settings["second"] in {"country_capital", "country_largest_city", "country_currency"}
-    panel._second.value = "country_capital"
+    panel.picker.second.value = "country_capital"
     assert panel.settings["question"] == "The capital of the country where the landmark {} is located is"
-    assert len(panel._template.options) == 4
+    assert len(panel.picker.template.options) == 4
 
 
 @pytest.mark.parametrize(

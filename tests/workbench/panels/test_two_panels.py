@@ -19,6 +19,7 @@ from kcwb.errors import KcwbError, SettingError
 from kcwb.tasks.prompts import make_task
 from kcwb.workbench.panels import discovery as panels
 from kcwb.workbench.panels import edit as editpanel
+from kcwb.workbench.panels import search
 from kcwb.workbench.panels.discovery import DiscoveryPanel
 from kcwb.workbench.panels.edit import EditPanel
 from kcwb.workbench.panels.runner import Runner
@@ -63,7 +64,7 @@ def gate(monkeypatch) -> SimpleNamespace:
         assert gate.go.wait(SOON)
         return discover(*args, **more)
 
-    monkeypatch.setattr(panels, "discover", half)
+    monkeypatch.setattr(search, "discover", half)
     return gate
 
 
@@ -215,7 +216,7 @@ def standing(panel: EditPanel, model: Any) -> Iterator[None]:
 @pytest.mark.parametrize("target", ["", " ", " w62", "the fact's own"])
 def test_an_edit_that_is_refused_leaves_the_standing_one(editing, model, target):
     with standing(editing, model):
-        editing._target.value = editing._chosen().object if target == "the fact's own" else target
+        editing._target.value = editing.picker.chosen_fact.object if target == "the fact's own" else target
         editing._run_button.click()
         with pytest.raises(SettingError):
             editing.wait(SOON)

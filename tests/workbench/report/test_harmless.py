@@ -224,7 +224,7 @@ import base64, gzip, html
 from kcwb.workbench.graph.page import _LOADER
 page = base64.b64encode(gzip.compress({content!r}.encode())).decode()
 from IPython.display import HTML
-forged = "".join((*_LOADER[:2], "T", _LOADER[2], page, _LOADER[3]))
+forged = "".join((_LOADER[0], "T", _LOADER[1], page, _LOADER[2]))
 HTML('<iframe height=90 srcdoc="' + html.escape(forged) + '"></iframe>')"""
 
 

@@ -1,0 +1,104 @@
+"""What a discovery panel does on its worker: ask for facts, choose what is searched, time it, search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kcwb.circuits.circuit import Circuit
+from kcwb.discovery.discover import discover, predict
+from kcwb.discovery.methods import METHODS
+from kcwb.discovery.selection import resize
+from kcwb.errors import SettingError
+from kcwb.models.loading import Model
+from kcwb.progress import ProgressCallback
+from kcwb.tasks.prompts import Task, make_task
+from kcwb.tasks.relations import Relation
+from kcwb.workbench.panels.runner import Latest
+from kcwb.workbench.panels.widgets import duration
+
+Settings = dict[str, Any]
+
+
+class Search:
+    """Discovery with settings from the screen; the last task and the last preselection are kept.
+
+    Parameters
+    ----------
+    model
+        The model.
+    read
+        Gives a relation by its name.
+    enter
+        Told what is done next.
+    """
+
+    def __init__(
+        self, model: Model, read: Callable[[str], Relation], enter: Callable[[str, ProgressCallback], None]
+    ) -> None:
+        self._model, self._read, self._enter = model, read, enter
+        self.task, self._searched = Latest[Task](), Latest[Circuit]()
+
+    def ask(self, settings: Settings, progress: ProgressCallback) -> Task:
+        """The task, made anew only when it differs from the last one."""
+        self._enter(f"Asking {self._model.name} for the facts", progress)
+        relation = self._read(settings["relation"])
+        return self._make(relation, settings["n"], settings["seed"], settings["template"], progress)
+
+    def discover(self, settings: Settings, progress: ProgressCallback) -> tuple[Circuit, Task]:
+        """A circuit and what it was found on."""
+        task, how = self._prepare(settings, progress)
+        stage = "Discovering the circuit"
+        if not METHODS[how["method"]].scores:
+            stage += f" (about {duration(self._seconds(task, how, progress))})"
+        self._enter(stage, progress)
+        return discover(self._model, task, progress=progress, **how), task
+
+    def predict(self, settings: Settings, progress: ProgressCallback) -> str:
+        """How long ACDC takes, in words."""
+        task, how = self._prepare(settings, progress)
+        searched = self._model.graph.n_edges if how["within"] is None else how["within"].n_edges
+        took = duration(self._seconds(task, how, progress))
+        return f"ACDC over {searched:,} edges and {len(task.val)} facts takes about {took} on this machine."
+
+    def task_of(self, circuit: Circuit, progress: ProgressCallback) -> Task:
+        """The task that a circuit from a file was found on; KeyError if its relation is not at hand."""
+        source = circuit.provenance
+        named = source["relation"]
+        relation = self._read(named["name"])
+        if relation.digest != named["digest"]:
+            raise KeyError(named["name"])
+        return self._make(relation, source["n"], source["seed"], source["template"], progress)
+
+    def _make(self, relation: Relation, n: int, seed: int, template: Any, progress: ProgressCallback) -> Task:
+        key = (self._model.digest, relation.digest, n, seed, template)
+        return self.task.get(key, lambda: make_task(self._model, relation, n, seed, template, progress=progress))
+
+    def _prepare(self, settings: Settings, progress: ProgressCallback) -> tuple[Task, Settings]:
+        """The task, and what `discover` is told beside it."""
+        task = self.ask(settings, progress)
+        how = {key: settings[key] for key in ("method", "ablation", "metric")}
+        if METHODS[settings["method"]].scores:
+            return task, {**how, "edges": settings["edges"]}
+        if not 0 < settings["tau"] < float("inf"):
+            raise SettingError(f"τ = {settings['tau']}: the loss increase to allow must be above 0 nats (try 0.01).")
+        edges = settings["within"]
+        within = None if edges is None else self._preselect(task, edges, how["metric"], how["ablation"], progress)
+        return task, {**how, "tau": settings["tau"], "within": within}
+
+    def _preselect(
+        self, task: Task, edges: int, metric: str, ablation: str | None, progress: ProgressCallback
+    ) -> Circuit:
+        """The circuit that ACDC searches; scored anew only for another task, metric or ablation."""
+
+        def search() -> Circuit:
+            self._enter("Choosing by attribution which edges to search", progress)
+            how: Settings = {"metric": metric, "ablation": ablation, "edges": edges}
+            return discover(self._model, task, "eap-ig", progress=progress, **how)
+
+        return resize(self._searched.get((task, metric, ablation), search), edges=edges)
+
+    def _seconds(self, task: Task, how: Settings, progress: ProgressCallback) -> float:
+        """The predicted time of a run of ACDC."""
+        self._enter("Timing a few steps of ACDC", progress)
+        return predict(self._model, task, **{key: how[key] for key in ("metric", "ablation", "within")})

@@ -14,7 +14,7 @@ import pandas as pd
 
 from kcwb.circuits.circuit import Circuit
 from kcwb.workbench.graph.page import GraphView, graph_view
-from tests.hostile import HOSTILE, SURROGATE
+from tests.hostile import HOSTILE
 
 LAYERS, HEADS = 30, 9
 
@@ -76,9 +76,13 @@ def graph_of(names: list[str]) -> Any:
     return stand_in(rows, kinds, n_layers=len(names) // 5 + 1, n_heads=5)
 
 
+TOLD = [text for text in HOSTILE if "\0" not in text]
+"""Those that a person can give as a title, a role or the like; a node's name may be any."""
+
+
 def hostile_view() -> GraphView:
-    texts = dict(zip(HOSTILE, [SURROGATE, *HOSTILE[:0:-1]], strict=True))
-    return graph_view(graph_of(HOSTILE), roles=texts, details=texts, title=SURROGATE + HOSTILE[1] + HOSTILE[12])
+    texts = dict(zip(TOLD, TOLD[::-1], strict=True))
+    return graph_view(graph_of(HOSTILE), roles=texts, details=texts, title=HOSTILE[1] + HOSTILE[12])
 
 
 def inner(view: GraphView) -> str:

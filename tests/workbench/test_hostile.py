@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,6 +20,7 @@ from matplotlib.text import Text
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.errors import SettingError
 from kcwb.models.graph import Graph
 from kcwb.workbench import plots, tables
 from kcwb.workbench.graph.page import compare_view, graph_view
@@ -26,7 +28,7 @@ from kcwb.workbench.graph.svg import graph_svg
 from kcwb.workbench.report.page import facts_table
 from kcwb.workbench.report.write import index, report
 from tests.hostile import HOSTILE, SURROGATE
-from tests.workbench.pages import about, colours, drawn, graph_of, hostile_view, inner, make_circuit, ready
+from tests.workbench.pages import TOLD, about, colours, drawn, graph_of, hostile_view, inner, make_circuit, ready
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -69,18 +71,19 @@ def test_graph_page_holds_names_roles_details_and_titles_as_data() -> None:
     assert_inert(parsed(view.page), scripts=2)  # one of them holds the compressed page
     nodes = drawn(view, "nodes")
     assert {node["name"] for node in nodes} == {"input", *HOSTILE}
-    for node, role, detail in zip(nodes[1:], [SURROGATE, *HOSTILE[:0:-1]], [SURROGATE, *HOSTILE[:0:-1]], strict=True):
+    texts = dict(zip(TOLD, TOLD[::-1], strict=True))
+    for node in nodes[1:]:
         assert node["lines"][0] == shortened(node["name"], 120)
-        assert node["lines"][1].endswith(f"role: {shortened(role, 120)}") and node["lines"][-1] == shortened(
-            detail, 600
-        )
+        if text := texts.get(node["name"]):
+            assert node["lines"][1].endswith(f"role: {shortened(text, 120)}")
+            assert node["lines"][-1] == shortened(text, 600)
         assert len(node["label"]) <= 12 and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u202e\u2066]", node["label"])
     assert {edge["lines"][0] for edge in drawn(view, "edges")} >= {f"input → {HOSTILE[0]}<q>"}
 
 
 def test_graph_title_is_text_in_the_page_and_in_the_frame() -> None:
     circuit = make_circuit(3)
-    for text in HOSTILE:
+    for text in TOLD:
         view, shown = graph_view(circuit, title=text), CONTROLS.sub("\ufffd", shortened(text, 120))
         head = parsed(view.page.partition("</head>")[0])
         assert head.title and head.title.get_text() == shown
@@ -96,17 +99,17 @@ def test_comparison_takes_names_as_text() -> None:
     left = Circuit.from_edges(graph, ["input->a0.h1<v>", "a0.h1->logits"])
     right = Circuit.from_edges(graph, ["input->a0.h1<v>", "a0.h1->logits", "input->m1", "m1->logits"])
     harmless = tags(parsed(inner(compare_view(left, right))))
-    for i, (one, other) in enumerate(zip(HOSTILE, [*HOSTILE[1:], SURROGATE], strict=True)):
+    for i, (one, other) in enumerate(pairwise(TOLD)):
         view = compare_view(left, right, names=(one, other), roles={"a0.h1": one}, details={"m1": other}, title=one)
         node = next(node for node in drawn(view, "nodes") if node["name"] == "m1")
-        assert node["lines"][1].endswith(f", only {shortened(other, 40)}".replace("\ud800", "?"))
+        assert node["lines"][1].endswith(f", only {shortened(other, 40)}")
         assert about(view)["sides"]["left"] == f"only {shortened(one, 40)} (0)"
         if i % 9 == 0:  # parsing takes a while; that all text is data only is seen of each in the JSON
             assert tags(parsed(inner(view))) == harmless
 
 
 def test_svg_holds_text_and_shapes_only() -> None:
-    texts = dict(zip(HOSTILE, [SURROGATE, *HOSTILE[:0:-1]], strict=True))
+    texts = dict(zip(TOLD, TOLD[::-1], strict=True))
     svg = ElementTree.fromstring(graph_svg(graph_of(HOSTILE), roles=texts, details=texts, title=HOSTILE[1]))
     names = {element.tag.rpartition("}")[2] for element in svg.iter()}
     assert names == {"svg", "title", "rect", "text", "path", "g"}
@@ -115,6 +118,17 @@ def test_svg_holds_text_and_shapes_only() -> None:
     for text in HOSTILE:
         wanted = NOT_XML.sub("\ufffd", shortened(text, 120)).replace("\r\n", "\n")  # as XML reads the end of a line
         assert any(title.split("\n" + "head, layer")[0] == wanted for title in shown), text[:80]
+
+
+@pytest.mark.parametrize("text", [SURROGATE, "a\0b"], ids=ascii)
+def test_what_no_file_can_hold_is_refused_as_a_title_a_role_or_a_name(text: str) -> None:
+    circuit = make_circuit(3)
+    for draw in (graph_view, graph_svg):
+        for more in ({"title": text}, {"roles": {"a0.h1": text}}, {"details": {text: "x"}}):
+            with pytest.raises(SettingError, match="is not"):
+                draw(circuit, **more)
+    with pytest.raises(SettingError, match="names"):
+        compare_view(circuit, circuit, names=(text, "x"))
 
 
 # --- tables ---

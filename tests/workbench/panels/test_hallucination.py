@@ -11,6 +11,7 @@ from bs4 import BeautifulSoup
 from matplotlib.text import Text
 
 from kcwb.errors import DataError, KcwbError
+from kcwb.settings import fits
 from kcwb.studies.hallucination.diagnosis import Diagnosis, diagnose
 from kcwb.tasks.relations import Fact
 from kcwb.workbench.panels.hallucination import HallucinationPanel, _drawn, plot_diagnosis
@@ -136,8 +137,9 @@ def test_hostile_text_stays_text(plain_diagnosis, monkeypatch):
     for text in HOSTILE[::3]:
         heads = plain_diagnosis.heads.assign(source=text, writes=text)
         answers = plain_diagnosis.answers.assign(token=text)
+        fact = Fact(text, text) if fits(text, str) else plain_diagnosis.fact
         one = replace(
-            plain_diagnosis, prompt=text, gold=text, rival=text, fact=Fact(text, text), heads=heads, answers=answers,
+            plain_diagnosis, prompt=text, gold=text, rival=text, fact=fact, heads=heads, answers=answers,
             words=f"Asked {text!r}, the model says {text!r}.",
         )  # fmt: skip
         assert count(_drawn(one)) == usual

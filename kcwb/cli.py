@@ -157,7 +157,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     known = {"method": METHODS, "metric": METRICS, "ablation": ABLATIONS, "select": SELECTIONS}
     for name in known:
         if name in given:
-            choose(f"--{name}", given[name], known[name])
+            choose(f"--{name}", given[name].partition("(")[0], known[name])
     chosen = {name: given[name] for name in ("ablation", "steps", "within") if name in given}
     check_method(given.get("method", "eap-ig"), given.get("metric", "nll"), **chosen)
     model = _load_model(args, args.model, args.dtype)

@@ -1,2 +1,2 @@
-from .ablation import Ablation as Ablation
+from .ablation import Ablation as Ablation, AblationKind as AblationKind, register_ablation as register_ablation
 from .interchange import load_gv as load_gv, load_mib as load_mib, save_mib as save_mib

@@ -1,31 +1,112 @@
 """What a cut edge delivers instead of its sender's current output.
 
+A kind of ablation is a frozen dataclass whose fields are its settings:
+
 - `zero`: nothing (the choice of Knowledge Circuits, arXiv 2405.17969);
 - `mean`: the sender's mean output over the task's reference prompts, at the same position counted from END; a prompt's
   position 0 is a class of its own (`PositionClasses`);
 - `resample`: its output on the paired corrupted prompt (another subject, as many tokens, another answer).
+
+Everything that takes `ablation=` takes a kind's name, a kind with settings, or its text, `name(setting=value, ...)`.
+The text is what circuits and sweeps record, so that a circuit is evaluated under what it was found with. A further
+kind is a file with a subclass of `AblationKind` and one line, `@register_ablation`.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.errors import DataError, choose
+from kcwb.errors import DataError, SettingError, choose, shown
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.tasks.prompts import Prompts, Task
-from kcwb.verbs import verb
+from kcwb.verbs import noun, verb
 
-ABLATIONS = ("zero", "mean", "resample")
 #: A class of positions has at least this many prompts, where any has.
 _LEAST = 3
+
+
+@noun
+@dataclass(frozen=True)
+class AblationKind:
+    """What a kind of ablation has to say; its fields are its settings, checked by their annotations.
+
+    Attributes
+    ----------
+    name
+        What it is known by.
+    paired
+        Whether it is defined only on prompts with a corrupted partner (`Prompts.paired`).
+    """
+
+    name: ClassVar[str]
+    paired: ClassVar[bool] = False
+
+    def fit(self, network: Network, task: Task | None) -> Any:
+        """What it takes from a task once, given to `values` each time; SettingError if it needs a task and has none."""
+        return None
+
+    def values(self, network: Network, prompts: Prompts, fitted: Any) -> Float[Tensor, "S N T D"] | None:
+        """Every sender's ablated output on each prompt; None where it is zero throughout.
+
+        A prompt's values must not depend on the prompts beside it: runs take prompts in parts, and in any order.
+        """
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """Its text, which `ablation_kind` reads: the name, and all settings where there are any."""
+        settings = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))
+        return f"{self.name}({settings})" if settings else self.name
+
+
+#: Name -> kind, of all that are registered.
+ABLATIONS: dict[str, type[AblationKind]] = {}
+K = TypeVar("K", bound=type[AblationKind])
+
+
+def register_ablation(kind: K) -> K:
+    """Make a kind of ablation known by its name, and have it check its settings. To be used as a decorator."""
+    before = ABLATIONS.get(kind.name)
+    if before and (before.__module__, before.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise SettingError(f"There is an ablation {kind.name!r} already ({before.__module__}). Choose another name.")
+    ABLATIONS[kind.name] = noun(kind)
+    return kind
+
+
+def ablation_kind(given: str | AblationKind) -> AblationKind:
+    """A kind from its name or its text, `name(setting=value, ...)`; a kind as it is.
+
+    Raises
+    ------
+    SettingError
+        If the name is not known, or a setting is not one of the kind's, or not what it must be.
+    """
+    if isinstance(given, AblationKind):
+        return given
+    name, bracket, rest = given.partition("(")
+    kind = ABLATIONS[choose("The ablation", name.strip(), ABLATIONS)]
+    try:
+        call: Any = ast.parse(f"f({rest if bracket else ')'}", mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
+            raise ValueError
+        values = {one.arg: ast.literal_eval(one.value) for one in call.keywords}
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise SettingError(f"The ablation {shown(given)} is not understood; write {kind()}.") from None
+    known = [one.name for one in fields(kind)]
+    for setting in values:
+        if setting not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes no settings"
+            raise SettingError(f"The ablation {name} {takes}; {shown(setting)} is not one of them.")
+    return kind(**values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,30 +162,29 @@ class Ablation:
     Attributes
     ----------
     kind
-        One of `ABLATIONS`.
+        The kind, with its settings.
     network
         The model's functions of nodes.
-    means, classes
-        For `mean`: `[S, K, D]`, each sender's mean output in each class of positions, and the classes.
+    fitted
+        What the kind took from the task, or None.
     reference
-        For `mean`: SHA-256 of the prompts that it averages over.
+        SHA-256 of the prompts that it took that from; empty if it took nothing.
     """
 
-    kind: str
+    kind: AblationKind
     network: Network
-    means: Float[Tensor, "S K D"] | None = None
-    classes: PositionClasses | None = None
+    fitted: Any = None
     reference: str = ""
 
     def usable(self, prompts: Prompts) -> Prompts:
-        """The prompts that this ablation is defined on: under `resample`, those with a partner; warns of the others.
+        """The prompts that this ablation is defined on: of a paired kind, those with a partner; warns of the others.
 
         Raises
         ------
         DataError
             If none is left.
         """
-        if self.kind != "resample" or bool(prompts.paired.all()):
+        if not self.kind.paired or bool(prompts.paired.all()):
             return prompts
         words = self._lonely(prompts)
         rows = prompts.paired.nonzero()[:, 0].tolist()
@@ -117,8 +197,8 @@ class Ablation:
         """Words that say which subjects have no partner."""
         without = [prompts.facts[i].subject for i in (~prompts.paired).nonzero()[:, 0].tolist()]
         return (
-            "resample ablation needs another fact whose prompt has as many tokens and whose answer starts otherwise; "
-            f"there is none for {', '.join(f'{subject!r:.60}' for subject in without)}"
+            f"{self.kind} ablation needs another fact whose prompt has as many tokens and whose answer starts "
+            f"otherwise; there is none for {', '.join(f'{subject!r:.60}' for subject in without)}"
         )
 
     @torch.no_grad()
@@ -128,37 +208,84 @@ class Ablation:
         Raises
         ------
         DataError
-            Under `resample`, if a prompt has no partner (`usable` leaves those out).
+            Of a paired kind, if a prompt has no partner (`usable` leaves those out).
         """
-        if self.kind == "zero":
-            return None
-        if self.kind == "resample":
-            if not bool(prompts.paired.all()):
-                raise DataError(f"{self._lonely(prompts)}. Leave those out: ablation.usable(prompts).")
-            senders = forward(self.network, prompts.corrupted, senders=True).senders
-            assert senders is not None  # asked for in the line above
-            return senders
-        assert self.means is not None and self.classes is not None  # make_ablation sees to it
-        return self.means[:, self.classes.of(prompts.ends, prompts.tokens.shape[1])]
+        if self.kind.paired and not bool(prompts.paired.all()):
+            raise DataError(f"{self._lonely(prompts)}. Leave those out: ablation.usable(prompts).")
+        return self.kind.values(self.network, prompts, self.fitted)
 
 
 @verb
-def make_ablation(model: Model, task: Task, kind: str) -> Ablation:
+def make_ablation(model: Model, task: Task | None, kind: str | AblationKind) -> Ablation:
     """An ablation for the prompts of a task.
 
     Parameters
     ----------
     model, task
-        The task's `reference` is what `mean` averages over.
+        The task's `reference` is what `mean` averages over; None for a kind that takes nothing from a task.
     kind
-        `zero`, `mean` or `resample`.
+        A name of `ABLATIONS` (`zero`, `mean`, `resample`, or one of your own), a kind with settings, or its text.
     """
-    choose("The ablation", kind, ABLATIONS)
-    if kind != "mean":
+    kind = ablation_kind(kind)
+    fitted = kind.fit(model.network, task)
+    if task is None or fitted is None:
         return Ablation(kind, model.network)
     prompts = task.reference
     digest = hashlib.sha256(prompts.tokens.cpu().numpy().tobytes() + prompts.lengths.cpu().numpy().tobytes())
-    return Ablation(kind, model.network, *_mean_outputs(model.network, prompts), digest.hexdigest())
+    return Ablation(kind, model.network, fitted, digest.hexdigest())
+
+
+# --- the kinds that come with the package ---
+
+
+@register_ablation
+class Zero(AblationKind):
+    """Nothing."""
+
+    name = "zero"
+
+    def values(self, network: Network, prompts: Prompts, fitted: Any) -> None:
+        """None: zero throughout."""
+        return None
+
+
+@register_ablation
+class Resample(AblationKind):
+    """The sender's output on the corrupted prompt."""
+
+    name, paired = "resample", True
+
+    def values(self, network: Network, prompts: Prompts, fitted: Any) -> Float[Tensor, "S N T D"]:
+        """A run of the corrupted prompts."""
+        return sender_outputs(network, prompts.corrupted)
+
+
+@register_ablation
+class Mean(AblationKind):
+    """The sender's mean output over the task's reference prompts, in the same class of positions."""
+
+    name = "mean"
+
+    def fit(self, network: Network, task: Task | None) -> tuple[Float[Tensor, "S K D"], PositionClasses]:
+        """Each sender's mean output in each class of positions, and the classes."""
+        if task is None:
+            raise SettingError(
+                "mean ablation averages over a task's prompts: pass the task, or its "
+                "make_ablation(model, task, 'mean')."
+            )
+        return _mean_outputs(network, task.reference)
+
+    def values(self, network: Network, prompts: Prompts, fitted: Any) -> Float[Tensor, "S N T D"]:
+        """The mean of each position's class."""
+        means, classes = fitted
+        return means[:, classes.of(prompts.ends, prompts.tokens.shape[1])]
+
+
+def sender_outputs(network: Network, tokens: Int[Tensor, "N T"]) -> Float[Tensor, "S N T D"]:
+    """Every sender's output on some prompts."""
+    senders = forward(network, tokens, senders=True).senders
+    assert senders is not None  # asked for in the line above
+    return senders
 
 
 @torch.no_grad()
@@ -170,7 +297,6 @@ def _mean_outputs(network: Network, prompts: Prompts) -> tuple[Float[Tensor, "S 
     weights = classes.weights(prompts.ends, real)
     means = torch.zeros(network.graph.n_senders, weights.shape[-1], network.d_model, device=network.device)
     for rows in prompt_chunks(network, prompts.tokens):
-        senders = forward(network, prompts.tokens[rows], senders=True).senders
-        assert senders is not None  # asked for in the line above
+        senders = sender_outputs(network, prompts.tokens[rows])
         means += weights[rows].flatten(0, 1).T @ senders.flatten(1, 2).float()
     return means.to(network.dtype), classes

@@ -42,14 +42,14 @@ def fingerprint(search: Search) -> str:
         "dtype": str(search.model.dtype),
         "graph": dataclasses.asdict(search.model.graph),
         "metric": search.loss.metric,
-        "ablation": [search.ablation.kind, search.ablation.reference],
+        "ablation": [str(search.ablation.kind), search.ablation.reference],
         "tau": search.tau,
         "absolute": search.absolute,
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tensor in (prompts.tokens, prompts.lengths, prompts.answers, prompts.answer_mask, prompts.foils):
         _update(digest, tensor)
-    if search.ablation.kind == "resample":
+    if search.ablation.kind.paired:
         _update(digest, prompts.corrupted)
     _update(digest, search.start)
     return digest.hexdigest()

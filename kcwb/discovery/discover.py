@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation, make_ablation
+from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.acdc import Search, acdc, predict_seconds
@@ -40,7 +40,7 @@ def discover(
     method: str = "eap-ig",
     *,
     metric: str = "nll",
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     edges: Count | None = None,
     threshold: float | None = None,
     select: str | None = None,
@@ -66,8 +66,9 @@ def discover(
         The loss that a cut is judged by: `nll`, `kl` (not for eap: its gradient at the full model is zero) or
         `logit_diff`; nats, averaged over answer tokens and prompts.
     ablation
-        What a cut edge delivers: `zero`, `mean` or `resample`. None: `zero` for acdc (`within` a circuit: what that was
-        found with), `mean` for the others, whose first-order scores say little about cutting to zero.
+        What a cut edge delivers: `zero`, `mean`, `resample`, or a kind with settings (`kcwb.circuits.ablation`). None:
+        `zero` for acdc (`within` a circuit: what that was found with), `mean` for the others, whose first-order scores
+        say little about cutting to zero.
     edges, threshold
         Attribution: how many edges, or the least score kept. Default: 1% of all edges.
     select
@@ -126,7 +127,7 @@ def score_edges(
     method: str = "eap-ig",
     *,
     metric: str = "nll",
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     steps: Count | None = None,
     progress: Progress = True,
 ) -> Float[Tensor, "S R"]:
@@ -161,7 +162,7 @@ def tau_path(
     taus: Sequence[Positive],
     *,
     metric: str = "nll",
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     absolute: bool = False,
     within: Circuit | None = None,
     progress: Progress = True,
@@ -188,7 +189,7 @@ def tau_path(
         provenance = _provenance(model, task, search.loss, started) | {
             "method": "acdc",
             "metric": metric,
-            "ablation": search.ablation.kind,
+            "ablation": str(search.ablation.kind),
             "parameters": {"tau": tau, "absolute": absolute, "within": _origin(within)},
             **_acdc_report(pruned, search.loss, tau),
         }
@@ -208,14 +209,19 @@ def tau_from_kc(task: Task, tau_kc: Positive) -> float:
 
 @verb
 def predict(
-    model: Model, task: Task, *, metric: str = "nll", ablation: str | None = None, within: Circuit | None = None
+    model: Model,
+    task: Task,
+    *,
+    metric: str = "nll",
+    ablation: str | AblationKind | None = None,
+    within: Circuit | None = None,
 ) -> float:
     """Roughly how many seconds `discover(model, task, "acdc", ...)` will take, from timing a few of its candidates."""
     return predict_seconds(_search(model, task, metric, ablation, False, within))
 
 
 def _search(
-    model: Model, task: Task, metric: str, ablation: str | None, absolute: bool, within: Circuit | None
+    model: Model, task: Task, metric: str, ablation: str | AblationKind | None, absolute: bool, within: Circuit | None
 ) -> Search:
     """An ACDC search that is about to begin, at the default tau."""
     ablation, _ = check_method("acdc", metric, ablation, within=within)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from kcwb.circuits.ablation import ABLATIONS
+from kcwb.circuits.ablation import AblationKind, ablation_kind
 from kcwb.circuits.circuit import Circuit
 from kcwb.errors import SettingError, choose
 from kcwb.models.graph import Graph
@@ -69,14 +69,19 @@ SCORING: tuple[str, ...] = tuple(name for name, method in METHODS.items() if met
 
 
 class Settled(NamedTuple):
-    """What is run where something was left to the method's defaults: the ablation, and points of the integral."""
+    """What is run where something was left to the method's defaults: the ablation's text, and the integral's points."""
 
     ablation: str
     steps: int
 
 
 def check_method(
-    method: str, metric: str, ablation: str | None = None, *, steps: int | None = None, within: Circuit | None = None
+    method: str,
+    metric: str,
+    ablation: str | AblationKind | None = None,
+    *,
+    steps: int | None = None,
+    within: Circuit | None = None,
 ) -> Settled:
     """Refuse what cannot be meant, and fill in the method's defaults.
 
@@ -110,7 +115,7 @@ def check_method(
         )
     if ablation is None:
         ablation = found.ablation if within is None else within.ablation
-    return Settled(choose("The ablation", ablation, ABLATIONS), points)
+    return Settled(str(ablation_kind(ablation)), points)
 
 
 def check_size(graph: Graph, edges: int | None, name: str = "The model") -> int:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation, make_ablation
+from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.discovery.baselines import random_circuit
@@ -33,7 +33,7 @@ def completeness(
     circuit: Circuit,
     task: Task,
     *,
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     k: Count = 10,
     draws: Natural = 10,
     seed: Seed = 0,

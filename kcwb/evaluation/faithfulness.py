@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from scipy.integrate import trapezoid
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation, make_ablation
+from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.propagate import Current, Need
 from kcwb.circuits.run import check_same_model, run_circuit
@@ -52,7 +52,7 @@ def faithfulness_curve(
     task: Task,
     circuit_or_scores: Circuit | Float[Tensor, "S R"],
     *,
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     metric: str = "nll",
     select: str = "signed",
     fractions: Sequence[float] = FRACTIONS,
@@ -157,7 +157,7 @@ def comprehensiveness(
     circuit: Circuit,
     task: Task,
     *,
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     k: Count = 10,
     draws: Count = 10,
     seed: Seed = 0,
@@ -196,7 +196,7 @@ def minimality(
     circuit: Circuit,
     task: Task,
     *,
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     metric: str = "nll",
     most: Count = 300,
     draws: Count = 100,
@@ -266,7 +266,9 @@ def minimality(
     return frame.sort_values(["kept", "cost"], ascending=[False, True], kind="stable").reset_index(drop=True)
 
 
-def _scores_of(model: Model, given: Circuit | Tensor, ablation: str | None) -> tuple[Float[Tensor, "S R"], str]:
+def _scores_of(
+    model: Model, given: Circuit | Tensor, ablation: str | AblationKind | None
+) -> tuple[Float[Tensor, "S R"], str | AblationKind]:
     """Scores of all edges, and the ablation; CircuitError or SettingError if one is missing."""
     exists = model.graph.exists
     if isinstance(given, Circuit):
@@ -307,7 +309,7 @@ def _per_prompt(model: Model, circuit: Circuit | None, loss: Loss, cuts: Ablatio
     return values
 
 
-def _check_apart(full: np.ndarray, empty: np.ndarray, metric: str, ablation: str) -> None:
+def _check_apart(full: np.ndarray, empty: np.ndarray, metric: str, ablation: str | AblationKind) -> None:
     if abs(full.mean() - empty.mean()) <= _SAME:
         raise SettingError(
             f"The full model and the empty circuit have the same {metric} ({full.mean():.6g}) under {ablation} "

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.circuits.ablation import make_ablation
+from kcwb.circuits.ablation import AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.baselines import random_circuit
 from kcwb.discovery.discover import loss_scores, score_edges
@@ -42,7 +42,7 @@ def bootstrap_stability(
     method: str = "eap-ig",
     *,
     metric: str = "nll",
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     edges: Count | None = None,
     select: str = "signed",
     steps: Count | None = None,
@@ -117,7 +117,7 @@ def template_stability(
     templates: Sequence[int | str] | None = None,
     n: Count = 8,
     metric: str = "nll",
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     edges: Count | None = None,
     select: str = "signed",
     steps: Count | None = None,
@@ -188,7 +188,13 @@ def template_stability(
 
 
 def _check(
-    model: Model, method: str, metric: str, ablation: str | None, edges: int | None, select: str, steps: int | None
+    model: Model,
+    method: str,
+    metric: str,
+    ablation: str | AblationKind | None,
+    edges: int | None,
+    select: str,
+    steps: int | None,
 ) -> tuple[str, int]:
     """The ablation and the number of edges to select; SettingError, before any work, for what cannot be meant."""
     choose("The method", method, SCORING)

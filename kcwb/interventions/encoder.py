@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import ABLATIONS, PositionClasses
+from kcwb.circuits.ablation import PositionClasses
 from kcwb.errors import DataError, choose
 from kcwb.models.encoder import Encoder, record_nodes, run_encoder
 from kcwb.progress import Progress, track
@@ -53,7 +53,7 @@ def ablate_encoder(
     DataError
         Under `resample`, if no prompt of D_val has a partner.
     """
-    choose("The ablation", ablation, ABLATIONS)
+    choose("The ablation", ablation, ("zero", "mean", "resample"))
     check_same_weights(encoder, task, "make_masked_task")
     splits = {"D_val": _usable(task.val, ablation), "D_test": _usable(task.test, ablation)}
     if not len(splits["D_val"]):

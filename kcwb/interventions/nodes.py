@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation, make_ablation
+from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.errors import SettingError
@@ -30,7 +30,7 @@ def ablate_nodes(
     task: Task,
     nodes: Sequence[str],
     *,
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     k: Count = 10,
     progress: Progress = True,
 ) -> pd.DataFrame:

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kcwb.circuits.ablation import make_ablation
+from kcwb.circuits.ablation import AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.errors import CircuitError, DataError, SettingError
@@ -158,7 +158,7 @@ def faithful_story(
     roles: pd.DataFrame,
     task: Task,
     *,
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     split: str = "val",
     draws: Count = 10,
     seed: Seed = 0,

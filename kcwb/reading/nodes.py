@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import ABLATIONS, Ablation, make_ablation
+from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
-from kcwb.errors import CircuitError, SettingError, choose
+from kcwb.errors import CircuitError, SettingError
 from kcwb.models.forward import Pass, forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
@@ -41,7 +41,7 @@ def attention_pattern(
     *,
     prompt: int = 0,
     circuit: Circuit | None = None,
-    ablation: str | Ablation | None = None,
+    ablation: str | AblationKind | Ablation | None = None,
 ) -> pd.DataFrame:
     """Where a head attends on one prompt.
 
@@ -100,7 +100,7 @@ def node_logits(
     *,
     prompt: int | None = None,
     circuit: Circuit | None = None,
-    ablation: str | Ablation | None = None,
+    ablation: str | AblationKind | Ablation | None = None,
 ) -> Float[Tensor, "N V"]:
     """What a node's output at END adds to the logits there, with the final norm's scale of the same run.
 
@@ -154,7 +154,7 @@ def component_logits(
     k: Count = 10,
     prompt: int | None = None,
     circuit: Circuit | None = None,
-    ablation: str | Ablation | None = None,
+    ablation: str | AblationKind | Ablation | None = None,
 ) -> pd.DataFrame:
     """The tokens that a node's output at END speaks for, most of all first.
 
@@ -241,7 +241,11 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    model: Model, task: Task | Prompts, circuit: Circuit | None, ablation: str | Ablation | None, prompt: int | None
+    model: Model,
+    task: Task | Prompts,
+    circuit: Circuit | None,
+    ablation: str | AblationKind | Ablation | None,
+    prompt: int | None,
 ) -> _Plan:
     prompts = task.val if isinstance(task, Task) else task
     if prompt is not None and not 0 <= prompt < len(prompts):
@@ -259,13 +263,9 @@ def _plan(
     return _Plan(model.network, prompts, None if circuit is None else circuit.kept, cuts)
 
 
-def _cuts(model: Model, task: Task | Prompts, ablation: str | Ablation) -> Ablation:
+def _cuts(model: Model, task: Task | Prompts, ablation: str | AblationKind | Ablation) -> Ablation:
     if isinstance(ablation, Ablation):
         return ablation
-    if isinstance(task, Task):
-        return make_ablation(model, task, ablation)
-    if choose("The ablation", ablation, ABLATIONS) == "mean":
-        raise SettingError(
-            "mean ablation averages over a task's prompts: pass the task, or its make_ablation(model, task, 'mean')."
-        )
-    return Ablation(ablation, model.network)
+    return make_ablation(model, task if isinstance(task, Task) else None, ablation)
+
+

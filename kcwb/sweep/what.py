@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from kcwb.circuits.ablation import AblationKind
 from kcwb.discovery.methods import METHODS, check_method
 from kcwb.errors import DataError, KcwbError, SettingError, nearest, shown
 from kcwb.models.loading import known_dtype
@@ -51,7 +52,7 @@ def sweep(
     relations: Sequence[str | Path | Relation],
     methods: Sequence[str] = ("eap-ig",),
     taus: Sequence[float] = (0.01,),
-    ablations: Sequence[str] | None = None,
+    ablations: Sequence[str | AblationKind] | None = None,
     *,
     store: str | Path,
     executor: Executor | None = None,
@@ -148,11 +149,11 @@ def _cells(
     relations: Sequence[str | Path | Relation],
     methods: Sequence[str],
     taus: Sequence[float],
-    ablations: Sequence[str] | None,
+    ablations: Sequence[str | AblationKind] | None,
     shared: Mapping[str, Any],
 ) -> list[Cell]:
     """All combinations, each once; the model changes most rarely, so that a worker keeps the one that it has."""
-    kinds: Sequence[str | None] = [None] if ablations is None else ablations
+    kinds: Sequence[str | AblationKind | None] = [None] if ablations is None else ablations
     given = {"models": models, "relations": relations, "methods": methods, "taus": taus, "ablations": kinds}
     for name, values in given.items():
         if not values:
@@ -179,7 +180,9 @@ def _cells(
     return list(cells.values())
 
 
-def _delivers(kinds: Sequence[str | None], methods: Sequence[str], metric: str) -> dict[tuple[str | None, str], str]:
+def _delivers(
+    kinds: Sequence[str | AblationKind | None], methods: Sequence[str], metric: str
+) -> dict[tuple[str | AblationKind | None, str], str]:
     """What cut edges deliver for each ablation and method; SettingError for a combination that cannot be meant."""
     pairs = itertools.product(dict.fromkeys(kinds), dict.fromkeys(methods))
     return {(kind, method): check_method(method, metric, kind).ablation for kind, method in pairs}

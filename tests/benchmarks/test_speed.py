@@ -272,5 +272,5 @@ def test_eap_beside_transformer_lens() -> None:
             config=EdgeAttributionConfig(granularity="edge"),
         )
 
-    ours = seconds(lambda: attribution_scores(model, loss, Ablation("resample", model.network)))
+    ours = seconds(lambda: attribution_scores(model, loss, make_ablation(model, None, "resample")))
     say("EAP of TransformerLens / ours, 8 prompts, 12 layers x 12 heads", f"{seconds(theirs, 1) / ours:.0f}x")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kcwb.circuits.ablation import Ablation, make_ablation
+from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.acdc import Search, acdc, predict_seconds
 from kcwb.discovery.checkpoint import Checkpoint, _state_digest
@@ -111,7 +111,7 @@ def test_acdc_equals_the_oracle_on_the_last_layers_of_the_builtin_model(smollm2:
     relation = load_relation("country_capital")
     everything = encode(model, relation.facts, relation.prompt_templates_zs[0], relation.objects)
     prompts = everything.select([i for i, paired in enumerate(everything.paired.tolist()) if paired][:1])
-    cuts, loss = Ablation(ablation, model.network), make_loss(model, prompts)
+    cuts, loss = make_ablation(model, None, ablation), make_loss(model, prompts)
     fast = acdc(Search(model, loss, cuts, tau=0.01))
     assert_same(fast, acdc_sequential(model, loss, cuts, tau=0.01), tau=0.01)
     assert 0 < fast.kept.sum() < model.graph.n_edges

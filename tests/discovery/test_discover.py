@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kcwb.circuits.ablation import Ablation
+from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery.discover import discover, score_edges, tau_from_kc, tau_path
 from kcwb.discovery.methods import METHODS, check_method
@@ -201,7 +201,7 @@ def test_tau_converts_from_the_scale_of_knowledge_circuits_and_both_are_recorded
     facts = [Fact(subject, " ".join(f"w{40 + i + j}" for j in range(size))) for i, subject in enumerate(subjects)]
     prompts = encode(model, facts, "w1 {} w2", [fact.object for fact in facts])
     task = replace(make_task(model, word_relation(), n=3), val=prompts)
-    ratio = float(make_loss(model, prompts)(run_circuit(model, None, prompts, Ablation("zero", model.network))))
+    ratio = float(make_loss(model, prompts)(run_circuit(model, None, prompts, make_ablation(model, None, "zero"))))
     assert tau_from_kc(task, 1.0) == pytest.approx(ratio / kc_match_nll(model, prompts), rel=1e-4)
     assert tau_from_kc(task, 1.0) == pytest.approx((5 + size - 1) / size)  # w1, a subject of three, w2, the answer
     tau = tau_from_kc(task, 0.02)

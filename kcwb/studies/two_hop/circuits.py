@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import make_ablation
+from kcwb.circuits.ablation import AblationKind, ablation_kind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.methods import check_method, check_size
 from kcwb.discovery.selection import matched_circuit
@@ -68,7 +68,7 @@ def hop_circuits(
     controls: Mapping[str, Task] | None = None,
     edges: Count = 300,
     metric: str = "nll",
-    ablation: str | None = None,
+    ablation: str | AblationKind | None = None,
     steps: Count | None = None,
     progress: Progress = True,
 ) -> HopCircuits:
@@ -139,21 +139,24 @@ def _check(model: Model, hops: Hops, controls: Mapping[str, Task], edges: int) -
 def usable_chains(hops: Hops, ablation: str) -> Sequence[int]:
     """The rows of D_val on which an ablation is defined in all three tasks."""
     every = range(len(hops.chains))
-    if ablation != "resample":
+    if not ablation_kind(ablation).paired:
         return every
     paired = torch.stack([task.val.paired for task in hops.tasks.values()]).all(0).tolist()
     rows = [i for i in every if paired[i]]
     if not rows:
         raise DataError(
-            "resample ablation needs a partner of as many tokens for each question of a chain; no chain has all three. "
-            "Use mean ablation."
+            f"{ablation} ablation needs a partner of as many tokens for each question of a chain; no chain has all "
+            "three. Use mean ablation."
         )
     return rows
 
 
 def _own(task: Task, ablation: str) -> list[int]:
     """The rows of a control's D_val on which an ablation is defined."""
-    rows = [i for i, paired in enumerate(task.val.paired.tolist()) if paired or ablation != "resample"]
+    needed = ablation_kind(ablation).paired
+    rows = [i for i, paired in enumerate(task.val.paired.tolist()) if paired or not needed]
     if not rows:
-        raise DataError(f"resample ablation: no fact of the control {task.relation.name} has a partner. Leave it out.")
+        raise DataError(
+            f"{ablation} ablation: no fact of the control {task.relation.name} has a partner. Leave it out."
+        )
     return rows

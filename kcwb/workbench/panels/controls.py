@@ -7,7 +7,7 @@ from typing import Any
 
 import ipywidgets as W
 
-from kcwb.circuits.ablation import ABLATIONS
+from kcwb.circuits.ablation import ABLATIONS, AblationKind, ablation_kind
 from kcwb.discovery.methods import METHODS, check_method
 from kcwb.models.loading import Model
 from kcwb.tasks.metrics import METRICS
@@ -33,7 +33,7 @@ class Controls(Group):
         model: Model,
         *,
         method: str,
-        ablation: str | None,
+        ablation: str | AblationKind | None,
         metric: str,
         edges: int,
         tau: float,
@@ -46,7 +46,9 @@ class Controls(Group):
         self._n_edges = model.graph.n_edges
         usual = ("usual for the method", "")
         self.method = dropdown("Method", list(METHODS), method)
-        self.ablation = dropdown("Ablation", [usual, *((one, one) for one in ABLATIONS)], ablation or "")
+        chosen = "" if ablation is None else str(ablation_kind(ablation))
+        kinds = [kind for kind in dict.fromkeys([*ABLATIONS, chosen]) if kind]
+        self.ablation = dropdown("Ablation", [usual, *((one, one) for one in kinds)], chosen)
         self.metric = dropdown("Metric", list(METRICS), metric)
         self.n = W.BoundedIntText(n, min=1, max=10_000, description="Facts", layout=room(120))
         self.seed = W.IntText(seed, description="Seed", layout=room(120))

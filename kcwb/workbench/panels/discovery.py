@@ -10,6 +10,7 @@ from typing import Any
 import ipywidgets as W
 import pandas as pd
 
+from kcwb.circuits.ablation import AblationKind
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.methods import METHODS, check_method
@@ -90,7 +91,7 @@ class DiscoveryPanel(Panel):
         relation: Relation | str | Path = "country_capital",
         *,
         method: str = "eap-ig",
-        ablation: str | None = None,
+        ablation: str | AblationKind | None = None,
         metric: str = "nll",
         edges: int = 300,
         tau: float = 0.01,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kcwb.circuits.ablation import Ablation
+from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.run import run_circuit
 from kcwb.errors import CircuitError, DataError
 from kcwb.interventions.head_sets import answers_without
@@ -51,7 +51,7 @@ def test_answers_without_heads_equal_runs_with_their_edges_cut(made, name, group
     for i, heads in enumerate(SETS):
         kept = model.graph.exists.clone()
         kept[[model.graph.sender_index(head) for head in heads]] = False
-        logits = run_circuit(model, kept, prompts, Ablation("zero", model.network))
+        logits = run_circuit(model, kept, prompts, make_ablation(model, None, "zero"))
         assert ranks[i].tolist() == answer_ranks(logits, prompts).tolist()
         wanted = -logits[:, 0].log_softmax(-1).gather(-1, prompts.answers[:, :1])[:, 0]
         assert np.allclose(losses[i], wanted.numpy(), atol=1e-4)
@@ -116,7 +116,7 @@ def test_the_built_in_model_without_heads_equals_its_cut_runs(smollm2):
     for i, heads in enumerate(sets):
         kept = smollm2.graph.exists.clone()
         kept[[smollm2.graph.sender_index(head) for head in heads]] = False
-        logits = run_circuit(smollm2, kept, task.test, Ablation("zero", smollm2.network))
+        logits = run_circuit(smollm2, kept, task.test, make_ablation(smollm2, None, "zero"))
         wanted = -logits[:, 0].log_softmax(-1).gather(-1, task.test.answers[:, :1])[:, 0]
         assert np.allclose(losses[i], wanted.numpy(), atol=2e-3)
         assert (abs(ranks[i] - answer_ranks(logits, task.test).numpy()) <= 0.01 * ranks[i]).all()

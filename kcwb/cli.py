@@ -131,6 +131,7 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     option("--tau", type=float, help="acdc: the loss increase below which an edge is cut (default: 0.01 nats)"),
     option("--absolute", action="store_true", default=None, help="acdc: judge the increase by its absolute value"),
     option("--within", type=Path, metavar="CIRCUIT", help="acdc: search only among the edges of this circuit file"),
+    option("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a method's own setting"),
     option("--facts", type=int, default=8, help="known facts to discover on (default: %(default)s)"),
     option("--seed", type=int, default=0, help="of the draw of facts (default: %(default)s)"),
     option("--template", type=_template, default=0, help="a zero-shot template's number, or text with {} (default: 0)"),
@@ -146,20 +147,20 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
         _check_out(args)
     from kcwb.circuits.ablation import ABLATIONS
     from kcwb.discovery.discover import discover
-    from kcwb.discovery.methods import METHODS, METRICS, check_method
+    from kcwb.discovery.methods import METHODS, check_method
     from kcwb.discovery.selection import SELECTIONS
+    from kcwb.tasks.metrics import METRICS
     from kcwb.tasks.prompts import make_task
 
     # Misspelt names are told before a model is loaded; discover checks the rest.
-    given = _given(args, "method", "metric", "ablation", "edges", "threshold", "select", "steps", "tau", "absolute")
+    given = _given(args, "ablation", "edges", "threshold", "select", "steps", "tau", "absolute")
+    given |= {"method": args.method or "eap-ig", "metric": args.metric or "nll"} | dict(read_parameters(args.set))
     if args.within is not None:
         given["within"] = kcwb.Circuit.load(args.within)
-    known = {"method": METHODS, "metric": METRICS, "ablation": ABLATIONS, "select": SELECTIONS}
-    for name in known:
+    for name, known in {"method": METHODS, "metric": METRICS, "ablation": ABLATIONS, "select": SELECTIONS}.items():
         if name in given:
-            choose(f"--{name}", given[name].partition("(")[0], known[name])
-    chosen = {name: given[name] for name in ("ablation", "steps", "within") if name in given}
-    check_method(given.get("method", "eap-ig"), given.get("metric", "nll"), **chosen)
+            choose(f"--{name}", given[name].partition("(")[0], known)
+    check_method(**given)
     model = _load_model(args, args.model, args.dtype)
     task = make_task(model, relation, n=args.facts, seed=args.seed, template=args.template)
     circuit = discover(model, task, progress=not args.quiet, **given)

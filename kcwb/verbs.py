@@ -68,8 +68,8 @@ def noun(kind: C) -> C:
     return kind
 
 
-def check_settings(function: Callable[..., Any], **settings: Any) -> None:
-    """Check some of a verb's arguments without calling it, so before its model is loaded.
+def check_settings(function: Callable[..., Any], **settings: Any) -> dict[str, Any]:
+    """Check some of a function's arguments without calling it, so before its model is loaded; returns them.
 
     Raises
     ------
@@ -77,7 +77,9 @@ def check_settings(function: Callable[..., Any], **settings: Any) -> None:
         If one is not what the verb's annotation says.
     """
     function = getattr(function, MARK, function)
-    _check(function, _signature(function).bind_partial(**settings))
+    bound = _signature(function).bind_partial(**settings)
+    _check(function, bound)
+    return dict(bound.arguments)
 
 
 def _check(function: Callable[..., Any], bound: inspect.BoundArguments) -> set[WeightsLock]:

@@ -11,6 +11,13 @@ Three facts, each exact, make it fast:
    before it cut that are expected to be. Decisions hold up to the first that is not as expected; the search goes on
    behind it. What the rest of the batch showed is what is expected of them next.
 
+Each receiver is decided on in steps, the last three again and again until all of its senders are:
+
+1. Open it: what it reads, what each sender adds to that, and what is recomputed behind it (`_open`).
+2. Evaluate the next batch: the loss of each candidate, those before it cut that are expected to be (`_evaluate`).
+3. Judge: the increases, and up to which candidate the expectations held (`_judge`).
+4. Settle: cut and keep as far as they held, and expect of the rest what it showed (`_settle`).
+
 After each receiver its node's new output is committed, so that the state always describes the circuit as it is; after
 each layer the state is computed anew, so that rounding does not add up. A checkpoint after each receiver holds the
 decisions; a resumed search repeats its layer's commits and goes on bit for bit as it would have.
@@ -22,11 +29,12 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
@@ -172,47 +180,82 @@ class Search:
         key_or_value = graph.receiver_names[column].endswith(("<k>", "<v>"))
         return key_or_value or self.current.need(node) is Need.EVERYWHERE
 
-    def _decide(self, column: int, rows: Tensor, step: Callable[..., None]) -> None:
-        """Visit a receiver's senders from the latest to the earliest, in batches."""
+    def _open(self, column: int, rows: Tensor) -> _Receiver:
+        """Step 1: a receiver about to be decided on."""
         everywhere = self._everywhere(column)
         cuts = self.current.at(self.differences[rows], everywhere)
         read = self.current.reads(column, everywhere)
         node = int(self.model.graph.receiver_node[column])
         plan = self.current.plan(node) if node < self.model.graph.n_senders else None
-        expected = torch.ones(len(rows), dtype=torch.bool)
         largest = max(_SMALLEST, min(self._most, self._rows // read[..., 0].numel()))
         shares = self._logit_shares(read, cuts) if plan is None else None
-        start = 0
-        while start < len(rows):
-            stop = min(start + min(self._size(), largest), len(rows))
-            part, guess = cuts[start:stop], expected[start:stop]
-            try:
-                if shares is None:
-                    losses = self._losses(column, plan, read, part, guess)
-                else:
-                    losses = self._final_losses(shares, read, slice(start, stop), part, guess)
-            except torch.OutOfMemoryError:
-                if stop == start + 1:
-                    raise
-                largest = (stop - start + 1) // 2
-                continue
-            increases, accepted = self._judge(losses, guess)
-            decided = slice(start, start + accepted)
-            cut = self._cuts(increases)
-            self.increases[rows[decided], column] = increases[:accepted].float()
-            self.kept[rows[decided], column] = ~cut[:accepted]
-            self.near_ties += int(((self._measure(increases[:accepted]) - self.tau).abs() < NEAR_TIE).sum())
-            self.evaluations += stop - start
-            gone = cut[:accepted].nonzero()[:, 0]
-            if len(gone):
-                read = read - part[gone.to(part.device)].sum(0)
-                if shares is not None:
-                    shares[-1] -= shares[start + gone.to(part.device)].sum(0)
-                self.value = losses[int(gone[-1])]
-            expected[start + accepted : stop] = cut[accepted:]
-            self._remember(accepted, start + accepted < stop)
-            start += accepted
+        return _Receiver(column, rows, cuts, read, plan, shares, torch.ones(len(rows), dtype=torch.bool), largest)
+
+    def _decide(self, column: int, rows: Tensor, step: Callable[..., None]) -> None:
+        """Visit a receiver's senders from the latest to the earliest, in batches."""
+        one = self._open(column, rows)
+        while one.start < len(rows):
+            losses = self._evaluate(one)
+            increases, accepted = self._judge(losses, one.expected[one.start : one.start + len(losses)])
+            self._settle(one, losses, increases, accepted)
             step(accepted, self._note())
+
+    def _evaluate(self, one: _Receiver) -> list[float]:
+        """Step 2: M of each candidate of the next batch: itself cut, and those before it that are expected to be.
+
+        A batch for which there is not enough memory is halved.
+        """
+        while True:
+            size = min(self._size(), one.largest, len(one.rows) - one.start)
+            batch = slice(one.start, one.start + size)
+            try:
+                return self._losses(one, batch)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                one.largest = (size + 1) // 2
+
+    def _losses(self, one: _Receiver, batch: slice) -> list[float]:
+        network, guess = self.model.network, one.expected[batch]
+        reads = _without(one.read, one.cuts[batch], guess)
+        if one.plan is not None:
+            return self.current.loss_after(one.plan, self.current.node_output(one.column, reads)).tolist()
+        if one.shares is None:
+            return self.loss(network.logits(reads)).tolist()
+        left = _without(one.shares[-1], one.shares[batch], guess)
+        return self.loss(network.logits_of_shares(left, reads)).tolist()
+
+    def _judge(self, losses: list[float], guess: Tensor) -> tuple[Float[Tensor, " B"], int]:
+        """Step 3: each candidate's increase over the circuit before it, and how many of the decisions hold."""
+        increases, before = [], self.value
+        for loss, cut_expected in zip(losses, guess.tolist(), strict=True):
+            increases.append(loss - before)
+            if cut_expected:
+                before = loss
+        result = torch.tensor(increases, dtype=torch.float64)
+        wrong = (self._cuts(result) != guess).nonzero()
+        return result, int(wrong[0]) + 1 if len(wrong) else len(losses)
+
+    def _settle(self, one: _Receiver, losses: list[float], increases: Float[Tensor, " B"], accepted: int) -> None:
+        """Step 4: carry out the decisions that hold, and go on behind them."""
+        start, stop = one.start, one.start + len(losses)
+        decided, cut = one.rows[start : start + accepted], self._cuts(increases)
+        self.increases[decided, one.column] = increases[:accepted].float()
+        self.kept[decided, one.column] = ~cut[:accepted]
+        self.near_ties += int(((self._measure(increases[:accepted]) - self.tau).abs() < NEAR_TIE).sum())
+        self.evaluations += len(losses)
+        gone = cut[:accepted].nonzero()[:, 0]
+        if len(gone):
+            where = start + gone.to(one.cuts.device)
+            one.read = one.read - one.cuts[where].sum(0)
+            if one.shares is not None:
+                one.shares[-1] -= one.shares[where].sum(0)
+            self.value = losses[int(gone[-1])]
+        one.expected[start + accepted : stop] = cut[accepted:]
+        one.start += accepted
+        forgotten = _MEMORY**accepted  # in the running rate of surprises
+        self.surprises = self.surprises * forgotten + (one.start < stop)
+        self.seen = self.seen * forgotten + accepted
 
     def _size(self) -> int:
         """Candidates in the next batch.
@@ -222,26 +265,6 @@ class Search:
         """
         often = (self.surprises + 0.02) / (self.seen + 1)
         return max(_SMALLEST, int(math.sqrt(2 * _OVERHEAD / often)))
-
-    def _remember(self, accepted: int, surprised: bool) -> None:
-        """Count a batch in the running rate of surprises."""
-        forgotten = _MEMORY**accepted
-        self.surprises = self.surprises * forgotten + surprised
-        self.seen = self.seen * forgotten + accepted
-
-    def _losses(
-        self,
-        column: int,
-        plan: Plan | None,
-        read: Float[Tensor, "N P D"],
-        part: Float[Tensor, "B N P D"],
-        guess: Tensor,
-    ) -> list[float]:
-        """M of each candidate: itself cut, and those before it that are expected to be."""
-        reads = _without(read, part, guess)
-        if plan is None:
-            return self.loss(self.model.network.logits(reads)).tolist()
-        return self.current.loss_after(plan, self.current.node_output(column, reads)).tolist()
 
     def _logit_shares(self, read: Float[Tensor, "N A D"], cuts: Float[Tensor, "C N A D"]) -> Tensor | None:
         """What each candidate of `logits` adds to the logits, and last the whole: `[C + 1, N, A, V]`.
@@ -254,25 +277,6 @@ class Search:
             return None
         parts = [*cuts.split(self._most), read[None]]
         return torch.cat([network.logit_shares(part) for part in parts])
-
-    def _final_losses(
-        self, shares: Tensor, read: Float[Tensor, "N A D"], batch: slice, part: Float[Tensor, "B N A D"], guess: Tensor
-    ) -> list[float]:
-        """As `_losses`, for the receiver `logits`, from the candidates' shares of the logits."""
-        left = _without(shares[-1], shares[batch], guess)
-        return self.loss(self.model.network.logits_of_shares(left, _without(read, part, guess))).tolist()
-
-    def _judge(self, losses: list[float], guess: Tensor) -> tuple[Float[Tensor, " B"], int]:
-        """Each candidate's increase over the circuit before it, and how many of the decisions hold."""
-        increases, before, accepted = [], self.value, 0
-        for loss, cut_expected in zip(losses, guess.tolist(), strict=True):
-            increases.append(loss - before)
-            if cut_expected:
-                before = loss
-        result = torch.tensor(increases, dtype=torch.float64)
-        wrong = (self._cuts(result) != guess).nonzero()
-        accepted = int(wrong[0]) + 1 if len(wrong) else len(losses)
-        return result, accepted
 
     def _measure(self, increases: Tensor) -> Tensor:
         return increases.abs() if self.absolute else increases
@@ -294,6 +298,21 @@ def _without(
     """The whole without each part, and without those before it that are expected to go."""
     weights = expected.to(parts.device, parts.dtype)[:, None, None, None]
     return whole - ((parts * weights).cumsum(0) + parts * (1 - weights))
+
+
+@dataclass
+class _Receiver:
+    """A receiver that is being decided on: candidates are its senders, from the latest to the earliest."""
+
+    column: int
+    rows: Int[Tensor, " C"]
+    cuts: Float[Tensor, "C N P D"]
+    read: Float[Tensor, "N P D"]
+    plan: Plan | None
+    shares: Float[Tensor, "C+1 N A V"] | None
+    expected: Bool[Tensor, " C"]
+    largest: int
+    start: int = 0
 
 
 @torch.no_grad()

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.provenance import origin, record
 from kcwb.circuits.run import check_same_model
-from kcwb.discovery.acdc import Search, acdc, predict_seconds
-from kcwb.discovery.attribution import activation_scores, attribution_scores
-from kcwb.discovery.baselines import exact_effects
-from kcwb.discovery.checkpoint import checkpoint_folder, fingerprint
-from kcwb.discovery.methods import METHODS, SCORING, check_method, check_size
-from kcwb.discovery.selection import SELECTIONS, select_edges
-from kcwb.discovery.sequential import Pruned
+from kcwb.discovery.acdc import acdc
+from kcwb.discovery.methods import Pruning, check_method, check_size, scoring
+from kcwb.discovery.methods.acdc import pruning, search_within
+from kcwb.discovery.registry import Settled
+from kcwb.discovery.selection import select_edges
 from kcwb.errors import SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
-from kcwb.settings import Count, Positive
+from kcwb.settings import Positive
 from kcwb.tasks.metrics import Loss, kc_scale, make_loss
 from kcwb.tasks.prompts import Task, check_same_weights
 from kcwb.verbs import verb
-from kcwb.versions import versions
 
 
 @verb
@@ -41,15 +37,8 @@ def discover(
     *,
     metric: str = "nll",
     ablation: str | AblationKind | None = None,
-    edges: Count | None = None,
-    threshold: float | None = None,
-    select: str | None = None,
-    steps: Count | None = None,
-    tau: Positive | None = None,
-    absolute: bool | None = None,
-    within: Circuit | None = None,
-    checkpoint: str | Path | bool | None = None,
     progress: Progress = True,
+    **settings: Any,
 ) -> Circuit:
     """Find the circuit with which a model answers a task's D_val.
 
@@ -58,9 +47,9 @@ def discover(
     model, task
         The model, and a task made for it.
     method
-        `eap-ig`, `eap`, `eap-ig-activations` (an integral per sender: minutes on the built-in model): attribution, then
-        the edges of highest score, without dangling ones. `exact`: the same with the exact effect of each edge (one run
-        per edge, so for tiny models). `acdc`: greedy pruning, one edge at a
+        One of `kcwb.discovery.registry.METHODS`. `eap-ig`, `eap`, `eap-ig-activations` (an integral per sender: minutes
+        on the built-in model): attribution, then the edges of highest score, without dangling ones. `exact`: the same
+        with the exact effect of each edge (one run per edge, so for tiny models). `acdc`: greedy pruning, one edge at a
         time; exact, and minutes on the built-in model.
     metric
         The loss that a cut is judged by: `nll`, `kl` (not for eap: its gradient at the full model is zero) or
@@ -69,10 +58,12 @@ def discover(
         What a cut edge delivers: `zero`, `mean`, `resample`, or a kind with settings (`kcwb.circuits.ablation`). None:
         `zero` for acdc (`within` a circuit: what that was found with), `mean` for the others, whose first-order scores
         say little about cutting to zero.
+    progress
+        True for a bar, False for none, or a function called with (done, total, note).
     edges, threshold
-        Attribution: how many edges, or the least score kept. Default: 1% of all edges.
+        Of methods that score every edge: how many edges, or the least score kept. Default: 1% of all edges.
     select
-        Attribution: `signed` (default), `absolute` or `greedy`, see `kcwb.discovery.selection.select_edges`.
+        Of the same: `signed` (default), `absolute` or `greedy`, see `kcwb.discovery.selection.select_edges`.
     steps
         eap-ig, eap-ig-activations: points of the integral, default 5.
     tau, absolute
@@ -83,8 +74,8 @@ def discover(
     checkpoint
         acdc: where to keep the state, from which the same call resumes: a path, True for the user's cache (default),
         False for nowhere. It is removed when the search is done.
-    progress
-        True for a bar, False for none, or a function called with (done, total, note).
+    settings
+        Those above are of the methods that come with the package; one of your own takes what its function does.
 
     Returns
     -------
@@ -98,26 +89,14 @@ def discover(
     DataError
         If the metric or the ablation is not defined on the task's prompts.
     """
-    given: dict[str, Any] = {"edges": edges, "threshold": threshold, "select": select, "steps": steps}
-    given |= {"tau": tau, "absolute": absolute, "within": within, "checkpoint": checkpoint}
-    ablation, _ = check_method(method, metric, ablation, steps=steps, within=within)
-    parameters = _parameters(model, method, {key: value for key, value in given.items() if value is not None})
-    check_same_weights(model, task)
-    started = time.perf_counter()
-    cuts = make_ablation(model, task, ablation)
-    loss = make_loss(model, cuts.usable(task.val), metric)
-    kept, scores, found = _run(model, loss, cuts, method, parameters, progress)
-    circuit = Circuit(model.graph, kept, scores.float())
-    if method != "acdc":
-        circuit = circuit.without_dangling()
-    provenance = _provenance(model, task, loss, started) | {
-        "method": method,
-        "metric": metric,
-        "ablation": ablation,
-        "parameters": parameters,
-        **found,
-    }
-    return replace(circuit, provenance=provenance)
+    settled, cuts, loss, started = _begin(model, task, method, metric, ablation, settings)
+    found = settled.run(model, loss, cuts, progress)
+    if settled.method.scores:
+        chosen = {name: settled.settings.get(name) for name in ("edges", "threshold", "select")}
+        kept = select_edges(model.graph, found, **chosen)
+        scored = Circuit(model.graph, kept, found.masked_fill(~model.graph.exists, torch.nan).float())
+        return replace(scored.without_dangling(), provenance=_provenance(model, task, settled, loss, started))
+    return _pruned(model, task, settled, loss, started, found)
 
 
 @verb
@@ -128,31 +107,13 @@ def score_edges(
     *,
     metric: str = "nll",
     ablation: str | AblationKind | None = None,
-    steps: Count | None = None,
     progress: Progress = True,
+    **settings: Any,
 ) -> Float[Tensor, "S R"]:
-    """The scores that an attribution method gives to all edges, `[S, R]`; parameters as in `discover`."""
-    choose("The method", method, SCORING)
-    ablation, _ = check_method(method, metric, ablation, steps=steps)
-    check_same_weights(model, task)
-    cuts = make_ablation(model, task, ablation)
-    return loss_scores(model, make_loss(model, cuts.usable(task.val), metric), cuts, method, steps, progress)
-
-
-def loss_scores(
-    model: Model,
-    loss: Loss,
-    cuts: Ablation,
-    method: str = "eap-ig",
-    steps: int | None = None,
-    progress: Progress = False,
-) -> Float[Tensor, "S R"]:
-    """As `score_edges`, of a loss on any prompts."""
-    settled = check_method(method, loss.metric, steps=steps)
-    if method == "exact":
-        return exact_effects(model, loss, cuts, progress=progress)
-    score = activation_scores if method == "eap-ig-activations" else attribution_scores
-    return score(model, loss, cuts, steps=settled.steps, progress=progress)
+    """The scores that a method gives to all edges, `[S, R]`; parameters as in `discover`."""
+    choose("The method", method, scoring())
+    settled, cuts, loss, _ = _begin(model, task, method, metric, ablation, settings)
+    return settled.run(model, loss, cuts, progress)
 
 
 @verb
@@ -179,21 +140,16 @@ def tau_path(
     dict
         tau -> the circuit that `discover(..., "acdc", tau=tau)` gives, in the order of `taus`.
     """
-    for tau in taus:
-        _parameters(model, "acdc", {"tau": tau, "within": within} if within else {"tau": tau})
-    search = _search(model, task, metric, ablation, absolute, within)
+    same = {"absolute": absolute, "within": within}
+    settled, cuts, loss, _ = _begin(model, task, "acdc", metric, ablation, same)
+    search = search_within(model, loss, cuts, **same)
     circuits = {}
     for tau in taus:
         started = time.perf_counter()
-        pruned = acdc(search.again(tau), progress=progress)
-        provenance = _provenance(model, task, search.loss, started) | {
-            "method": "acdc",
-            "metric": metric,
-            "ablation": str(search.ablation.kind),
-            "parameters": {"tau": tau, "absolute": absolute, "within": _origin(within)},
-            **_acdc_report(pruned, search.loss, tau),
-        }
-        circuits[tau] = Circuit(model.graph, pruned.kept, pruned.increases, provenance)
+        again = search.again(tau)
+        found = pruning(again, acdc(again, progress=progress))
+        at_tau = settled._replace(settings=settled.settings | {"tau": tau})
+        circuits[tau] = _pruned(model, task, at_tau, loss, started, found)
     return circuits
 
 
@@ -211,102 +167,49 @@ def tau_from_kc(task: Task, tau_kc: Positive) -> float:
 def predict(
     model: Model,
     task: Task,
+    method: str = "acdc",
     *,
     metric: str = "nll",
     ablation: str | AblationKind | None = None,
-    within: Circuit | None = None,
+    **settings: Any,
 ) -> float:
-    """Roughly how many seconds `discover(model, task, "acdc", ...)` will take, from timing a few of its candidates."""
-    return predict_seconds(_search(model, task, metric, ablation, False, within))
+    """Roughly how many seconds `discover` will take, for acdc from timing a few candidates; parameters as there."""
+    settled, cuts, loss, _ = _begin(model, task, method, metric, ablation, settings)
+    if settled.method.seconds is None:
+        raise SettingError(f"{method} does not say how long it takes; its progress does.")
+    return settled.method.seconds(model, loss, cuts, **settled.settings)
 
 
-def _search(
-    model: Model, task: Task, metric: str, ablation: str | AblationKind | None, absolute: bool, within: Circuit | None
-) -> Search:
-    """An ACDC search that is about to begin, at the default tau."""
-    ablation, _ = check_method("acdc", metric, ablation, within=within)
+def _begin(
+    model: Model, task: Task, method: str, metric: str, ablation: str | AblationKind | None, settings: dict[str, Any]
+) -> tuple[Settled, Ablation, Loss, float]:
+    """What is run, and on what; refused, before anything is computed, if it cannot be meant."""
+    settled = check_method(method, metric, ablation, **settings)
+    known = settled.settings
+    for value in known.values():
+        if isinstance(value, Circuit):
+            check_same_model(model, value)
+    if settled.method.scores:
+        del known["edges" if known["threshold"] is not None else "threshold"]
+        if "edges" in known:
+            known["edges"] = check_size(model.graph, known["edges"], model.name)
     check_same_weights(model, task)
-    cuts = make_ablation(model, task, ablation)
-    loss = make_loss(model, cuts.usable(task.val), metric)
-    settings = {"tau": METHODS["acdc"].defaults["tau"], "absolute": absolute}
-    return Search(model, loss, cuts, within=None if within is None else within.kept, **settings)
+    started = time.perf_counter()
+    cuts = make_ablation(model, task, settled.ablation)
+    return settled, cuts, make_loss(model, cuts.usable(task.val), metric), started
 
 
-def _origin(within: Circuit | None) -> dict[str, Any] | None:
-    """Which circuit a search was kept within, and how that was found, in brief."""
-    if within is None:
-        return None
-    found = {key: within.provenance[key] for key in ("method", "ablation", "metric") if key in within.provenance}
-    return {"digest": within.digest, "edges": within.n_edges, **found}
+def _pruned(model: Model, task: Task, settled: Settled, loss: Loss, started: float, found: Pruning) -> Circuit:
+    provenance = _provenance(model, task, settled, loss, started) | dict(found.report)
+    return Circuit(model.graph, found.kept, found.scores.float(), provenance)
 
 
-def _checkpoint_path(search: Search, wanted: str | Path | bool) -> Path | None:
-    if isinstance(wanted, bool):
-        return checkpoint_folder() / f"{fingerprint(search)}.safetensors" if wanted else None
-    return Path(wanted)
-
-
-def _acdc_report(pruned: Pruned, loss: Loss, tau: float) -> dict[str, Any]:
-    report = {"loss": pruned.loss, "evaluations": pruned.evaluations, "near_ties": pruned.near_ties}
-    if loss.metric == "nll":
-        report["tau_kc"] = tau / kc_scale(loss.prompts)
-    return {**report, "order": "output to input; heads last to first; v, k, q"}
-
-
-def _parameters(model: Model, method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The method's parameters, checked, with defaults filled in."""
-    defaults = METHODS[method].defaults
-    for name in given:
-        if name not in defaults:
-            raise SettingError(f"{method} takes {', '.join(defaults)}; {name} is not one of them.")
-    parameters = {**defaults, **given}
-    if method == "acdc":
-        if parameters["within"] is not None:
-            check_same_model(model, parameters["within"])
-        return parameters
-    choose("The selection", parameters["select"], SELECTIONS)
-    if "edges" in given and "threshold" in given:
-        raise SettingError("Give either edges (how many) or threshold (the least score), not both.")
-    unused = "edges" if "threshold" in given else "threshold"
-    if unused == "threshold":
-        parameters["edges"] = check_size(model.graph, parameters["edges"], model.name)
-    del parameters[unused]
-    return parameters
-
-
-def _run(
-    model: Model, loss: Loss, cuts: Any, method: str, parameters: dict[str, Any], progress: Progress
-) -> tuple[Bool[Tensor, "S R"], Float[Tensor, "S R"], dict[str, Any]]:
-    """Kept edges, scores, and what else the method reports."""
-    if method == "acdc":
-        within, checkpoint = parameters["within"], parameters.pop("checkpoint")
-        settings = {"tau": parameters["tau"], "absolute": parameters["absolute"]}
-        search = Search(model, loss, cuts, within=None if within is None else within.kept, **settings)
-        pruned = acdc(search, progress=progress, checkpoint=_checkpoint_path(search, checkpoint))
-        parameters["within"] = _origin(within)
-        return pruned.kept, pruned.increases, _acdc_report(pruned, loss, search.tau)
-    scores = loss_scores(model, loss, cuts, method, parameters.get("steps"), progress)
-    selection: dict[str, Any] = {key: parameters.get(key) for key in ("edges", "threshold", "select")}
-    kept = select_edges(model.graph, scores, **selection)
-    return kept, scores.masked_fill(~model.graph.exists, torch.nan), {}
-
-
-def _provenance(model: Model, task: Task, loss: Loss, started: float) -> dict[str, Any]:
-    return {
-        "model": {
-            "name": model.name,
-            "digest": model.digest,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
-            "prepend_bos": model.prepend_bos,
-            "d_model": model.network.d_model,
-        },
-        "relation": {"name": task.relation.name, "digest": task.relation.digest},
-        "template": task.template,
-        "n": task.n,
-        "seed": task.seed,
-        "facts": [[fact.subject, fact.object] for fact in loss.prompts.facts],
-        "seconds": round(time.perf_counter() - started, 3),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+def _provenance(model: Model, task: Task, settled: Settled, loss: Loss, started: float) -> dict[str, Any]:
+    """All that determined a circuit; of a circuit among the settings, where it comes from."""
+    parameters = {
+        name: origin(value) if isinstance(value, Circuit) else value
+        for name, value in settled.settings.items()
+        if name not in settled.method.unrecorded
     }
+    how = {"method": settled.method.name, "metric": loss.metric, "ablation": settled.ablation, "parameters": parameters}
+    return record(model, task, loss.prompts, seconds=round(time.perf_counter() - started, 3), **how)

@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.discovery.methods import METHODS
+from kcwb.discovery.registry import SELECTIONS
 from kcwb.errors import CircuitError, SettingError, choose
 from kcwb.models.graph import Graph
 from kcwb.settings import Count
 from kcwb.verbs import verb
-
-SELECTIONS = ("signed", "absolute", "greedy")
 
 
 def select_edges(
@@ -96,6 +96,12 @@ def _greedy(graph: Graph, value: Float[Tensor, "S R"], edges: int) -> Bool[Tenso
     return kept
 
 
+def was_pruned(circuit: Circuit) -> bool:
+    """Whether a method found it that prunes, whose scores are no ranking of edges."""
+    method = METHODS.get(str(circuit.provenance.get("method")))
+    return method is not None and method.prunes
+
+
 @verb
 def resize(
     circuit: Circuit,
@@ -119,9 +125,10 @@ def resize(
         If the circuit's edges are not all scored, or it was found by pruning: an increase is known for the edges that
         were still there when it was measured, which is no ranking.
     """
-    if circuit.provenance.get("method") == "acdc":
+    if was_pruned(circuit):
         raise CircuitError(
-            "A circuit that acdc found is resized by searching again with another tau (`kcwb.tau_path`)."
+            f"A circuit that {circuit.provenance['method']} found is resized by searching again with another tau "
+            "(`kcwb.tau_path`)."
         )
     if circuit.scores is None or bool(circuit.scores[circuit.graph.exists].isnan().any()):
         raise CircuitError(

@@ -24,7 +24,6 @@ from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.propagate import Current, Need
 from kcwb.circuits.run import check_same_model, run_circuit
-from kcwb.discovery.discover import check_same_weights
 from kcwb.discovery.selection import SELECTIONS, select_edges
 from kcwb.errors import CircuitError, DataError, KcwbError, SettingError, choose
 from kcwb.evaluation.completeness import completeness
@@ -34,7 +33,7 @@ from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.statistics import statistic_interval
 from kcwb.tasks.metrics import METRICS, Loss, make_loss
-from kcwb.tasks.prompts import Prompts, Task
+from kcwb.tasks.prompts import Prompts, Task, check_same_weights
 from kcwb.verbs import verb
 
 #: MIB's edge fractions.

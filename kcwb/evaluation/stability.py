@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,9 +22,9 @@ from torch import Tensor
 from kcwb.circuits.ablation import AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.baselines import random_circuit
-from kcwb.discovery.discover import loss_scores, score_edges
-from kcwb.discovery.methods import SCORING, check_method, check_size
-from kcwb.discovery.selection import SELECTIONS, select_edges
+from kcwb.discovery.methods import check_method, check_size, scoring
+from kcwb.discovery.registry import Settled
+from kcwb.discovery.selection import select_edges
 from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
@@ -45,10 +46,10 @@ def bootstrap_stability(
     ablation: str | AblationKind | None = None,
     edges: Count | None = None,
     select: str = "signed",
-    steps: Count | None = None,
     draws: Count = 20,
     seed: Seed = 0,
     progress: Progress = True,
+    **settings: Any,
 ) -> pd.DataFrame:
     """How much of the circuit stays when D_val's facts are drawn again.
 
@@ -59,17 +60,17 @@ def bootstrap_stability(
     Parameters
     ----------
     model, task, method, metric, ablation, select
-        As in `kcwb.discover`; `method` is one that scores every edge (`eap`, `eap-ig`, `exact`).
+        As in `kcwb.discover`; `method` is one that scores every edge.
     edges
         How many edges are asked for, before dangling ones are dropped. Default: 1% of all edges.
-    steps
-        eap-ig: points of the integral.
     draws
         Bootstrap resamples.
     seed
         Of the resamples and of the random circuits.
     progress
         Reported per fact that is scored.
+    settings
+        The method's own, such as `steps`.
 
     Returns
     -------
@@ -86,9 +87,9 @@ def bootstrap_stability(
     SettingError
         If a setting cannot be meant.
     """
-    ablation, size = _check(model, method, metric, ablation, edges, select, steps)
+    settled, size = _check(model, method, metric, ablation, edges, select, settings)
     check_same_weights(model, task)
-    cuts = make_ablation(model, task, ablation)
+    cuts = make_ablation(model, task, settled.ablation)
     loss = make_loss(model, cuts.usable(task.val), metric)
     n_facts = len(loss.prompts)
     if n_facts < 2:
@@ -96,7 +97,7 @@ def bootstrap_stability(
     by_fact = []
     with track(progress, n_facts, "stability") as step:
         for i in range(n_facts):
-            by_fact.append(loss_scores(model, loss.select([i]), cuts, method, steps))
+            by_fact.append(settled.run(model, loss.select([i]), cuts))
             step()
     counts = _resamples(n_facts, draws, seed)
     shares = torch.cat([torch.ones(1, n_facts), counts]) / n_facts
@@ -120,9 +121,9 @@ def template_stability(
     ablation: str | AblationKind | None = None,
     edges: Count | None = None,
     select: str = "signed",
-    steps: Count | None = None,
     seed: Seed = 0,
     progress: Progress = True,
+    **settings: Any,
 ) -> pd.DataFrame:
     """How much of the circuit stays when the same facts are asked for in other words.
 
@@ -132,7 +133,7 @@ def template_stability(
         The model.
     relation
         A Relation, the name of one that comes with the package, or the path of a file.
-    method, metric, ablation, edges, select, steps
+    method, metric, ablation, edges, select, settings
         As in `bootstrap_stability`.
     templates
         Indices of the relation's zero-shot templates, or templates with `{}`; None for all zero-shot ones.
@@ -157,7 +158,7 @@ def template_stability(
     SettingError
         If there are fewer than two different templates, or a setting cannot be meant.
     """
-    ablation, size = _check(model, method, metric, ablation, edges, select, steps)
+    settled, size = _check(model, method, metric, ablation, edges, select, settings)
     relation = load_relation(relation) if isinstance(relation, str) else relation
     wanted = list(range(len(relation.prompt_templates_zs))) if templates is None else list(templates)
     if len(wanted) < 2 or len(set(wanted)) < len(wanted):
@@ -179,7 +180,8 @@ def template_stability(
         facts = sorted(np.random.default_rng(seed).permutation(known)[:n].tolist())
         for task, prompts in zip(tasks, everything, strict=True):
             asked = replace(task, val=prompts.select(facts))
-            scores = score_edges(model, asked, method, metric=metric, ablation=ablation, steps=steps, progress=False)
+            cuts = make_ablation(model, asked, settled.ablation)
+            scores = settled.run(model, make_loss(model, cuts.usable(asked.val), metric), cuts)
             circuits[task.template] = _circuit(model.graph, scores, size, select)
             step()
     table = _pairs(circuits, seed)
@@ -194,12 +196,12 @@ def _check(
     ablation: str | AblationKind | None,
     edges: int | None,
     select: str,
-    steps: int | None,
-) -> tuple[str, int]:
-    """The ablation and the number of edges to select; SettingError, before any work, for what cannot be meant."""
-    choose("The method", method, SCORING)
-    choose("The selection", select, SELECTIONS)
-    return check_method(method, metric, ablation, steps=steps).ablation, check_size(model.graph, edges, model.name)
+    settings: dict[str, Any],
+) -> tuple[Settled, int]:
+    """What is run, and the number of edges to choose; SettingError, before any work, for what cannot be meant."""
+    choose("The method", method, scoring())
+    size = check_size(model.graph, edges, model.name)
+    return check_method(method, metric, ablation, edges=size, select=select, **settings), size
 
 
 def _resamples(n_facts: int, draws: int, seed: int) -> Int[Tensor, "draws N"]:

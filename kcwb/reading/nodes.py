@@ -267,5 +267,3 @@ def _cuts(model: Model, task: Task | Prompts, ablation: str | AblationKind | Abl
     if isinstance(ablation, Ablation):
         return ablation
     return make_ablation(model, task if isinstance(task, Task) else None, ablation)
-
-

@@ -76,8 +76,8 @@ def sweep(
         Relations, names of those that come with the package, or paths of files. Workers need no file: the facts are
         sent.
     methods, taus, ablations
-        As in `discover`; `taus` are for acdc, and the other methods have one cell each. `ablations=None`: each method's
-        own.
+        As in `discover`; `taus` are for methods that take `tau` (acdc), and the others have one cell each.
+        `ablations=None`: each method's own.
     store
         The folder. It may hold cells of other sweeps; those asked for that are finished are not computed again.
     executor
@@ -172,9 +172,10 @@ def _cells(
         relation.template(shared["template"])
     cells = {}
     for model, relation, (kind, method) in itertools.product(models, read, delivers):
-        scores = METHODS[method].scores
-        of_method = {**shared, "ablation": delivers[kind, method], "edges": shared["edges"] if scores else None}
-        for tau in [None] if scores else map(float, taus):
+        takes = METHODS[method].defaults
+        of_method = {**shared, "ablation": delivers[kind, method]}
+        of_method["edges"] = shared["edges"] if "edges" in takes else None
+        for tau in map(float, taus) if "tau" in takes else [None]:
             cell = Cell(str(model), relation, method=method, tau=tau, **of_method)
             cells.setdefault(cell.digest, cell)
     return list(cells.values())

@@ -157,16 +157,15 @@ def test_a_batch_too_large_for_the_memory_is_halved(tiny, words: Relation, monke
     sizes: list[int] = []
 
     def smaller(most: int) -> None:
-        for name, part in (("_losses", 3), ("_final_losses", 3)):
-            method = getattr(Search, name)
+        method = Search._losses
 
-            def limited(self, *args, method=method, part=part):
-                sizes.append(len(args[part]))
-                if sizes[-1] > most:
-                    raise torch.OutOfMemoryError
-                return method(self, *args)
+        def limited(self, one, batch):
+            sizes.append(batch.stop - batch.start)
+            if sizes[-1] > most:
+                raise torch.OutOfMemoryError
+            return method(self, one, batch)
 
-            monkeypatch.setattr(Search, name, limited)
+        monkeypatch.setattr(Search, "_losses", limited)
 
     smaller(5)
     found = acdc(Search(model, loss, cuts, tau=0.05))

@@ -8,7 +8,8 @@ import torch
 
 from kcwb.circuits.ablation import ABLATIONS, make_ablation
 from kcwb.circuits.run import run_circuit
-from kcwb.discovery.baselines import exact_effects, random_circuit
+from kcwb.discovery.baselines import random_circuit
+from kcwb.discovery.methods.exact import exact_effects
 from kcwb.errors import SettingError
 from kcwb.models.graph import Graph
 from kcwb.tasks.metrics import make_loss

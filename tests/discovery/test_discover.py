@@ -151,7 +151,7 @@ def test_senseless_settings_are_refused_before_any_compute(
 )
 def test_kl_has_no_gradient_at_the_full_model_and_every_verb_says_so(model, task, words, monkeypatch, method, steps):
     """KL is at its minimum there: what is left are rounding errors, and their largest make a circuit like any other."""
-    for place in ("discovery.discover", "analysis.stability", "analysis.hopcircuits"):
+    for place in ("discovery.discover", "evaluation.stability", "studies.two_hop.circuits"):
         monkeypatch.setattr(f"kcwb.{place}.make_ablation", lambda *_: pytest.fail("computed"))
     more = {"metric": "kl", "steps": steps, "progress": False}
     calls = [

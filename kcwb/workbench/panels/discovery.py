@@ -187,7 +187,7 @@ class DiscoveryPanel(Panel):
     def predict(self) -> None:
         """Say how long ACDC would take with the settings on screen; returns at once, see `wait`."""
         settings = self.settings
-        if METHODS[settings["method"]].scores:
+        if METHODS[settings["method"]].seconds is None:
             raise SettingError(
                 "Only ACDC takes long enough to be timed first; the others show what is left as they run."
             )

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.discovery.selection import was_pruned
 from kcwb.tasks.prompts import Prompts, Task
 from kcwb.workbench import tables
 from kcwb.workbench.panels.widgets import brief
@@ -38,8 +39,8 @@ class Found:
 
 
 def resizable(circuit: Circuit) -> bool:
-    """Whether it was cut from scores of all edges; ACDC's were each measured in another circuit."""
-    if circuit.scores is None or circuit.provenance.get("method") == "acdc":
+    """Whether it was cut from scores of all edges; those of a pruned one were each measured in another circuit."""
+    if circuit.scores is None or was_pruned(circuit):
         return False
     return not bool(circuit.scores[circuit.graph.exists].isnan().any())
 

@@ -49,7 +49,7 @@ class Search:
         """A circuit and what it was found on."""
         task, how = self._prepare(settings, progress)
         stage = "Discovering the circuit"
-        if not METHODS[how["method"]].scores:
+        if METHODS[how["method"]].seconds is not None:
             stage += f" (about {duration(self._seconds(task, how, progress))})"
         self._enter(stage, progress)
         return discover(self._model, task, progress=progress, **how), task
@@ -57,7 +57,8 @@ class Search:
     def predict(self, settings: Settings, progress: ProgressCallback) -> str:
         """How long ACDC takes, in words."""
         task, how = self._prepare(settings, progress)
-        searched = self._model.graph.n_edges if how["within"] is None else how["within"].n_edges
+        within = how.get("within")
+        searched = self._model.graph.n_edges if within is None else within.n_edges
         took = duration(self._seconds(task, how, progress))
         return f"ACDC over {searched:,} edges and {len(task.val)} facts takes about {took} on this machine."
 
@@ -78,13 +79,16 @@ class Search:
         """The task, and what `discover` is told beside it."""
         task = self.ask(settings, progress)
         how = {key: settings[key] for key in ("method", "ablation", "metric")}
-        if METHODS[settings["method"]].scores:
+        takes = METHODS[settings["method"]].defaults
+        if "edges" in takes:
             return task, {**how, "edges": settings["edges"]}
-        if not 0 < settings["tau"] < float("inf"):
+        if "tau" in takes and not 0 < settings["tau"] < float("inf"):
             raise SettingError(f"τ = {settings['tau']}: the loss increase to allow must be above 0 nats (try 0.01).")
-        edges = settings["within"]
-        within = None if edges is None else self._preselect(task, edges, how["metric"], how["ablation"], progress)
-        return task, {**how, "tau": settings["tau"], "within": within}
+        within = settings["within"]
+        if within is not None and "within" in takes:
+            within = self._preselect(task, within, how["metric"], how["ablation"], progress)
+        own = {"tau": settings["tau"], "within": within}
+        return task, how | {name: own[name] for name in own if name in takes}
 
     def _preselect(
         self, task: Task, edges: int, metric: str, ablation: str | None, progress: ProgressCallback
@@ -101,4 +105,4 @@ class Search:
     def _seconds(self, task: Task, how: Settings, progress: ProgressCallback) -> float:
         """The predicted time of a run of ACDC."""
         self._enter("Timing a few steps of ACDC", progress)
-        return predict(self._model, task, **{key: how[key] for key in ("metric", "ablation", "within")})
+        return predict(self._model, task, **how)

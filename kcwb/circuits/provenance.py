@@ -1,0 +1,57 @@
+"""Where a circuit comes from: what a discovery records, and what is read of it. A file may hold anything there."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kcwb.versions import versions
+
+if TYPE_CHECKING:
+    from kcwb.circuits.circuit import Circuit
+    from kcwb.models.loading import Model
+    from kcwb.tasks.prompts import Prompts, Task
+
+#: What a circuit was found with, in the order in which it is told.
+HOW = ("method", "ablation", "metric")
+
+
+def record(model: Model, task: Task, prompts: Prompts | None = None, **more: Any) -> dict[str, Any]:
+    """What a circuit records of the model and the task that it was found on, ready for JSON; `prompts` are D_val's."""
+    facts = task.val.facts if prompts is None else prompts.facts
+    return {
+        "model": {
+            "name": model.name,
+            "digest": model.digest,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "prepend_bos": model.prepend_bos,
+            "d_model": model.network.d_model,
+        },
+        "relation": {"name": task.relation.name, "digest": task.relation.digest},
+        "template": task.template,
+        "n": task.n,
+        "seed": task.seed,
+        "facts": [[fact.subject, fact.object] for fact in facts],
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        **more,
+    }
+
+
+def part(provenance: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object in a provenance, such as `model` or `relation`; empty where it is missing or something else."""
+    value = provenance.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def origin(circuit: Circuit) -> dict[str, Any]:
+    """Which circuit a search was kept within, and how that was found, in brief."""
+    found = {key: circuit.provenance[key] for key in HOW if key in circuit.provenance}
+    return {"digest": circuit.digest, "edges": circuit.n_edges, **found}
+
+
+def found_with(provenance: Mapping[str, Any], *keys: str) -> list[str]:
+    """How a circuit was found, in words: those of `keys` that it records, or method, ablation and metric."""
+    return [str(provenance[key]) for key in keys or HOW if key in provenance]

@@ -1,0 +1,61 @@
+"""`acdc`: greedy pruning, one edge at a time, by `kcwb.discovery.acdc`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kcwb.circuits.ablation import Ablation
+from kcwb.circuits.circuit import Circuit
+from kcwb.discovery.acdc import Search, acdc, predict_seconds
+from kcwb.discovery.checkpoint import checkpoint_folder, fingerprint
+from kcwb.discovery.registry import Method, Pruning, register_method
+from kcwb.discovery.sequential import Pruned
+from kcwb.models.loading import Model
+from kcwb.progress import Progress
+from kcwb.settings import Positive
+from kcwb.tasks.metrics import Loss, kc_scale
+
+
+def search_within(
+    model: Model, loss: Loss, ablation: Ablation, *, tau: float = 0.01, absolute: bool = False,
+    within: Circuit | None = None,
+) -> Search:  # fmt: skip
+    """A search that is about to begin, among a circuit's edges."""
+    return Search(model, loss, ablation, tau=tau, absolute=absolute, within=None if within is None else within.kept)
+
+
+def pruning(search: Search, pruned: Pruned) -> Pruning:
+    """What a search found, for a circuit and its provenance."""
+    report = {"loss": pruned.loss, "evaluations": pruned.evaluations, "near_ties": pruned.near_ties}
+    if search.loss.metric == "nll":
+        report["tau_kc"] = search.tau / kc_scale(search.loss.prompts)
+    report["order"] = "output to input; heads last to first; v, k, q"
+    return Pruning(pruned.kept, pruned.increases, report)
+
+
+def prune(
+    model: Model,
+    loss: Loss,
+    ablation: Ablation,
+    *,
+    tau: Positive = 0.01,
+    absolute: bool = False,
+    within: Circuit | None = None,
+    checkpoint: str | Path | bool = True,
+    progress: Progress = False,
+) -> Pruning:
+    """The method; settings as in `kcwb.discover`."""
+    search = search_within(model, loss, ablation, tau=tau, absolute=absolute, within=within)
+    if isinstance(checkpoint, bool):
+        path = checkpoint_folder() / f"{fingerprint(search)}.safetensors" if checkpoint else None
+    else:
+        path = Path(checkpoint)
+    return pruning(search, acdc(search, progress=progress, checkpoint=path))
+
+
+def _seconds(model: Model, loss: Loss, ablation: Ablation, *, checkpoint: Any, **settings: Any) -> float:
+    return predict_seconds(search_within(model, loss, ablation, **settings))
+
+
+register_method(Method("acdc", prune, "zero", prunes=True, seconds=_seconds, unrecorded=("checkpoint",)))

@@ -1,0 +1,44 @@
+"""`eap`, `eap-ig` and `eap-ig-activations`, by `kcwb.discovery.attribution`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kcwb.circuits.ablation import Ablation
+from kcwb.discovery.attribution import STEPS, activation_scores, attribution_scores
+from kcwb.discovery.registry import Method, register_method
+from kcwb.errors import SettingError
+from kcwb.models.loading import Model
+from kcwb.progress import Progress
+from kcwb.settings import Count
+from kcwb.tasks.metrics import Loss
+
+
+def eap(model: Model, loss: Loss, ablation: Ablation, *, progress: Progress = False) -> Float[Tensor, "S R"]:
+    """The gradient at the clean run alone."""
+    return attribution_scores(model, loss, ablation, progress=progress)
+
+
+def eap_ig(
+    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = STEPS, progress: Progress = False
+) -> Float[Tensor, "S R"]:
+    """The gradient averaged over points between the ablated and the clean embedding."""
+    return attribution_scores(model, loss, ablation, steps=steps, progress=progress)
+
+
+def _refuse(metric: str, settings: Mapping[str, Any]) -> None:
+    """SettingError for `kl` where its gradient is taken at the clean run alone: there KL is at its minimum."""
+    if metric == "kl" and settings.get("steps", 1) < 2:
+        which = "An integral with a single step" if "steps" in settings else "eap"
+        raise SettingError(
+            f"{which} takes the gradient at the full model, where that of kl is zero: its scores would be rounding. "
+            "Use eap-ig with at least 2 steps, or another metric."
+        )
+
+
+for _name, _function in {"eap": eap, "eap-ig": eap_ig, "eap-ig-activations": activation_scores}.items():
+    register_method(Method(_name, _function, refuse=_refuse))

@@ -1,0 +1,186 @@
+"""What a method of discovery is, and which there are: the one place that verbs, panels, sweeps and commands read.
+
+A method is a function `f(model, loss, ablation, *, <settings>, progress)` and a record of it:
+
+- one that *scores* returns what cutting each edge costs, `[S, R]`; edges are then chosen by score (`chosen`);
+- one that *prunes* returns a `Pruning`.
+
+Its settings are the function's annotated keyword arguments: their annotations are their check (`kcwb.settings`), their
+defaults the method's. A further method is one file and one line, `register_method(Method("name", f))`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kcwb.circuits.ablation import Ablation, AblationKind, ablation_kind
+from kcwb.errors import SettingError, choose
+from kcwb.models.graph import Graph
+from kcwb.models.loading import Model
+from kcwb.progress import Progress
+from kcwb.settings import Count
+from kcwb.tasks.metrics import METRICS, Loss
+from kcwb.verbs import check_settings
+
+SELECTIONS = ("signed", "absolute", "greedy")
+#: The share of all edges that an attribution circuit keeps where nothing else is said.
+_SHARE = 0.01
+
+
+class Pruning(NamedTuple):
+    """What a method that prunes finds.
+
+    Attributes
+    ----------
+    kept
+        `[S, R]`: the edges that stay.
+    scores
+        `[S, R]`: what cutting an edge cost when it was visited; NaN where it was not evaluated.
+    report
+        What else the provenance is to say, ready for JSON.
+    """
+
+    kept: Bool[Tensor, "S R"]
+    scores: Float[Tensor, "S R"]
+    report: Mapping[str, Any] = MappingProxyType({})
+
+
+def chosen(*, edges: Count | None = None, threshold: float | None = None, select: str = "signed") -> None:
+    """What every method that scores also takes: by which scores edges are kept, see `select_edges`."""
+    choose("The selection", select, SELECTIONS)
+    if edges is not None and threshold is not None:
+        raise SettingError("Give either edges (how many) or threshold (the least score), not both.")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of discovery.
+
+    Attributes
+    ----------
+    name
+        What `discover` knows it by.
+    function
+        What it does; see above.
+    ablation
+        What its cut edges deliver where nothing else is said.
+    prunes
+        Whether it prunes; if not, it scores every edge.
+    refuse
+        Raises SettingError for a metric and settings that cannot be meant together.
+    seconds
+        Roughly how long it will take, from the function's arguments; None where nobody has to know.
+    unrecorded
+        Settings that do not change what is found, and are left out of the provenance.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    ablation: str = "mean"
+    prunes: bool = False
+    refuse: Callable[[str, Mapping[str, Any]], None] = lambda metric, settings: None
+    seconds: Callable[..., float] | None = None
+    unrecorded: tuple[str, ...] = ()
+
+    @property
+    def scores(self) -> bool:
+        """Whether it scores every edge, and then chooses; if not, it prunes."""
+        return not self.prunes
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The function's settings, with their defaults."""
+        return _defaults(self.function)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """All settings beside metric and ablation, with their defaults (None: decided by the others)."""
+        return self.own if self.prunes else _defaults(chosen) | self.own
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY and one.name != "progress"}
+
+
+#: Name -> method. First-order scores say little about cutting to zero, so attribution's default is `mean`.
+METHODS: dict[str, Method] = {}
+
+
+def register_method(method: Method) -> None:
+    """Make a method known by its name; SettingError if another function has that name."""
+    before = METHODS.get(method.name, method).function
+    if (before.__module__, before.__qualname__) != (method.function.__module__, method.function.__qualname__):
+        raise SettingError(f"There is a method {method.name!r} already ({before.__module__}). Choose another name.")
+    METHODS[method.name] = method
+
+
+def scoring() -> list[str]:
+    """The names of the methods that score every edge."""
+    return [name for name, method in METHODS.items() if method.scores]
+
+
+class Settled(NamedTuple):
+    """What will be run: a method, its ablation's text, and all of its settings."""
+
+    method: Method
+    ablation: str
+    settings: dict[str, Any]
+
+    def run(self, model: Model, loss: Loss, ablation: Ablation, progress: Progress = False) -> Any:
+        """Run the function."""
+        own = {name: self.settings[name] for name in self.method.own}
+        return self.method.function(model, loss, ablation, **own, progress=progress)
+
+
+def check_method(method: str, metric: str, ablation: str | AblationKind | None = None, **settings: Any) -> Settled:
+    """Refuse what cannot be meant, and fill in the method's defaults.
+
+    Parameters
+    ----------
+    method, metric
+        One of `METHODS`, and one of `kcwb.tasks.metrics.METRICS`.
+    ablation
+        What cut edges deliver. None: what those of `within`, a circuit among the settings, do; or without it the
+        method's default.
+    settings
+        The method's settings; None for a default.
+
+    Raises
+    ------
+    SettingError
+        If a name is not known, a setting is not one of the method's or not what it must be, or they do not go together.
+    """
+    found = METHODS[choose("The method", method, METHODS)]
+    choose("The metric", metric, METRICS)
+    given = {name: value for name, value in settings.items() if value is not None}
+    checked = check_settings(found.function, **{name: given[name] for name in given if name in found.own})
+    if found.scores:
+        of_choice = {name: given[name] for name in given if name in _defaults(chosen)}
+        checked |= check_settings(chosen, **of_choice)
+    known = found.defaults | checked
+    found.refuse(metric, known)
+    for name in given:
+        if name not in known:
+            raise SettingError(f"{method} takes {', '.join(known)}; {name} is not one of them.")
+    if found.scores:
+        chosen(**of_choice)
+    if ablation is None:
+        within = known.get("within")
+        ablation = found.ablation if within is None else within.ablation
+    return Settled(found, str(ablation_kind(ablation)), known)
+
+
+def check_size(graph: Graph, edges: int | None, name: str = "The model") -> int:
+    """How many edges to ask for: 1% of all where nothing is said; SettingError if there are not as many."""
+    size = max(1, round(_SHARE * graph.n_edges)) if edges is None else edges
+    if not 1 <= size <= graph.n_edges:
+        raise SettingError(f"edges={size}: {name} has {graph.n_edges:,} edges; ask for 1 to that many.")
+    return size

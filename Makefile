@@ -31,7 +31,7 @@ test: setup ## run the tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 reports: setup ## run every notebook and write it as one HTML file to reports/
-	$(BIN)/python -m kcwb.workbench.report.write $(NOTEBOOKS) --out reports/
+	$(BIN)/kcwb report $(NOTEBOOKS) --out reports/
 
 bench: setup ## run the benchmarks, side by side with peers
 	$(BIN)/python -m pytest tests/benchmarks -s -q $(PYTEST_ARGS)

@@ -218,8 +218,9 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 @command(
-    option("notebook", type=Path, metavar="NOTEBOOK", help="the notebook, which is not changed"),
+    option("notebooks", nargs="+", type=Path, metavar="NOTEBOOK", help="a notebook, which is not changed; or several"),
     option("-o", "--output", type=Path, help="the HTML file (default: the notebook's name, in this folder)"),
+    option("--out", type=Path, metavar="FOLDER", help="a folder for the pages of all notebooks, and their index.html"),
     option("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of the notebook"),
     option("--pdf", action="store_true", help="also write a PDF, with Chromium"),
     option("--hide-code", action="store_true", help="leave the code out"),
@@ -227,19 +228,18 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     option("--quiet", action="store_true", help="no progress bar"),
 )
 def report(args: argparse.Namespace) -> tuple[Any, str]:
-    """Run a notebook with parameters and write it as one HTML file that opens without a network."""
+    """Run notebooks with parameters and write each as one HTML file that opens without a network."""
+    from kcwb.workbench.report.series import series
     from kcwb.workbench.report.write import report
 
     parameters = read_parameters(args.p)
-    path = report(
-        args.notebook,
-        args.output,
-        parameters,
-        pdf=args.pdf or None,
-        hide_code=args.hide_code,
-        force=args.force,
-        progress=not args.quiet,
-    )
+    if (args.out is None and len(args.notebooks) > 1) or (args.out and args.output):
+        raise SettingError("Pages of several notebooks go to a folder, --out FOLDER; that of one to a file, -o FILE.")
+    more = {"pdf": args.pdf, "hide_code": args.hide_code, "force": args.force, "progress": not args.quiet}
+    if args.out is None:
+        path = report(args.notebooks[0], args.output, parameters, **more | {"pdf": args.pdf or None})
+    else:
+        path = series(args.notebooks, args.out, parameters, **more)
     return {"output": str(path), "parameters": parameters}, f"Written to {path}"
 
 

@@ -12,7 +12,6 @@ From the command line: ``python -m kcwb.workbench.report.write NOTEBOOKS... --ou
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,16 +19,15 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from kcwb.errors import DataError, KcwbError, SettingError, nearest
+from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.files import atomic_path, write_text
 from kcwb.outputs import PAGE, PDF, PDF_MARK, check_output, settle
 from kcwb.progress import Progress
@@ -47,7 +45,6 @@ from kcwb.workbench.report.run import (
     parameters_of,
     read_notebook,
     read_parameters,
-    take_parameters,
 )
 
 if TYPE_CHECKING:
@@ -406,76 +403,3 @@ def _collect(notebook: NotebookNode) -> list[dict[str, Any]]:
 
 
 # --- the command line ---
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Render notebooks and write their index; 1 if one of them failed."""
-    parser = argparse.ArgumentParser(
-        "python -m kcwb.workbench.report.write", description="Run notebooks and write reports."
-    )
-    parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="the folder of the reports and index.html")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
-    parser.add_argument("--pdf", action="store_true", help="also write PDF, with Chromium")
-    parser.add_argument("--hide-code", action="store_true", help="leave the code out")
-    parser.add_argument("--force", action="store_true", help="overwrite also files that kcwb did not write")
-    words, pairs = take_parameters(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(words)
-    targets = {path: options.out / f"{path.stem}.html" for path in options.notebooks}
-    try:
-        parameters = _share(options.notebooks, read_parameters(pairs))
-        for target in (*targets.values(), options.out / "index.html"):  # before the first of them runs
-            check_output(target, PAGE, inputs=options.notebooks, force=options.force, make_folder=True)
-        if options.pdf:
-            _browser()
-    except KcwbError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    more = {"pdf": options.pdf, "hide_code": options.hide_code, "force": options.force}
-    written, failures = [], []
-    for path, target in targets.items():
-        clock, before = time.perf_counter(), _changed(target)
-        try:
-            report(path, target, parameters[path], **more)
-        except KcwbError as error:
-            failures.append(str(error))
-            print(f"error: {error}", file=sys.stderr)
-        if _changed(target) != before:
-            written.append(target)
-            print(f"{target}  {target.stat().st_size / 1e6:.1f} MB  {time.perf_counter() - clock:.0f} s", flush=True)
-    if written:
-        print(index(written, options.out / "index.html", force=options.force))
-    if failures:
-        print(
-            f"\n{len(failures)} of {len(options.notebooks)} notebooks failed:", *failures, sep="\n- ", file=sys.stderr
-        )
-    return 1 if failures else 0
-
-
-def _changed(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.is_file() else 0
-
-
-def _share(notebooks: Sequence[Path], parameters: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
-    """Give each notebook of a series the parameters that it has; each must be of one at least."""
-    stems = [path.stem for path in notebooks]
-    twice = next((stem for stem in [*stems, "index"] if [*stems, "index"].count(stem) > 1), None)
-    if twice:
-        raise SettingError(f"Two pages of the series would be {twice}.html (index.html lists them). Rename a notebook.")
-    known: dict[Path, dict[str, Any]] = {}
-    for path in notebooks:
-        try:
-            known[path] = parameters_of(path)
-        except DataError:  # is said when its turn comes
-            known[path] = {}
-    every = sorted(set().union(*known.values()))
-    for name in parameters:
-        if name not in every:
-            raise SettingError(
-                f"None of the notebooks has a parameter {name!r}. {nearest(name, every) if every else ''}"
-            )
-    return {path: {name: value for name, value in parameters.items() if name in known[path]} for path in notebooks}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

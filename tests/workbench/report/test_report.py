@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.cli import main
 from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.tasks.prompts import make_task
@@ -585,6 +586,11 @@ def test_a_file_that_the_notebook_writes_is_kept_and_the_report_stands_beside_it
     assert read(tmp_path / "n.html") == "mine" and about(page)["title"] == "T"
 
 
+def kcwb_report(words: list[str]) -> int:
+    """The exit code of `kcwb report`."""
+    return main(["report", *words, "--quiet"])
+
+
 def test_a_series_is_not_begun_if_one_of_its_pages_cannot_be_written(
     counting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -592,11 +598,11 @@ def test_a_series_is_not_begun_if_one_of_its_pages_cannot_be_written(
     (tmp_path / "out").mkdir()
     for name in ("o.html", "index.html"):
         (tmp_path / "out" / name).write_text("mine")
-        assert reports.main([str(counting), str(other), "--out", str(tmp_path / "out")]) == 1
+        assert kcwb_report([str(counting), str(other), "--out", str(tmp_path / "out")]) == 2
         assert f"{name}' is kept" in capsys.readouterr().err and not (tmp_path / "ran").exists()
         (tmp_path / "out" / name).unlink()
     listed = save(tmp_path / "index.ipynb", "# I")
-    assert reports.main([str(listed), "--out", str(tmp_path / "out")]) == 1
+    assert kcwb_report([str(listed), "--out", str(tmp_path / "out")]) == 2
     assert "Two pages of the series would be index.html" in capsys.readouterr().err
 
 
@@ -711,7 +717,7 @@ def test_a_series_goes_on_after_a_failure_and_says_so_at_the_end(
     broken.write_text("{")
     good = save(tmp_path / "3.ipynb", "# Good", code("x = 1", "parameters"), code("print('x is', x)"))
     arguments = [str(path) for path in (bad, broken, good)] + ["--out", str(tmp_path / "out"), "-p", "x", "5"]
-    assert reports.main(arguments) == 1
+    assert kcwb_report(arguments) == 2
     said = capsys.readouterr().err
     assert (
         "2 of 3 notebooks failed:" in said
@@ -722,9 +728,9 @@ def test_a_series_goes_on_after_a_failure_and_says_so_at_the_end(
     assert "x is 5" in read(tmp_path / "out" / "3.html")
     listed = BeautifulSoup(read(tmp_path / "out" / "index.html"), "html.parser")
     assert [a.get_text() for a in listed.select("h2 a")] == ["Bad", "Good"] and "Incomplete." in listed.get_text()
-    assert reports.main([str(good), "--out", str(tmp_path / "out2"), "-p", "y", "5"]) == 1
+    assert kcwb_report([str(good), "--out", str(tmp_path / "out2"), "-p", "y", "5"]) == 2
     assert "None of the notebooks has a parameter 'y'. Known: x." in capsys.readouterr().err
-    assert reports.main([str(good), str(good), "--out", str(tmp_path / "out2")]) == 1
+    assert kcwb_report([str(good), str(good), "--out", str(tmp_path / "out2")]) == 2
     assert not (tmp_path / "out2").exists()
 
 

@@ -124,7 +124,7 @@ def test_a_circuit_found_with_it_is_saved_loaded_and_evaluated_under_it_again(mo
 def test_scores_curves_stability_and_predictions_take_it(model, task):
     scores = score_edges(model, task, ablation=NOISE, progress=False)
     curve = faithfulness_curve(model, task, scores, ablation=NOISE, fractions=(0.1, 1.0), progress=False)
-    assert curve["faithfulness"].iloc[-1] == pytest.approx(1.0)
+    assert curve["faithfulness"].iloc[-1] == pytest.approx(1.0, abs=1e-3)
     assert len(bootstrap_stability(model, task, "eap", ablation=TEXT, edges=40, draws=2, progress=False)) == 3
     assert predict(model, task, ablation=NOISE) > 0
 

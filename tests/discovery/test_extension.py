@@ -102,7 +102,7 @@ def test_the_command_line_and_a_sweep_take_both(folder, words, tmp_path, capsys)
         assert json.loads(capsys.readouterr().out)["provenance"]["parameters"][setting] == value
         assert Circuit.load(out).provenance["method"] == method
     assert main(["discover", str(relation), "--method", "toy", *quiet]) == 2
-    assert "'toy-prunes' or 'toy-scores'" in capsys.readouterr().err
+    assert "toy-prunes, toy-scores" in capsys.readouterr().err
     given = {"n": 3, "device": "cpu", "progress": False, "store": tmp_path / "store", "taus": [0.1, 0.2]}
     table = sweep([folder], [words], ["toy-scores", "toy-prunes"], edges=20, **given)
     assert (table["status"] == "done").all() and table["method"].tolist() == ["toy-scores", "toy-prunes"]

@@ -21,7 +21,8 @@ import kcwb
 from kcwb import cli
 from kcwb.circuits.ablation import ABLATIONS
 from kcwb.circuits.circuit import Circuit
-from kcwb.discovery.discover import METHODS, discover
+from kcwb.discovery.discover import discover
+from kcwb.discovery.methods import METHODS
 from kcwb.discovery.selection import SELECTIONS
 from kcwb.evaluation.completeness import completeness
 from kcwb.models.families import ENCODERS, FAMILIES

@@ -24,6 +24,7 @@ from kcwb.models.graph import Graph
 from kcwb.tasks.prompts import make_task
 from kcwb.workbench.report import write as reports
 from kcwb.workbench.report.page import _STATE, _VIEW, notebook_body, tex_to_html
+from kcwb.workbench.report.run import take_parameters
 from kcwb.workbench.report.write import (
     PROVENANCE,
     index,
@@ -31,7 +32,6 @@ from kcwb.workbench.report.write import (
     provenance,
     read_parameters,
     report,
-    take_parameters,
     write_pdf,
 )
 from tests.tasks import known_relation

@@ -104,6 +104,15 @@ def statistic_interval(
     return float(low), float(high)
 
 
+def resample_counts(n: int, draws: int, seed: int) -> npt.NDArray[np.int64]:
+    """How often each of some bootstrap resamples takes each of n units, `[draws, n]`.
+
+    For what is no statistic of columns, such as the circuit of some facts, so that `scipy.stats.bootstrap` cannot take
+    it: a mean over the units of a resample is their values' product with these counts, over n.
+    """
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
+
+
 # --- against chance ---
 
 

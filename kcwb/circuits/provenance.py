@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kcwb.errors import CircuitError
 from kcwb.versions import versions
 
 if TYPE_CHECKING:
@@ -55,3 +56,31 @@ def origin(circuit: Circuit) -> dict[str, Any]:
 def found_with(provenance: Mapping[str, Any], *keys: str) -> list[str]:
     """How a circuit was found, in words: those of `keys` that it records, or method, ablation and metric."""
     return [str(provenance[key]) for key in keys or HOW if key in provenance]
+
+
+#: What a task is made again from, by our arguments' names: where it is recorded, and what it must be.
+_REMADE = {
+    "model": ("model", "name", str),
+    "dtype": ("model", "dtype", str),
+    "prepend_bos": ("model", "prepend_bos", bool),
+    "relation": ("relation", "name", str),
+    "digest": ("relation", "digest", str),
+    "facts": ("", "n", int),
+    "seed": ("", "seed", int),
+    "template": ("", "template", str),
+}
+
+
+def remade_from(provenance: Mapping[str, Any], where: Any) -> dict[str, Any]:
+    """The model and task that a circuit was found on, as far as it records them; CircuitError if `where` is damaged."""
+    for key in ("model", "relation"):
+        if not isinstance(provenance.get(key, {}), Mapping):
+            raise CircuitError(f"{where} is damaged: its provenance has {provenance[key]!r:.60} for {key}.")
+    found: dict[str, Any] = {}
+    for name, (inside, key, kind) in _REMADE.items():
+        value = (part(provenance, inside) if inside else provenance).get(key)
+        if value is not None and not isinstance(value, kind):
+            raise CircuitError(f"{where} is damaged: its provenance has {value!r:.60} for {name}.")
+        if value is not None:
+            found[name] = value
+    return found

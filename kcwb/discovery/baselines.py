@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -31,11 +33,8 @@ def random_circuit(graph: Graph, edges: int, seed: Natural) -> Circuit:
         kept[pairs[:length, 0], pairs[:length, 1]] = True
         return Circuit(graph, kept).without_dangling()
 
-    low, high = 0, graph.n_edges
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if beginning(middle).n_edges <= edges else (low, middle - 1)
-    circuit = beginning(low)
+    lengths = range(1, graph.n_edges + 1)  # of these, how many leave at most as many
+    circuit = beginning(bisect_right(lengths, edges, key=lambda length: beginning(length).n_edges))
     if circuit.n_edges == 0:
         circuit = Circuit.from_edges(graph, ["input->logits"])
     while circuit.n_edges < edges:

@@ -54,8 +54,6 @@ def completeness(
         the row is left out.
     seed
         Of the random circuits, and of the bootstrap of their interval.
-    progress
-        Reported per run.
 
     Returns
     -------

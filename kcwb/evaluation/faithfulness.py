@@ -27,7 +27,6 @@ from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.discovery.selection import SELECTIONS, select_edges
 from kcwb.errors import CircuitError, DataError, KcwbError, SettingError, choose
 from kcwb.evaluation.completeness import completeness
-from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
@@ -63,14 +62,12 @@ def faithfulness_curve(
 
     Parameters
     ----------
-    model, task
-        The model, and a task made for it.
+    model, task, metric
+        As in `kcwb.discover`; the metric is the loss m, in its mean over facts.
     circuit_or_scores
         A circuit whose every edge is scored, or `[S, R]` scores as of `kcwb.score_edges`.
     ablation
-        What cut edges deliver; None for what the circuit was found with. Scores alone do not say, so name it.
-    metric
-        The loss m: `nll`, `kl` or `logit_diff`; nats, mean over facts.
+        As in `kcwb.completeness`; scores alone do not say what they were found with, so name it.
     select
         How edges are chosen by score, see `kcwb.discovery.selection.select_edges`. MIB takes `signed` for CPR and
         `absolute` for CMD.
@@ -80,8 +77,6 @@ def faithfulness_curve(
         `val` or `test`: the facts that the circuits are run on.
     seed
         Of the bootstrap.
-    progress
-        Reported per run.
 
     Returns
     -------
@@ -101,7 +96,8 @@ def faithfulness_curve(
         If edges lack a score, or the circuit belongs to another model.
     """
     scores, ablation = _scores_of(model, circuit_or_scores, ablation)
-    _check_fractions(fractions)
+    if not len(fractions) or not (fractions[0] >= 0 and fractions[-1] <= 1 and (np.diff(fractions) > 0).all()):
+        raise SettingError(f"fractions={list(fractions)}: shares of all edges must grow, from 0 at least to 1 at most.")
     choose("The metric", metric, METRICS)
     choose("The selection", select, SELECTIONS)
     check_same_weights(model, task)
@@ -113,10 +109,18 @@ def faithfulness_curve(
         step()
         empty = _per_prompt(model, Circuit.empty(model.graph), loss, cuts)
         step()
-        _check_apart(full, empty, metric, ablation)
+        if abs(full.mean() - empty.mean()) <= _SAME:
+            raise SettingError(
+                f"The full model and the empty circuit have the same {metric} ({full.mean():.6g}) under {ablation} "
+                "ablation: there is nothing for a circuit to recover, so faithfulness is not defined. Use another "
+                "ablation, metric or task."
+            )
         for fraction in fractions:
             asked = int(fraction * model.graph.n_edges)
-            circuit = _cut(model.graph, scores, asked, select)
+            circuit = Circuit.empty(model.graph)
+            if asked:
+                kept = select_edges(model.graph, scores, edges=asked, select=select)
+                circuit = Circuit(model.graph, kept).without_dangling()
             values = _per_prompt(model, circuit, loss, cuts)
             gained, possible = values - empty, full - empty
             share = _share(gained, possible)
@@ -211,20 +215,16 @@ def minimality(
 
     Parameters
     ----------
-    model, circuit, task
-        The circuit is run on the task's D_val.
-    ablation
-        What cut edges deliver; None for what the circuit was found with (`zero` if that is not known).
+    model, circuit, task, ablation
+        As in `kcwb.completeness`; the circuit is run on the task's D_val.
     metric
-        The loss m: `nll`, `kl` or `logit_diff`.
+        The loss m, as in `kcwb.discover`.
     most
         At most so many kept edges are tested; of a larger circuit, a random sample.
     draws
         How many random edges they are compared with (all there are, if fewer).
     seed
         Of the sample and the random edges.
-    progress
-        Reported per edge.
 
     Returns
     -------
@@ -287,12 +287,6 @@ def _scores_of(
     return scores, ablation
 
 
-def _check_fractions(fractions: Sequence[float]) -> None:
-    steps = np.diff(np.asarray(fractions, dtype=float))
-    if not len(fractions) or not (fractions[0] >= 0 and fractions[-1] <= 1 and bool((steps > 0).all())):
-        raise SettingError(f"fractions={list(fractions)}: shares of all edges must grow, from 0 at least to 1 at most.")
-
-
 def _prompts(task: Task, split: str) -> Prompts:
     prompts = {"val": task.val, "test": task.test}[choose("The split", split, ("val", "test"))]
     if not len(prompts):
@@ -306,21 +300,6 @@ def _per_prompt(model: Model, circuit: Circuit | None, loss: Loss, cuts: Ablatio
     if not np.isfinite(values).all():
         raise KcwbError(f"The {loss.metric} of a run is not a number: its logits overflow. Use float32.")
     return values
-
-
-def _check_apart(full: np.ndarray, empty: np.ndarray, metric: str, ablation: str | AblationKind) -> None:
-    if abs(full.mean() - empty.mean()) <= _SAME:
-        raise SettingError(
-            f"The full model and the empty circuit have the same {metric} ({full.mean():.6g}) under {ablation} "
-            "ablation: there is nothing for a circuit to recover, so faithfulness is not defined. Use another "
-            "ablation, metric or task."
-        )
-
-
-def _cut(graph: Graph, scores: Float[Tensor, "S R"], edges: int, select: str) -> Circuit:
-    if edges == 0:
-        return Circuit.empty(graph)
-    return Circuit(graph, select_edges(graph, scores, edges=edges, select=select)).without_dangling()
 
 
 def _share(gained: np.ndarray, possible: np.ndarray, axis: int = -1) -> np.ndarray:

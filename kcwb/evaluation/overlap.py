@@ -11,7 +11,7 @@ distribution is the Poisson binomial.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
@@ -102,10 +102,9 @@ def shared_heads(graph: Graph, tables: Mapping[str, pd.DataFrame]) -> pd.DataFra
         [table[table["role"].isin(_SERVING)].assign(relation=name) for name, table in tables.items()], ignore_index=True
     )
     per_layer = serving.groupby(["layer", "relation"]).size().unstack(fill_value=0) / graph.n_heads
-    shares = {layer: row.to_numpy(dtype=float) for layer, row in per_layer.iterrows()}
     rows = []
     for (node, layer, head), some in serving.groupby(["node", "layer", "head"]):
-        chances = shares[layer]
+        chances = per_layer.loc[layer].to_numpy(dtype=float)
         counts = some["role"].value_counts()
         rows.append(
             {
@@ -125,9 +124,7 @@ def shared_heads(graph: Graph, tables: Mapping[str, pd.DataFrame]) -> pd.DataFra
     if not rows:
         return pd.DataFrame(columns=columns)
     found = pd.DataFrame(rows)
-    idle = np.ones(
-        graph.n_layers * graph.n_heads - len(found)
-    )  # heads that serve nothing: "as many or more" is certain
+    idle = np.ones(graph.n_layers * graph.n_heads - len(found))  # of those that serve nothing it is certain
     found["q"] = stats.false_discovery_control(np.concatenate([found["p"], idle]))[: len(found)]
     order = found.sort_values(["relations", "p", "layer", "head"], ascending=[False, True, True, True], kind="stable")
     return order[columns].reset_index(drop=True)
@@ -173,13 +170,11 @@ def circuit_overlap(
         if circuit.graph != graph or not circuit.n_edges:
             reason = "has no edges" if circuit.graph == graph else f"is part of {circuit.graph}, not of {graph}"
             raise CircuitError(f"The circuit of {name!r} {reason}.")
-    random: dict[str, list[Circuit]] = {}
+    random: dict[str, list[Circuit]] = {name: [] for name in circuits}
     with track(progress, len(circuits) * draws, "random circuits") as step:
-        for i, (name, circuit) in enumerate(circuits.items()):
-            random[name] = []
-            for draw in range(draws):
-                random[name].append(random_circuit(graph, circuit.n_edges, seed + i * draws + draw))
-                step()
+        for number, (name, _) in enumerate(product(circuits, range(draws))):
+            random[name].append(random_circuit(graph, circuits[name].n_edges, seed + number))
+            step()
     nodes = {name: _nodes(circuit) for name, circuit in circuits.items()}
     generator = np.random.default_rng(seed)
     rows = []

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kcwb.circuits.ablation import AblationKind, make_ablation
@@ -30,6 +30,7 @@ from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
+from kcwb.statistics import resample_counts
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import Task, check_same_weights, encode, make_task
 from kcwb.tasks.relations import Relation, load_relation
@@ -99,7 +100,7 @@ def bootstrap_stability(
         for i in range(n_facts):
             by_fact.append(settled.run(model, loss.select([i]), cuts))
             step()
-    counts = _resamples(n_facts, draws, seed)
+    counts = torch.from_numpy(resample_counts(n_facts, draws, seed))
     shares = torch.cat([torch.ones(1, n_facts), counts]) / n_facts
     names = ["D_val", *(f"draw {draw}" for draw in range(1, draws + 1))]
     circuits = {
@@ -202,12 +203,6 @@ def _check(
     choose("The method", method, scoring())
     size = check_size(model.graph, edges, model.name)
     return check_method(method, metric, ablation, edges=size, select=select, **settings), size
-
-
-def _resamples(n_facts: int, draws: int, seed: int) -> Int[Tensor, "draws N"]:
-    """How often each draw takes each fact."""
-    counts = np.random.default_rng(seed).multinomial(n_facts, np.full(n_facts, 1 / n_facts), draws)
-    return torch.from_numpy(counts)
 
 
 def _circuit(graph: Graph, scores: Float[Tensor, "S R"], edges: int, select: str) -> Circuit:

@@ -13,14 +13,14 @@ where the digest is that of the cell. A finished cell is not computed again; one
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 
@@ -29,6 +29,7 @@ from kcwb.discovery.methods import METHODS, check_method
 from kcwb.errors import DataError, KcwbError, SettingError, nearest, shown
 from kcwb.models.loading import known_dtype
 from kcwb.progress import Progress, track
+from kcwb.settings import Count, Kind, Positive, Seed, fits
 from kcwb.sweep.run import WORKER, Cell, Outcome, error_words, run_cell, run_in_worker
 from kcwb.sweep.store import (
     cell_table,
@@ -51,15 +52,15 @@ def sweep(
     models: Sequence[str | Path],
     relations: Sequence[str | Path | Relation],
     methods: Sequence[str] = ("eap-ig",),
-    taus: Sequence[float] = (0.01,),
+    taus: Sequence[Positive] = (0.01,),
     ablations: Sequence[str | AblationKind] | None = None,
     *,
     store: str | Path,
     executor: Executor | None = None,
     metric: str = "nll",
-    edges: int | None = None,
-    n: int = 8,
-    seed: int = 0,
+    edges: Count | None = None,
+    n: Count = 8,
+    seed: Seed = 0,
     template: int | str = 0,
     dtype: str = "float32",
     device: str = "auto",
@@ -160,13 +161,6 @@ def _cells(
             raise SettingError(f"{name}={values!r:.60}: give a list of at least one.")
     delivers = _delivers(kinds, methods, shared["metric"])
     known_dtype(shared["dtype"])
-    for tau in taus:
-        if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < math.inf:
-            raise SettingError(f"tau={tau!r}: the loss increase to allow must be above 0 nats (try 0.01).")
-    for name in ("n", "edges"):
-        value = shared[name]
-        if value is not None and (type(value) is not int or value < 1):
-            raise SettingError(f"{name}={value!r}: it is a whole number of at least 1.")
     read = [one if isinstance(one, Relation) else load_relation(one) for one in relations]
     for relation in read:
         relation.template(shared["template"])
@@ -251,26 +245,17 @@ def _checked(cell: Cell, outcome: Outcome, known: dict[tuple[str, str], tuple[st
 
 # --- files and clusters ---
 
-_FILE_KEYS = {
-    **dict.fromkeys(("models", "relations", "methods", "ablations"), "a list of text"),
-    "taus": "a list of numbers",
-    **dict.fromkeys(("store", "metric", "dtype", "device"), "text"),
-    **dict.fromkeys(("n", "seed", "edges"), "a whole number"),
-    "template": "a whole number or text",
-}
-_FITS = {
-    "a list of text": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
-    "a list of numbers": lambda value: isinstance(value, list) and all(type(x) is float or _whole(x) for x in value),
-    "text": lambda value: isinstance(value, str),
-    "a whole number": lambda value: _whole(value),
-    "a whole number or text": lambda value: isinstance(value, str) or _whole(value),
+_WHOLE = Annotated[int, Kind("a whole number", lambda value: type(value) is int and abs(value) < 2**63)]
+#: What a file may hold, with what it must be.
+_FILE_KEYS: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("models", "relations", "methods", "ablations"), ("a list of text", list[str])),
+    "taus": ("a list of numbers", list[float | _WHOLE]),
+    **dict.fromkeys(("store", "metric", "dtype", "device"), ("text", str)),
+    **dict.fromkeys(("n", "seed", "edges"), ("a whole number", _WHOLE)),
+    "template": ("a whole number or text", str | _WHOLE),
 }
 #: Parts of a key: tomllib takes time that grows with their square.
 _DEEPEST = 100
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and abs(value) < 2**63
 
 
 def read_sweep_file(path: str | Path) -> dict[str, Any]:
@@ -296,8 +281,9 @@ def read_sweep_file(path: str | Path) -> dict[str, Any]:
     for key, value in data.items():
         if key not in _FILE_KEYS:
             raise SettingError(f"{path}: {key!r:.60} is not a setting of a sweep. {nearest(key, _FILE_KEYS)}")
-        if not _FITS[_FILE_KEYS[key]](value):
-            raise SettingError(f"{path}: {key} is {shown(value)}; it must be {_FILE_KEYS[key]}.")
+        words, kind = _FILE_KEYS[key]
+        if not fits(value, kind):
+            raise SettingError(f"{path}: {key} is {shown(value)}; it must be {words}.")
     for key in ("models", "relations", "store"):
         if key not in data:
             raise SettingError(f"{path} lacks {key}.")
@@ -320,27 +306,27 @@ def connect(address: str, timeout: float = 10.0) -> Client:
         from distributed import Client
     except ImportError as error:
         raise SettingError("--scheduler needs Dask: pip install 'kcwb[cluster]'.") from error
-    try:
-        client = Client(address, timeout=timeout, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise SettingError(
-            f"No Dask scheduler answers at {address} ({error!s:.99}). Start one: dask scheduler."
-        ) from error
-    try:
-        client.wait_for_workers(1, timeout=timeout)
-        versions: Any = client.run(_version)
-    except TimeoutError as error:
-        client.close()
-        raise SettingError(f"The scheduler at {address} has no worker. Start some: dask worker {address}.") from error
-    except Exception as error:
-        client.close()
-        raise SettingError(
-            f"A worker of {address} cannot import kcwb ({error_words(error):.300}). Install it there."
-        ) from error
-    for worker, version in versions.items():
-        if version != _version():
-            client.close()
-            raise SettingError(f"The worker {worker} has kcwb {version}; here it is {_version()}. Install the same.")
+    with contextlib.ExitStack() as refused:
+        try:
+            client = refused.enter_context(Client(address, timeout=timeout, set_as_default=False))
+        except (OSError, ValueError) as error:
+            words = f"No Dask scheduler answers at {address} ({error!s:.99}). Start one: dask scheduler."
+            raise SettingError(words) from error
+        try:
+            client.wait_for_workers(1, timeout=timeout)
+            versions: Any = client.run(_version)
+        except TimeoutError as error:
+            words = f"The scheduler at {address} has no worker. Start some: dask worker {address}."
+            raise SettingError(words) from error
+        except Exception as error:
+            words = f"A worker of {address} cannot import kcwb ({error_words(error):.300}). Install it there."
+            raise SettingError(words) from error
+        for worker, version in versions.items():
+            if version != _version():
+                raise SettingError(
+                    f"The worker {worker} has kcwb {version}; here it is {_version()}. Install the same."
+                )
+        refused.pop_all()
     return client
 
 

@@ -22,6 +22,7 @@ from scipy.sparse.csgraph import breadth_first_order
 from torch import Tensor
 
 from kcwb.circuits.circuitfile import edges_digest, load_circuit, save_circuit
+from kcwb.circuits.provenance import found_with, part
 from kcwb.errors import CircuitError
 from kcwb.models.graph import Graph
 from kcwb.settings import Score
@@ -244,9 +245,8 @@ class Circuit:
 
     def __repr__(self) -> str:
         """One line: size and where it comes from."""
-        source = [str(self.provenance[key]) for key in ("method", "ablation") if key in self.provenance]
-        if "relation" in self.provenance:
-            source.insert(0, self.provenance["relation"]["name"])
+        source = [str(name) for name in [part(self.provenance, "relation").get("name")] if name]
+        source += found_with(self.provenance, "method", "ablation")
         return (
             f"Circuit({self.n_edges:,} of {self.graph.n_edges:,} edges, {self.n_nodes} of "
             f"{self.graph.n_senders - 1} heads and MLPs{': ' if source else ''}{', '.join(source)})"

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.provenance import part
 from kcwb.errors import CircuitError
 from kcwb.files import write_text
 from kcwb.models.graph import Graph
@@ -63,7 +64,7 @@ def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
         "parallel_attn_mlp": graph.parallel,
     }
     for source in ("cfg", "model"):
-        d_model = d_model if d_model is not None else _mapping(circuit.provenance.get(source)).get("d_model")
+        d_model = d_model if d_model is not None else part(circuit.provenance, source).get("d_model")
     if d_model is not None:
         cfg["d_model"] = d_model
     rows, columns = graph.exists.nonzero(as_tuple=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.provenance import part
 from kcwb.errors import CircuitError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
@@ -71,8 +70,7 @@ def check_same_model(model: Model, circuit: Circuit) -> None:
     """Raise CircuitError if a circuit was found on a model with another graph or other weights."""
     if circuit.graph != model.graph:
         raise CircuitError(f"The circuit is part of {circuit.graph}; {model.name} has {model.graph}.")
-    found = circuit.provenance.get("model")
-    found = found if isinstance(found, Mapping) else {}
+    found = part(circuit.provenance, "model")
     digest = found.get("digest")
     if digest is not None and not model.has_weights(digest):
         raise CircuitError(

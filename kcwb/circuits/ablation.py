@@ -78,7 +78,7 @@ def register_ablation(kind: K) -> K:
     before = ABLATIONS.get(kind.name)
     if before and (before.__module__, before.__qualname__) != (kind.__module__, kind.__qualname__):
         raise SettingError(f"There is an ablation {kind.name!r} already ({before.__module__}). Choose another name.")
-    ABLATIONS[kind.name] = noun(kind)
+    ABLATIONS[kind.name] = kind if before is kind else noun(kind)
     return kind
 
 

@@ -59,6 +59,10 @@ def chosen(*, edges: Count | None = None, threshold: float | None = None, select
         raise SettingError("Give either edges (how many) or threshold (the least score), not both.")
 
 
+def _anything(metric: str, settings: Mapping[str, Any]) -> None:
+    """Refuse nothing."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of discovery.
@@ -85,7 +89,7 @@ class Method:
     function: Callable[..., Any]
     ablation: str = "mean"
     prunes: bool = False
-    refuse: Callable[[str, Mapping[str, Any]], None] = lambda metric, settings: None
+    refuse: Callable[[str, Mapping[str, Any]], None] = _anything
     seconds: Callable[..., float] | None = None
     unrecorded: tuple[str, ...] = ()
 

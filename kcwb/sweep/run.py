@@ -20,8 +20,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from kcwb.circuits.ablation import AblationKind, register_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import discover
+from kcwb.discovery.registry import Method, register_method
 from kcwb.evaluation.completeness import completeness
 from kcwb.models.loading import Model, load_model
 from kcwb.tasks.prompts import Task, make_task
@@ -124,9 +126,14 @@ def run_cell(cell: Cell, device: str = "auto") -> Outcome:
     return Outcome(worker, time.perf_counter() - started, model.digest, numbers, circuit)
 
 
-def run_in_worker(cell: Cell, device: str) -> Outcome:
-    """`run_cell` in a process that does not outlive the one that started it; what executors are given."""
+def run_in_worker(cell: Cell, device: str, method: Method, kind: type[AblationKind]) -> Outcome:
+    """`run_cell` in a process that does not outlive the one that started it; what executors are given.
+
+    Method and kind of ablation are registered: they may be from outside the package, so that a new process lacks them.
+    """
     leave_with_parent()
+    register_method(method)
+    register_ablation(kind)
     return run_cell(cell, device)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 
-from kcwb.circuits.ablation import AblationKind
+from kcwb.circuits.ablation import AblationKind, ablation_kind
 from kcwb.discovery.methods import METHODS, check_method
 from kcwb.errors import DataError, KcwbError, SettingError, nearest, shown
 from kcwb.models.loading import known_dtype
@@ -199,7 +199,8 @@ def _outcomes(executor: Executor | None, cells: Sequence[Cell], device: str) -> 
     broken: BaseException | None = None
     try:
         for cell in cells:
-            futures[executor.submit(run_in_worker, cell, device)] = cell
+            of_cell = METHODS[cell.method], type(ablation_kind(cell.ablation))
+            futures[executor.submit(run_in_worker, cell, device, *of_cell)] = cell
         for future in as_completed(futures):
             try:
                 outcome = _outcome(future)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
 
+from kcwb.circuits.ablation import ABLATIONS
 from kcwb.circuits.circuit import Circuit
 from kcwb.cli import main
 from kcwb.discovery.discover import discover, predict, score_edges
@@ -20,8 +23,10 @@ from kcwb.sweep.what import sweep
 from kcwb.tasks.prompts import make_task
 from kcwb.workbench.panels.controls import Controls
 from tests import ownmethods
+from tests.gaussian import GaussianNoise
 from tests.tiny import tiny_hf, tokenizer
 
+ABLATIONS.pop("gaussian-noise", None)
 OWN = {name: METHODS.pop(name) for name in ("toy-scores", "toy-prunes")}  # other tests go through all that there are
 
 
@@ -107,6 +112,19 @@ def test_the_command_line_and_a_sweep_take_both(folder, words, tmp_path, capsys)
     table = sweep([folder], [words], ["toy-scores", "toy-prunes"], edges=20, **given)
     assert (table["status"] == "done").all() and table["method"].tolist() == ["toy-scores", "toy-prunes"]
     assert table["edges"].fillna(0).tolist() == [20, 0] and table["tau"].isna().all()
+
+
+def test_a_sweeps_worker_processes_get_a_method_and_an_ablation_from_outside_the_package(
+    folder, words, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(ABLATIONS, "gaussian-noise", GaussianNoise)
+    given = {"n": 3, "device": "cpu", "progress": False, "edges": 20, "ablations": ["gaussian-noise(scale=0.5)"]}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        table = sweep([folder], [words], ["toy-scores"], store=tmp_path / "pool", executor=executor, **given)
+    assert table["error"].isna().all(), table["error"][0]
+    alone = sweep([folder], [words], ["toy-scores"], store=tmp_path / "alone", **given)
+    drop = ["seconds", "worker", "circuit"]
+    assert table.drop(columns=drop).equals(alone.drop(columns=drop))
 
 
 def test_a_panel_offers_both(model):

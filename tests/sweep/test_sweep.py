@@ -421,7 +421,7 @@ def test_each_process_of_a_machine_has_a_number_of_its_own(monkeypatch, tmp_path
         ({"models": []}, "models=.*give a list"),
         ({"models": [3]}, "is not a list of: text or a path"),
         ({"ablations": ["men"]}, "'men'.*'mean'"),
-        ({"taus": [0.1, 0.0]}, r"tau=0\.0"),
+        ({"taus": [0.1, 0.0]}, r"taus=\[0\.1, 0\.0\] is not a list of: a number above 0"),
         ({"taus": [float("nan")]}, "taus=.nan."),
         ({"metric": "nil"}, "'nll'"),
         ({"metric": "kl", "methods": ["eap-ig", "eap"]}, "kl is zero"),

@@ -13,6 +13,9 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import entry_points
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,8 +145,12 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
 def discover(args: argparse.Namespace) -> tuple[Any, str]:
     """Find the circuit with which a model answers facts of a relation."""
     relation = load_relation(args.relation)
-    if args.out is not None:
-        _check_out(args)
+    if args.out is not None:  # what cannot be written there is told before anything is computed
+        if args.out.suffix != ".json":
+            raise SettingError(f"--out {args.out}: the name of a circuit's file ends in .json.")
+        inputs = [path for path in (args.relation, args.within) if path is not None]
+        check_output(args.out, CIRCUIT, what="--out", inputs=inputs, force=args.force)
+    _load_extensions()
     from kcwb.circuits.ablation import ABLATIONS
     from kcwb.discovery.discover import discover
     from kcwb.discovery.methods import METHODS, check_method
@@ -195,6 +202,7 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     Hit@k and its 95% interval (Wilson's, of the share of facts; of random circuits the bootstrap's, of the mean), on
     the facts that the circuit was found on (D_val) and on others (D_test).
     """
+    _load_extensions()
     from kcwb.circuits.circuit import Circuit
     from kcwb.circuits.provenance import remade_from
     from kcwb.evaluation.completeness import completeness
@@ -261,6 +269,7 @@ def sweep(args: argparse.Namespace) -> tuple[Any, str]:
         raise SettingError("Give either --scheduler or --workers, not both.")
     if args.workers is not None and args.workers < 1:
         raise SettingError(f"--workers {args.workers}: there is at least one.")
+    _load_extensions()
     from kcwb.sweep.what import read_sweep_file, sweep
 
     settings = read_sweep_file(args.file)
@@ -313,6 +322,15 @@ def world(args: argparse.Namespace) -> tuple[Any, str]:
     return data, f"{count} facts, {len(facts.sentences)} sentences. Answers that are the first choice:\n\n{table}"
 
 
+def _load_extensions() -> None:
+    """Import the methods and ablations of installed packages: their entry points of the group `kcwb.extensions`."""
+    for one in entry_points(group="kcwb.extensions"):
+        try:
+            one.load()
+        except Exception as error:
+            raise SettingError(f"The extension {one.name!r} ({one.value}) cannot be imported: {error}") from error
+
+
 def _executor(args: argparse.Namespace, stack: contextlib.ExitStack) -> Any:
     """What a sweep is computed by: a cluster, processes, or None for this process."""
     if args.scheduler is not None:
@@ -320,9 +338,6 @@ def _executor(args: argparse.Namespace, stack: contextlib.ExitStack) -> Any:
 
         return stack.enter_context(connect(args.scheduler)).get_executor(pure=False)
     if args.workers is not None:
-        from concurrent.futures import ProcessPoolExecutor
-        from multiprocessing import get_context
-
         from kcwb.sweep.run import leave_with_parent
 
         workers = ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), initializer=leave_with_parent)
@@ -337,23 +352,20 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _relation(said: dict[str, Any], args: argparse.Namespace) -> Relation:
     """The relation that a circuit was found on, or the one that was asked for instead."""
-    name = str(said.get("relation"))
-    found_on = f"{args.circuit} was found on the relation {name!r}"
-    if args.relation is not None:
-        relation = load_relation(args.relation)
-        if said.get("digest", relation.digest) != relation.digest:
-            say(f"warning: {found_on} with other contents than {args.relation}.")
-        return relation
-    if "relation" not in said:
+    found_on = f"{args.circuit} was found on the relation {said.get('relation')!r}"
+    name = args.relation or said.get("relation")
+    if name is None:
         raise CircuitError(f"{args.circuit} does not say which relation it was found on. Name it with --relation.")
-    if name not in relation_files():
+    if not (args.relation or name in relation_files()):
         raise CircuitError(f"{found_on}, which does not come with the package. Give its file: --relation PATH.json.")
     relation = load_relation(name)
     if said.get("digest", relation.digest) != relation.digest:
-        raise CircuitError(
-            f"{found_on} with other contents than the one that comes with the package. Give its file, --relation "
-            f"PATH.json, or ask for the package's, --relation {name}."
-        )
+        if args.relation is None:
+            raise CircuitError(
+                f"{found_on} with other contents than the one that comes with the package. Give its file, --relation "
+                f"PATH.json, or ask for the package's, --relation {name}."
+            )
+        say(f"warning: {found_on} with other contents than {args.relation}.")
     return relation
 
 
@@ -367,14 +379,6 @@ def _load_model(args: argparse.Namespace, name: str, dtype: str, prepend_bos: bo
 
     with _hushed(args):
         return load_model(name, device=args.device, dtype=dtype, prepend_bos=prepend_bos)
-
-
-def _check_out(args: argparse.Namespace) -> None:
-    """Refuse, before anything is computed, a file that the circuit cannot or should not be written to."""
-    if args.out.suffix != ".json":
-        raise SettingError(f"--out {args.out}: the name of a circuit's file ends in .json.")
-    inputs = [path for path in (args.relation, args.within) if path is not None]
-    check_output(args.out, CIRCUIT, what="--out", inputs=inputs, force=args.force)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[Any, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import EntryPoint
 from multiprocessing import get_context
 
 import pytest
@@ -125,6 +126,16 @@ def test_a_sweeps_worker_processes_get_a_method_and_an_ablation_from_outside_the
     alone = sweep([folder], [words], ["toy-scores"], store=tmp_path / "alone", **given)
     drop = ["seconds", "worker", "circuit"]
     assert table.drop(columns=drop).equals(alone.drop(columns=drop))
+
+
+def test_the_command_line_imports_what_installed_packages_name(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "kcwb.commands.entry_points",
+        lambda group: [EntryPoint("good", "tests.ownmethods", group), EntryPoint("bad", "no.such_module", group)],
+    )
+    assert main(["discover", "country_capital", "--method", "toy-scores", "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert "The extension 'bad' (no.such_module) cannot be imported: No module named 'no'" in said
 
 
 def test_a_panel_offers_both(model):

@@ -1,6 +1,7 @@
 """The methods of discovery that come with the package; importing this makes them known to the registry.
 
-A further one is a file like these, whose `register_method(Method(...))` is all that has to be imported.
+A further one is a file like these: once it is imported, its `register_method(Method(...))` makes it known. The command
+line imports the modules that installed packages name as entry points of the group `kcwb.extensions`.
 """
 
 from kcwb.discovery.attribution import STEPS

@@ -70,7 +70,6 @@ _RUNNING = (
     option("--device", default="auto", help="auto (CUDA if there is one, else CPU), cpu, cuda, cuda:1, ..."),
     option("--quiet", action="store_true", help="show no progress on stderr"),
 )
-
 _FORCE = option("--force", action="store_true", help="overwrite also a file that kcwb did not write")
 
 
@@ -176,10 +175,10 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     if not circuit.n_edges:
         say("warning: the circuit is empty: no chosen edge is on a path from input to logits. Ask for more edges.")
     origin, edges = circuit.provenance, _records(circuit.edges)
-    out = None if args.out is None else str(args.out)
-    data = {"n_edges": circuit.n_edges, "n_nodes": circuit.n_nodes, "out": out, "provenance": origin, "edges": edges}
+    data = {"n_edges": circuit.n_edges, "n_nodes": circuit.n_nodes, "out": args.out and str(args.out)}
+    data |= {"provenance": origin, "edges": edges}
     table = _table(("sender", "receiver", "score"), [list(edge.values()) for edge in edges[:_STRONGEST]], digits=4)
-    where = "Not written to a file; --out circuit.json does." if out is None else f"Written to {out}"
+    where = "Not written to a file; --out circuit.json does." if args.out is None else f"Written to {args.out}"
     return data, f"{circuit} in {model.name}, {origin['seconds']:.1f} s\n\n{table}\n\n{where}"
 
 
@@ -203,12 +202,11 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     the facts that the circuit was found on (D_val) and on others (D_test).
     """
     _load_extensions()
-    from kcwb.circuits.circuit import Circuit
     from kcwb.circuits.provenance import remade_from
     from kcwb.evaluation.completeness import completeness
     from kcwb.tasks.prompts import make_task
 
-    circuit = Circuit.load(args.circuit)
+    circuit = kcwb.Circuit.load(args.circuit)
     said = {"dtype": "float32", "prepend_bos": None, "facts": 8, "seed": 0, "template": 0}
     said |= remade_from(circuit.provenance, args.circuit)
     relation = _relation(said, args)

@@ -14,7 +14,6 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import entry_points
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,14 +148,14 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
             raise SettingError(f"--out {args.out}: the name of a circuit's file ends in .json.")
         inputs = [path for path in (args.relation, args.within) if path is not None]
         check_output(args.out, CIRCUIT, what="--out", inputs=inputs, force=args.force)
-    _load_extensions()
     from kcwb.circuits.ablation import ABLATIONS
     from kcwb.discovery.discover import discover
-    from kcwb.discovery.methods import METHODS, check_method
+    from kcwb.discovery.methods import METHODS, check_method, load_extensions
     from kcwb.discovery.selection import SELECTIONS
     from kcwb.tasks.metrics import METRICS
     from kcwb.tasks.prompts import make_task
 
+    load_extensions()
     # Misspelt names are told before a model is loaded; discover checks the rest.
     given = _given(args, "ablation", "edges", "threshold", "select", "steps", "tau", "absolute")
     given |= {"method": args.method or "eap-ig", "metric": args.metric or "nll"} | dict(read_parameters(args.set))
@@ -201,11 +200,12 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     Hit@k and its 95% interval (Wilson's, of the share of facts; of random circuits the bootstrap's, of the mean), on
     the facts that the circuit was found on (D_val) and on others (D_test).
     """
-    _load_extensions()
     from kcwb.circuits.provenance import remade_from
+    from kcwb.discovery.methods import load_extensions
     from kcwb.evaluation.completeness import completeness
     from kcwb.tasks.prompts import make_task
 
+    load_extensions()
     circuit = kcwb.Circuit.load(args.circuit)
     said = {"dtype": "float32", "prepend_bos": None, "facts": 8, "seed": 0, "template": 0}
     said |= remade_from(circuit.provenance, args.circuit)
@@ -267,9 +267,10 @@ def sweep(args: argparse.Namespace) -> tuple[Any, str]:
         raise SettingError("Give either --scheduler or --workers, not both.")
     if args.workers is not None and args.workers < 1:
         raise SettingError(f"--workers {args.workers}: there is at least one.")
-    _load_extensions()
+    from kcwb.discovery.methods import load_extensions
     from kcwb.sweep.what import read_sweep_file, sweep
 
+    load_extensions()
     settings = read_sweep_file(args.file)
     with contextlib.ExitStack() as stack, _hushed(args):
         table = sweep(**settings, executor=_executor(args, stack), progress=not args.quiet)
@@ -318,15 +319,6 @@ def world(args: argparse.Namespace) -> tuple[Any, str]:
     table = _table(("model", *(kind["kind"] for kind in data[0]["known"]), "folder"), rows)
     count = sum(len(relation.facts) for relation in facts.relations.values())
     return data, f"{count} facts, {len(facts.sentences)} sentences. Answers that are the first choice:\n\n{table}"
-
-
-def _load_extensions() -> None:
-    """Import the methods and ablations of installed packages: their entry points of the group `kcwb.extensions`."""
-    for one in entry_points(group="kcwb.extensions"):
-        try:
-            one.load()
-        except Exception as error:
-            raise SettingError(f"The extension {one.name!r} ({one.value}) cannot be imported: {error}") from error
 
 
 def _executor(args: argparse.Namespace, stack: contextlib.ExitStack) -> Any:

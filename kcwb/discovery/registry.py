@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -124,6 +125,15 @@ def register_method(method: Method) -> None:
     if (before.__module__, before.__qualname__) != (method.function.__module__, method.function.__qualname__):
         raise SettingError(f"There is a method {method.name!r} already ({before.__module__}). Choose another name.")
     METHODS[method.name] = method
+
+
+def load_extensions() -> None:
+    """Import the methods and ablations of installed packages: their entry points of the group `kcwb.extensions`."""
+    for one in entry_points(group="kcwb.extensions"):
+        try:
+            one.load()
+        except Exception as error:
+            raise SettingError(f"The extension {one.name!r} ({one.value}) cannot be imported: {error}") from error
 
 
 def scoring() -> list[str]:

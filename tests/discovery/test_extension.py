@@ -130,7 +130,7 @@ def test_a_sweeps_worker_processes_get_a_method_and_an_ablation_from_outside_the
 
 def test_the_command_line_imports_what_installed_packages_name(monkeypatch, capsys):
     monkeypatch.setattr(
-        "kcwb.commands.entry_points",
+        "kcwb.discovery.registry.entry_points",
         lambda group: [EntryPoint("good", "tests.ownmethods", group), EntryPoint("bad", "no.such_module", group)],
     )
     assert main(["discover", "country_capital", "--method", "toy-scores", "--quiet"]) == 2

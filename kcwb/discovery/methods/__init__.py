@@ -6,7 +6,16 @@ line imports the modules that installed packages name as entry points of the gro
 
 from kcwb.discovery.attribution import STEPS
 from kcwb.discovery.methods import acdc, attribution, exact
-from kcwb.discovery.registry import METHODS, Method, Pruning, check_method, check_size, register_method, scoring
+from kcwb.discovery.registry import (
+    METHODS,
+    Method,
+    Pruning,
+    check_method,
+    check_size,
+    load_extensions,
+    register_method,
+    scoring,
+)
 
 __all__ = [
     "METHODS",
@@ -18,6 +27,7 @@ __all__ = [
     "check_method",
     "check_size",
     "exact",
+    "load_extensions",
     "register_method",
     "scoring",
 ]

@@ -123,7 +123,9 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     option("--model", default="smollm2-135m", help="built-in name, hub name or local folder (default: %(default)s)"),
     option("--method", help="eap, eap-ig, eap-ig-activations, exact or acdc (default: eap-ig)"),
     option("--metric", help="the loss that a cut is judged by: nll, kl (not for eap) or logit_diff (default: nll)"),
-    option("--ablation", help="zero, mean or resample (default: mean; acdc: zero, or as --within was found)"),
+    option(
+        "--ablation", help="zero, mean, resample, or name(setting=value) (default: mean; acdc: zero, or as --within)"
+    ),
     option("--edges", type=int, help="attribution: how many edges (default: 1%% of all); dangling ones are dropped"),
     option("--threshold", type=float, help="attribution: the least score kept, in nats, instead of --edges"),
     option("--select", help="attribution: signed, absolute or greedy (default: signed)"),
@@ -187,7 +189,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     option("--k", type=int, default=10, help="a hit is an answer among the k most likely (default: %(default)s)"),
     option("--model", help="built-in name, hub name or local folder (default, here and below: as the file says)"),
     option("--relation", help="the name of a relation, or a .json file"),
-    option("--ablation", help="what a cut edge delivers: zero, mean or resample"),
+    option("--ablation", help="what a cut edge delivers: zero, mean, resample, or name(setting=value)"),
     option("--facts", type=int, help="facts in D_val"),
     option("--seed", type=int, help="of the draw of facts, the random circuits and the intervals"),
     option("--template", type=_template, help="a zero-shot template's number, or text with {}"),

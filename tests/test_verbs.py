@@ -27,7 +27,7 @@ WRONG: list[Any] = [
     object(), Path("\0"), torch.zeros(1), complex(1, 1),
 ]  # fmt: skip
 #: Nouns that are made by verbs alone.
-MADE = {"Model", "Ablation", "Search"}
+MADE = {"Model", "Ablation", "Pruning", "Search"}
 
 
 def public() -> dict[str, Any]:

@@ -28,7 +28,7 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Count
 from kcwb.tasks.metrics import METRICS, Loss
-from kcwb.verbs import check_settings
+from kcwb.verbs import check_settings, noun, verb
 
 SELECTIONS = ("signed", "absolute", "greedy")
 #: The share of all edges that an attribution circuit keeps where nothing else is said.
@@ -64,6 +64,7 @@ def _anything(metric: str, settings: Mapping[str, Any]) -> None:
     """Refuse nothing."""
 
 
+@noun
 @dataclass(frozen=True)
 class Method:
     """A method of discovery.
@@ -119,6 +120,7 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
 METHODS: dict[str, Method] = {}
 
 
+@verb
 def register_method(method: Method) -> None:
     """Make a method known by its name; SettingError if another function has that name."""
     before = METHODS.get(method.name, method).function

@@ -123,9 +123,7 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     option("--model", default="smollm2-135m", help="built-in name, hub name or local folder (default: %(default)s)"),
     option("--method", help="eap, eap-ig, eap-ig-activations, exact or acdc (default: eap-ig)"),
     option("--metric", help="the loss that a cut is judged by: nll, kl (not for eap) or logit_diff (default: nll)"),
-    option(
-        "--ablation", help="zero, mean, resample, or name(setting=value) (default: mean; acdc: zero, or as --within)"
-    ),
+    option("--ablation", help="zero, mean, resample, or name(setting=value) (default: mean; acdc: zero or as within)"),
     option("--edges", type=int, help="attribution: how many edges (default: 1%% of all); dangling ones are dropped"),
     option("--threshold", type=float, help="attribution: the least score kept, in nats, instead of --edges"),
     option("--select", help="attribution: signed, absolute or greedy (default: signed)"),

@@ -1,14 +1,15 @@
 """The methods of discovery that come with the package; importing this makes them known to the registry.
 
-A further one is a file like these: once it is imported, its `register_method(Method(...))` makes it known. The command
+A further one is a file like these and a line, `register_method(...)`: here, or in a module of your own. The command
 line imports the modules that installed packages name as entry points of the group `kcwb.extensions`.
 """
 
 from kcwb.discovery.attribution import STEPS
-from kcwb.discovery.methods import acdc, attribution, exact
+from kcwb.discovery.methods.acdc import ACDC
+from kcwb.discovery.methods.attribution import EAP, EAP_IG, EAP_IG_ACTIVATIONS
+from kcwb.discovery.methods.exact import EXACT
 from kcwb.discovery.registry import (
     METHODS,
-    Method,
     Pruning,
     check_method,
     check_size,
@@ -17,17 +18,7 @@ from kcwb.discovery.registry import (
     scoring,
 )
 
-__all__ = [
-    "METHODS",
-    "STEPS",
-    "Method",
-    "Pruning",
-    "acdc",
-    "attribution",
-    "check_method",
-    "check_size",
-    "exact",
-    "load_extensions",
-    "register_method",
-    "scoring",
-]
+__all__ = ["METHODS", "STEPS", "Pruning", "check_method", "check_size", "load_extensions", "register_method", "scoring"]
+
+for _method in (EAP, EAP_IG, EAP_IG_ACTIVATIONS, EXACT, ACDC):
+    register_method(_method)

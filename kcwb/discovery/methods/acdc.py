@@ -9,7 +9,7 @@ from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.acdc import Search, acdc, predict_seconds
 from kcwb.discovery.checkpoint import checkpoint_folder, fingerprint
-from kcwb.discovery.registry import Method, Pruning, register_method
+from kcwb.discovery.registry import Method, Pruning
 from kcwb.discovery.sequential import Pruned
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
@@ -58,4 +58,4 @@ def _seconds(model: Model, loss: Loss, ablation: Ablation, *, checkpoint: Any, *
     return predict_seconds(search_within(model, loss, ablation, **settings))
 
 
-register_method(Method("acdc", prune, "zero", prunes=True, seconds=_seconds, unrecorded=("checkpoint",)))
+ACDC = Method("acdc", prune, "zero", prunes=True, seconds=_seconds, unrecorded=("checkpoint",))

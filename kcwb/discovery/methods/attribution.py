@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
 from kcwb.discovery.attribution import STEPS, activation_scores, attribution_scores
-from kcwb.discovery.registry import Method, register_method
+from kcwb.discovery.registry import Method
 from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
@@ -40,5 +40,6 @@ def _refuse(metric: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-for _name, _function in {"eap": eap, "eap-ig": eap_ig, "eap-ig-activations": activation_scores}.items():
-    register_method(Method(_name, _function, refuse=_refuse))
+EAP = Method("eap", eap, refuse=_refuse)
+EAP_IG = Method("eap-ig", eap_ig, refuse=_refuse)
+EAP_IG_ACTIVATIONS = Method("eap-ig-activations", activation_scores, refuse=_refuse)

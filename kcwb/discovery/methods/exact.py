@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.run import run_circuit
-from kcwb.discovery.registry import Method, register_method
+from kcwb.discovery.registry import Method
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.tasks.metrics import Loss
@@ -34,4 +34,4 @@ def exact_effects(model: Model, loss: Loss, ablation: Ablation, *, progress: Pro
     return scores
 
 
-register_method(Method("exact", exact_effects))
+EXACT = Method("exact", exact_effects)

@@ -241,11 +241,11 @@ def report(args: argparse.Namespace) -> tuple[Any, str]:
     parameters = read_parameters(args.p)
     if (args.out is None and len(args.notebooks) > 1) or (args.out and args.output):
         raise SettingError("Pages of several notebooks go to a folder, --out FOLDER; that of one to a file, -o FILE.")
-    more = {"pdf": args.pdf, "hide_code": args.hide_code, "force": args.force, "progress": not args.quiet}
+    more: dict[str, Any] = {"hide_code": args.hide_code, "force": args.force, "progress": not args.quiet}
     if args.out is None:
-        path = report(args.notebooks[0], args.output, parameters, **more | {"pdf": args.pdf or None})
+        path = report(args.notebooks[0], args.output, parameters, pdf=args.pdf or None, **more)
     else:
-        path = series(args.notebooks, args.out, parameters, **more)
+        path = series(args.notebooks, args.out, parameters, pdf=args.pdf, **more)
     return {"output": str(path), "parameters": parameters}, f"Written to {path}"
 
 

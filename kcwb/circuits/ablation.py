@@ -98,7 +98,7 @@ def ablation_kind(given: str | AblationKind) -> AblationKind:
         call: Any = ast.parse(f"f({rest if bracket else ')'}", mode="eval").body
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
             raise ValueError
-        values = {one.arg: ast.literal_eval(one.value) for one in call.keywords}
+        values = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise SettingError(f"The ablation {shown(given)} is not understood; write {kind()}.") from None
     known = [one.name for one in fields(kind)]

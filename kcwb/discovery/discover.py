@@ -92,7 +92,7 @@ def discover(
     settled, cuts, loss, started = _begin(model, task, method, metric, ablation, settings)
     found = settled.run(model, loss, cuts, progress)
     if settled.method.scores:
-        chosen = {name: settled.settings.get(name) for name in ("edges", "threshold", "select")}
+        chosen: dict[str, Any] = {name: settled.settings.get(name) for name in ("edges", "threshold", "select")}
         kept = select_edges(model.graph, found, **chosen)
         scored = Circuit(model.graph, kept, found.masked_fill(~model.graph.exists, torch.nan).float())
         return replace(scored.without_dangling(), provenance=_provenance(model, task, settled, loss, started))

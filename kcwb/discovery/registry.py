@@ -188,10 +188,9 @@ def check_method(method: str, metric: str, ablation: str | AblationKind | None =
             raise SettingError(f"{method} takes {', '.join(known)}; {name} is not one of them.")
     if found.scores:
         chosen(**of_choice)
-    if ablation is None:
-        within = known.get("within")
-        ablation = found.ablation if within is None else within.ablation
-    return Settled(found, str(ablation_kind(ablation)), known)
+    within = known.get("within")
+    usual: str = found.ablation if within is None else within.ablation
+    return Settled(found, str(ablation_kind(usual if ablation is None else ablation)), known)
 
 
 def check_size(graph: Graph, edges: int | None, name: str = "The model") -> int:

@@ -95,7 +95,7 @@ def hop_circuits(
     """
     controls = dict(controls or {})
     settled = check_method("eap-ig", metric, ablation, steps=steps)
-    ablation, steps = settled.ablation, settled.settings["steps"]
+    ablation, steps = settled.ablation, int(settled.settings["steps"])
     _check(model, hops, controls, edges)
     tasks = {**hops.tasks, **controls}
     rows = usable_chains(hops, ablation)

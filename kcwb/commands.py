@@ -98,7 +98,7 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     from kcwb.models.families import ENCODERS, FAMILIES
 
     built_in = builtin_state()
-    families = [
+    families: list[dict[str, Any]] = [
         {"family": one.name, "model_type": kind}
         | {key: getattr(one, key) for key in (*_WORKS, "checked", "note")}
         | {"examples": list(one.examples)}

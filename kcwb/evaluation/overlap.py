@@ -102,9 +102,10 @@ def shared_heads(graph: Graph, tables: Mapping[str, pd.DataFrame]) -> pd.DataFra
         [table[table["role"].isin(_SERVING)].assign(relation=name) for name, table in tables.items()], ignore_index=True
     )
     per_layer = serving.groupby(["layer", "relation"]).size().unstack(fill_value=0) / graph.n_heads
+    shares = {layer: row.to_numpy(dtype=float) for layer, row in per_layer.iterrows()}
     rows = []
     for (node, layer, head), some in serving.groupby(["node", "layer", "head"]):
-        chances = per_layer.loc[layer].to_numpy(dtype=float)
+        chances = shares[layer]
         counts = some["role"].value_counts()
         rows.append(
             {

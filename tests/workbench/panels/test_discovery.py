@@ -429,7 +429,8 @@ def test_the_time_is_predicted_without_running(panel, monkeypatch):
     panel._predict_button.click()
     panel.wait(SOON)
     ((_, task), more) = asked[0]
-    assert task is panel._search.task.value and more == {"metric": "nll", "ablation": None, "within": None}
+    how = {"method": "acdc", "metric": "nll", "ablation": None, "tau": panel.controls.tau.value, "within": None}
+    assert task is panel._search.task.value and more == how
     assert f"{panel.model.graph.n_edges:,} edges and 4 facts takes about 1 min 15 s" in Tags(panel._message.value).text
     assert not panel.history
 

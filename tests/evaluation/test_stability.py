@@ -71,10 +71,10 @@ def test_a_draw_is_the_circuit_of_its_facts_scored_anew(tiny, method, ablation, 
     model = tiny("gpt2")
     task = make_task(model, known_relation(model, 24), n=5)
     settings = {"metric": metric, "ablation": ablation, "edges": 40, "select": select}
-    table = bootstrap_stability(model, task, method, draws=4, seed=3, steps=3, progress=False, **settings)
+    more = {"steps": 3} if method == "eap-ig" else {}
+    table = bootstrap_stability(model, task, method, draws=4, seed=3, progress=False, **more, **settings)
     counts = np.random.default_rng(3).multinomial(5, np.full(5, 0.2), 4)
     circuits = {}
-    more = {"steps": 3} if method == "eap-ig" else {}
     for i, count in enumerate([np.ones(5, int), *counts]):
         rows = np.repeat(np.arange(5), count).tolist()
         drawn = replace(task, val=task.val.select(rows))

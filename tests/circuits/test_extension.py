@@ -157,8 +157,8 @@ def test_a_sweep_takes_it_by_object_text_and_file(folder, words, tmp_path):
 
 
 def test_a_panel_offers_it(model):
-    settings = {"template": 0, "method": "eap-ig", "metric": "nll", "edges": 40, "tau": 0.1, "within": None}
-    controls = Controls(model, "country_capital", ablation=NOISE, n=3, seed=0, **settings)
+    settings = {"method": "eap-ig", "metric": "nll", "edges": 40, "tau": 0.1, "within": None}
+    controls = Controls(model, ablation=NOISE, n=3, seed=0, **settings)
     offered = [value for _, value in controls.ablation.options]
     assert {"zero", "mean", "resample", "gaussian-noise", TEXT} <= set(offered)
     assert controls.settings["ablation"] == TEXT

@@ -139,8 +139,8 @@ def test_the_command_line_imports_what_installed_packages_name(monkeypatch, caps
 
 
 def test_a_panel_offers_both(model):
-    settings = {"template": 0, "metric": "nll", "edges": 40, "tau": 0.1, "within": None, "ablation": None}
-    controls = Controls(model, "country_capital", method="toy-prunes", n=3, seed=0, **settings)
+    settings = {"metric": "nll", "edges": 40, "tau": 0.1, "within": None, "ablation": None}
+    controls = Controls(model, method="toy-prunes", n=3, seed=0, **settings)
     assert {"toy-scores", "toy-prunes"} <= set(controls.method.options) and not controls.scores
 
 

@@ -111,16 +111,14 @@ class Circuit:
     def edges(self) -> pd.DataFrame:
         """The kept edges: `sender`, `receiver`, `score`, strongest first."""
         rows, columns = self.kept.nonzero(as_tuple=True)
-        scores = self._score_of(rows, columns)
         frame = pd.DataFrame(
             {
                 "sender": np.array(self.graph.sender_names, dtype=object)[rows.numpy()],
                 "receiver": np.array(self.graph.receiver_names, dtype=object)[columns.numpy()],
-                "score": scores,
+                "score": self._score_of(rows, columns),
             }
         )
-        order = frame["score"].abs().sort_values(ascending=False, kind="stable", na_position="last").index
-        return frame.loc[order].reset_index(drop=True)
+        return frame.sort_values("score", key=abs, ascending=False, kind="stable", ignore_index=True)
 
     @property
     def nodes(self) -> pd.DataFrame:
@@ -134,18 +132,9 @@ class Circuit:
         strength = np.abs(np.nan_to_num(self._score_of(rows, columns)))
         sent = np.bincount(rows.numpy(), strength, minlength=graph.n_senders + 1)
         sent[-1] = strength[columns.numpy() == graph.n_receivers - 1].sum()
-        places = [graph.node(name) for name in graph.node_names]
-        frame = pd.DataFrame(
-            {
-                "node": graph.node_names,
-                "kind": [place.kind for place in places],
-                "layer": [place.layer for place in places],
-                "head": [place.head for place in places],
-                "in_edges": into,
-                "out_edges": out,
-                "score": sent,
-            }
-        )
+        frame = pd.DataFrame([graph.node(name) for name in graph.node_names])
+        frame.insert(0, "node", graph.node_names)
+        frame = frame.assign(in_edges=into, out_edges=out, score=sent)
         return frame[(into + out) > 0].reset_index(drop=True)
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 from kcwb.circuits.ablation import PositionClasses
 from kcwb.errors import DataError, choose
 from kcwb.models.encoder import Encoder, record_nodes, run_encoder
+from kcwb.models.graph import Graph, Node
 from kcwb.progress import Progress, track
 from kcwb.settings import Count
 from kcwb.tasks.masked import MaskedPrompts, MaskedTask, at_masks
@@ -60,7 +61,7 @@ def ablate_encoder(
         raise DataError("No fact of D_val has a partner whose prompt is as long, for resample. Use zero or mean.")
     splits = {split: prompts for split, prompts in splits.items() if len(prompts)}
     means = _mean_nodes(encoder, task.reference) if ablation == "mean" else None
-    rows = []
+    rows, graph = [], Graph(encoder.n_layers, encoder.n_heads)
     with track(progress, len(splits) * (1 + len(encoder.nodes)), "ablation") as step:
         for split, prompts in splits.items():
             values = _ablated(encoder, prompts, ablation, means)
@@ -69,16 +70,10 @@ def ablate_encoder(
                 loss, hit = (full, known) if node == "none" else _measure(encoder, prompts, {node: values[node]}, k)
                 numbers = {"n": len(prompts), "nll": float(loss.mean()), "change": float((loss - full).mean())}
                 numbers |= {"hit": float(hit.float().mean()), "flipped": int((known & ~hit).sum())}
-                rows.append({**_place(node), "split": split, **numbers})
+                place = Node("none", -1, -1) if node == "none" else graph.node(node)
+                rows.append({"node": node, **place._asdict(), "split": split, **numbers})
                 step(1, node)
     return pd.DataFrame(rows)
-
-
-def _place(node: str) -> dict[str, str | int]:
-    if node == "none":
-        return {"node": node, "kind": "none", "layer": -1, "head": -1}
-    layer, _, head = node[1:].partition(".h")
-    return {"node": node, "kind": "head" if head else "mlp", "layer": int(layer), "head": int(head or -1)}
 
 
 def _usable(prompts: MaskedPrompts, ablation: str) -> MaskedPrompts:

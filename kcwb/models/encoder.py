@@ -27,6 +27,7 @@ from torch import Tensor
 from kcwb.errors import ModelError, choose
 from kcwb.models.digest import weights_digest
 from kcwb.models.families import ENCODERS, covered_encoder
+from kcwb.models.graph import Graph
 from kcwb.models.loading import known_device, known_dtype
 from kcwb.models.reading import UNFORESEEN, named_or_given, not_run, read_pretrained, require_fast, require_fit
 from kcwb.verbs import verb
@@ -75,8 +76,7 @@ class Encoder:
     @property
     def nodes(self) -> tuple[str, ...]:
         """The names of its heads and MLPs, layer by layer."""
-        layers = range(self.n_layers)
-        return tuple(name for i in layers for name in (*(f"a{i}.h{h}" for h in range(self.n_heads)), f"m{i}"))
+        return Graph(self.n_layers, self.n_heads).sender_names[1:]
 
     def __repr__(self) -> str:
         """One line: name, size, device and precision."""

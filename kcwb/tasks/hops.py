@@ -173,14 +173,11 @@ def funnel(ranks: pd.DataFrame, k: Count = 1, shortcut_k: Count | None = 1) -> p
         One row per filter, applied one after the other: `filter`; `left`; `lost`, to this filter; `share`, of those
         that came to it (NaN where none did).
     """
-    passed = _passed(ranks, k, shortcut_k)
-    left = len(ranks)
-    rows: list[tuple[str, int, int, float]] = [("chains", left, 0, float("nan"))]
-    for i, name in enumerate(passed.columns):
-        now = int(passed.iloc[:, : i + 1].all(axis=1).sum())
-        rows.append((name, now, left - now, now / left if left else float("nan")))
-        left = now
-    return pd.DataFrame(rows, columns=["filter", "left", "lost", "share"])
+    kept = _passed(ranks, k, shortcut_k).cumprod(axis=1).sum()
+    left = pd.Series({"chains": len(ranks), **kept.to_dict()}, dtype=int)
+    before = left.shift()
+    lost, share = (before - left).fillna(0).astype(int), left / before.where(before > 0)
+    return pd.DataFrame({"left": left, "lost": lost, "share": share}).rename_axis("filter").reset_index()
 
 
 @verb

@@ -230,15 +230,13 @@ def read_json(path: Path) -> Any:
 
 def _parse(data: Any, path: Path) -> Relation:
     """A relation out of what its file holds."""
-    properties = _get(data, "properties", Mapping, path)
+    name, properties = _text(_get(data, "name", str, path), f"{path}, name"), _get(data, "properties", Mapping, path)
+    kinds = {"relation_type": str, "domain_name": str, "range_name": str, "symmetric": bool}
+    known = {key: _get(properties, key, kind, path, "properties.") for key, kind in kinds.items()}
+    _text(known["relation_type"], f"{path}, properties.relation_type")
     return Relation(
-        name=_text(_get(data, "name", str, path), f"{path}, name"),
-        relation_type=_text(
-            _get(properties, "relation_type", str, path, "properties."), f"{path}, properties.relation_type"
-        ),
-        domain_name=_get(properties, "domain_name", str, path, "properties."),
-        range_name=_get(properties, "range_name", str, path, "properties."),
-        symmetric=_get(properties, "symmetric", bool, path, "properties."),
+        name,
+        **known,
         prompt_templates=_templates(data, "prompt_templates", path),
         prompt_templates_zs=_templates(data, "prompt_templates_zs", path),
         facts=_facts(_get(data, "samples", list, path), path),

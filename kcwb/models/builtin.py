@@ -32,6 +32,7 @@ from kcwb.models.cache import (
     discard_damaged,
     is_whole,
     model_cache,
+    no_bars,
     read_manifest,
     save_model,
     say,
@@ -190,16 +191,8 @@ def _wheel_version() -> str | None:
 
 def _convert(gguf: Path, folder: Path, progress: bool) -> str:
     """Write model and tokenizer to the folder; return the digest of the weights."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if not progress:
-        logging.disable_progress_bar()
-    try:
+    with no_bars(not progress):
         return save_model(*_read_gguf(gguf), folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _read_gguf(gguf: Path, dtype: Any = None) -> tuple[Any, Any]:

@@ -15,7 +15,8 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,24 +163,34 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
 def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
     """Write a Hugging Face model and its tokenizer to a folder; return the digest of the weights."""
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
     from kcwb.models.digest import weights_digest
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of one piece
     try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with no_bars():  # of one piece
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     # safetensors makes its files private; a folder may be shared, so they get the mode of their neighbours.
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)
     return weights_digest(model)
+
+
+@contextmanager
+def no_bars(hidden: bool = True) -> Iterator[None]:
+    """Have Hugging Face show no progress bars for the time being."""
+    from transformers.utils import logging
+
+    shown = hidden and logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def say(line: str) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from kcwb.errors import KcwbError, ModelError, SettingError
 from kcwb.models.builtin import BUILTIN_NAME, with_builtin
+from kcwb.models.cache import no_bars
 from kcwb.models.families import ENCODERS, FAMILIES
 
 #: Tensors of published files that are no weights of the model: masks that older versions kept, and the heads of BERT
@@ -64,34 +65,31 @@ def read_pretrained(
 
 def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], masked: bool, device_map: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
-    from transformers.utils import logging
 
     local = Path(source).is_dir()
     safe: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     more = {} if device_map is None else {"device_map": device_map}
-    shown = logging.is_progress_bar_enabled()
-    if local:
-        logging.disable_progress_bar()
     try:
-        stored = stored_weights(Path(source)) if local and name != BUILTIN_NAME else None
-        _require_plain(source, local, stored)
-        config = AutoConfig.from_pretrained(source, **safe)
-        covered(config)
-        if stored is not None:
-            _require_room(config, kind, stored)
-        loaded: Any = kind.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **safe,
-            **more,
-        )
-        module, found = loaded
-        tokenizer = _tokenizer(source, safe)
-        tokenizer("a")  # one without a token for the unknown fails here
+        with no_bars(local):
+            stored = stored_weights(Path(source)) if local and name != BUILTIN_NAME else None
+            _require_plain(source, local, stored)
+            config = AutoConfig.from_pretrained(source, **safe)
+            covered(config)
+            if stored is not None:
+                _require_room(config, kind, stored)
+            loaded: Any = kind.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **safe,
+                **more,
+            )
+            module, found = loaded
+            tokenizer = _tokenizer(source, safe)
+            tokenizer("a")  # one without a token for the unknown fails here
     except ModelError:
         raise
     except Exception as error:  # a cut or foreign file fails in many ways
@@ -102,9 +100,6 @@ def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], mas
             f"The model {name!r} cannot be loaded: {reason} A name is {BUILTIN_NAME!r} (built in, works offline), the "
             "folder of a causal language model, or a name on the Hugging Face hub (needs the network, or its cache)."
         ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     _require_whole(found, name)
     return module, tokenizer
 

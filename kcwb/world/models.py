@@ -84,6 +84,8 @@ class Recipe:
         """Refuse what cannot be meant."""
         if self.width % (2 * self.heads):
             raise SettingError(f"width={self.width} with heads={self.heads}: a head's width must be an even number.")
+        if self.masked == 1:
+            raise SettingError(f"masked={self.masked}: a sentence of masks alone says nothing; take a share below 1.")
 
 
 #: Hugging Face `model_type` of what can be trained; `bert` is an encoder.

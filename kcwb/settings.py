@@ -63,10 +63,16 @@ _PLAIN = {
     Any: Kind("anything", lambda value: True),
 }
 
+
+def at_least(least: int) -> Kind:
+    """A whole number that is not below some other: `draws: Annotated[int, at_least(20)]`."""
+    return Kind(f"a whole number of at least {least}", lambda value: _whole(value) and value >= least)
+
+
 #: How many: 1 or more.
-Count = Annotated[int, Kind("a whole number of at least 1", lambda value: _whole(value) and value >= 1)]
+Count = Annotated[int, at_least(1)]
 #: How many, or which: 0 or more.
-Natural = Annotated[int, Kind("a whole number of at least 0", lambda value: _whole(value) and value >= 0)]
+Natural = Annotated[int, at_least(0)]
 #: What random draws start from; the range that torch, numpy and random all take.
 Seed = Annotated[int, Kind("a whole number from 0 to 2**63 - 1", lambda value: _whole(value) and 0 <= value < 2**63)]
 #: A number above 0.

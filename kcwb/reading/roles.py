@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -39,13 +40,13 @@ from torch import Tensor
 
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
-from kcwb.errors import CircuitError, DataError, SettingError
+from kcwb.errors import CircuitError, DataError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.dla import Attribution, attribute, head_outputs, named_heads, top_tokens
 from kcwb.reading.patterns import PATTERNS, pattern_scores
 from kcwb.reading.positions import check_prompts, position_groups, split_of, told_at_end, without_copies
-from kcwb.settings import Count, Seed
+from kcwb.settings import Count, Seed, at_least
 from kcwb.statistics import proportion_interval
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights
 from kcwb.verbs import verb
@@ -69,7 +70,7 @@ def head_roles(
     task: Task,
     *,
     split: str = "val",
-    shuffles: Count = 200,
+    shuffles: Annotated[int, at_least(20)] = 200,
     resamples: Count = 200,
     top: Count = 5,
     seed: Seed = 0,
@@ -121,8 +122,6 @@ def head_roles(
     DataError
         If no fact is left, or a subject has no token before END.
     """
-    if shuffles < 20:
-        raise SettingError(f"shuffles={shuffles}: at least 20 are needed.")
     check_same_weights(model, task)
     heads = named_heads(model, circuit_heads(model, circuit))
     rows = torch.tensor([place.layer * model.graph.n_heads + place.head for place in heads])

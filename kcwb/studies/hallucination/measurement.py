@@ -10,13 +10,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import DataError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -24,7 +25,7 @@ from kcwb.reading.dla import attribute
 from kcwb.reading.positions import check_prompts, position_groups, says_its_object, token_text, told_at_end
 from kcwb.reading.roles import head_roles
 from kcwb.reading.trajectories import read_trajectories
-from kcwb.settings import Count, Seed
+from kcwb.settings import Seed, at_least
 from kcwb.tasks.prompts import Prompts, Task, encode
 from kcwb.tasks.relations import Fact, Relation, load_relation
 from kcwb.tasks.tokens import object_tokens
@@ -86,7 +87,7 @@ def measure_answers(
     model: Model,
     relations: Sequence[Relation | str],
     *,
-    n: Count = 40,
+    n: Annotated[int, at_least(FEWEST_FACTS)] = 40,
     template: int = 0,
     seed: Seed = 0,
     progress: Progress = True,
@@ -94,7 +95,7 @@ def measure_answers(
     """Ask for the facts and record what every head does; parameters and errors as in `hallucination_study`."""
     model.network.require("roles")
     found = [load_relation(one) if isinstance(one, str) else one for one in relations]
-    _check_relations(found, n)
+    _check_relations(found)
     texts = [relation.template(template) for relation in found]
     samples = [sample_facts(relation, n, seed) for relation in found]
     parts, rows = [], []
@@ -205,7 +206,7 @@ def _without_copies(model: Model, prompts: Prompts, relation: Relation) -> Promp
 # --- what is refused ---
 
 
-def _check_relations(relations: Sequence[Relation], n: int) -> None:
+def _check_relations(relations: Sequence[Relation]) -> None:
     names = [relation.name for relation in relations]
     if len(names) < _FEWEST_RELATIONS:
         raise DataError(
@@ -214,8 +215,6 @@ def _check_relations(relations: Sequence[Relation], n: int) -> None:
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"The relation {twice[0]!r:.60} is given twice: what is left out must not be learnt from.")
-    if n < FEWEST_FACTS:
-        raise SettingError(f"n={n}: at least {FEWEST_FACTS} facts of each relation are needed.")
     for relation in relations:
         if len(relation.facts) < FEWEST_FACTS:
             raise DataError(

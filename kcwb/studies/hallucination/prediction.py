@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -39,10 +40,10 @@ from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.settings import Count, Seed
+from kcwb.settings import Count, Seed, at_least
 from kcwb.statistics import chance_range, matched_head_sets, p_value, statistic_interval
 from kcwb.studies.hallucination.auroc import pairs_auroc, resampled_aurocs, within_pairs
 from kcwb.studies.hallucination.measurement import FEWEST_FACTS, KINDS, Measured, check_labels, measure_answers
@@ -67,7 +68,6 @@ FEATURE_SETS: dict[str, tuple[tuple[str, ...], bool]] = {
 _BASELINE, _FULL = "confidence", "confidence + movers"
 #: Sets of which there is a version with random heads.
 _CONTROLLED = ("movers", _FULL)
-_FEWEST_DRAWS = 20
 #: A feature that is the same for all training prompts is divided by this, not by zero.
 _LEAST_SPREAD = 1e-9
 
@@ -113,11 +113,11 @@ def hallucination_study(
     model: Model,
     relations: Sequence[Relation | str],
     *,
-    n: Count = 40,
+    n: Annotated[int, at_least(FEWEST_FACTS)] = 40,
     template: int = 0,
     movers: Count = 10,
-    draws: Count = 100,
-    resamples: Count = 2000,
+    draws: Annotated[int, at_least(20)] = 100,
+    resamples: Annotated[int, at_least(100)] = 2000,
     seed: Seed = 0,
     progress: Progress = True,
 ) -> HallucinationStudy:
@@ -146,7 +146,6 @@ def hallucination_study(
         If there are no wrong (or no right) answers in two relations, too few facts, or no mover in the relations that
         are left; says how many there are.
     """
-    _check(draws, resamples)
     measured = measure_answers(model, relations, n=n, template=template, seed=seed, progress=progress)
     return predict_wrong(measured, movers=movers, draws=draws, resamples=resamples, seed=seed, progress=progress)
 
@@ -159,13 +158,12 @@ def predict_wrong(
     measured: Measured,
     *,
     movers: Count = 10,
-    draws: Count = 100,
-    resamples: Count = 2000,
+    draws: Annotated[int, at_least(20)] = 100,
+    resamples: Annotated[int, at_least(100)] = 2000,
     seed: Seed = 0,
     progress: Progress = True,
 ) -> HallucinationStudy:
     """Try on each relation what the others teach; parameters and errors as in `hallucination_study`."""
-    _check(draws, resamples)
     names = measured.relations["relation"].tolist()
     wrong = measured.prompts["wrong"].to_numpy(dtype=bool)
     place = pd.Categorical(measured.prompts["relation"], categories=names).codes.astype(int)
@@ -324,11 +322,3 @@ def _recall(prompts: pd.DataFrame, seed: int) -> pd.DataFrame:
 def _share(recalled: np.ndarray, prompts: np.ndarray, axis: int = -1) -> np.ndarray:
     """Of the prompts of all relations."""
     return recalled.sum(axis) / prompts.sum(axis)
-
-
-# --- what is refused ---
-
-
-def _check(draws: int, resamples: int) -> None:
-    if draws < _FEWEST_DRAWS or resamples < 100:
-        raise SettingError(f"draws={draws}, resamples={resamples}: at least {_FEWEST_DRAWS} and 100 are needed.")

@@ -21,7 +21,7 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,7 @@ from kcwb.progress import Progress, track
 from kcwb.reading.dla import attribute, head_outputs, named_heads
 from kcwb.reading.positions import check_prompts, rows_told_at_end, says_its_object, token_text
 from kcwb.reading.roles import strongest_movers
-from kcwb.settings import Count, Seed
+from kcwb.settings import Count, Seed, at_least
 from kcwb.statistics import matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.studies.hallucination.measurement import FEWEST_FACTS, sample_facts, task_of
 from kcwb.tasks.prompts import Prompts, encode
@@ -80,10 +80,10 @@ def rescue(
     relations: Sequence[Relation | str],
     *,
     templates: Sequence[int] = (0, 1),
-    n: Count = 40,
+    n: Annotated[int, at_least(FEWEST_FACTS)] = 40,
     pairs: Count = 10,
     movers: Count | Sequence[str] = 10,
-    draws: Count = 100,
+    draws: Annotated[int, at_least(20)] = 100,
     seed: Seed = 0,
     progress: Progress = True,
 ) -> Rescue:
@@ -118,7 +118,7 @@ def rescue(
     """
     model.network.require("roles")
     found = [load_relation(one) if isinstance(one, str) else one for one in relations]
-    texts = _check(model, found, templates, n, pairs, movers, draws)
+    texts = _check(model, found, templates, movers)
     rows, counts = [], []
     with track(
         progress, sum(min(n, len(one.facts)) for one in found) * len(templates) + pairs * len(found), "rescue"
@@ -303,16 +303,13 @@ def _summary(table: pd.DataFrame, chance: Mapping[str, Float[np.ndarray, "draws 
 
 
 def _check(
-    model: Model, relations: Sequence[Relation], templates: Sequence[int], n: int, pairs: int,
-    movers: int | Sequence[str], draws: int,
-) -> list[list[str]]:  # fmt: skip
+    model: Model, relations: Sequence[Relation], templates: Sequence[int], movers: int | Sequence[str]
+) -> list[list[str]]:
     """Refuse what cannot be meant; the relations' templates."""
     if not relations:
         raise DataError("There is no relation to look at.")
     if len(set(templates)) < 2:
         raise SettingError(f"templates={list(templates)}: two different ones are needed, one right and one wrong.")
-    if n < FEWEST_FACTS or draws < 20:
-        raise SettingError(f"n={n}, draws={draws}: at least {FEWEST_FACTS} and 20 are needed.")
     if not isinstance(movers, int) and not named_heads(model, movers):
         raise SettingError("movers=[]: name a head, or give a number.")
     return [[relation.template(which) for which in templates] for relation in relations]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -54,18 +55,15 @@ def make_rows(model: Model, asked: Sequence[tuple[Fact, str]]) -> Rows:
     width = max(map(len, lists))
     if width > model.network.n_ctx:
         raise DataError(f"A prompt has {width} tokens with its answer; {model.name} reads {model.network.n_ctx}.")
-
-    def column(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=model.device)
-
-    mask = padded([[1] * len(row.answer) for row in rows], model.device)
+    pad, column = partial(padded, device=model.device), partial(torch.tensor, device=model.device)
+    mask = pad([[1] * len(row.answer) for row in rows])
     last = column([len(row.prompt) - 1 for row in rows])
     return Rows(
-        tokens=padded(lists, model.device),
+        tokens=pad(lists),
         lengths=column([len(row) for row in lists]),
         subjects=column([row.stop - 1 for row in rows]),
         positions=last[:, None] + torch.arange(mask.shape[1], device=model.device) * mask,
-        answers=padded([row.answer for row in rows], model.device),
+        answers=pad([row.answer for row in rows]),
         mask=mask.float(),
     )
 

@@ -138,6 +138,11 @@ class Composition:
         """Both names, in the order in which the relations are used."""
         return f"{self.first.name}__{self.second.name}"
 
+    @property
+    def n_different(self) -> tuple[int, int]:
+        """How many different bridges and objects there are."""
+        return len({chain.bridge for chain in self.chains}), len({chain.object for chain in self.chains})
+
     @cached_property
     def relation(self) -> Relation:
         """The two hops as one relation, from subject to object, for all that takes a relation."""
@@ -162,10 +167,10 @@ class Composition:
 
     def __repr__(self) -> str:
         """One line: names and sizes."""
-        bridges, objects = ({getattr(chain, key) for chain in self.chains} for key in ("bridge", "object"))
+        bridges, objects = self.n_different
         return (
-            f"Composition({self.first.name} > {self.second.name}: {len(self.chains)} chains over {len(bridges)} "
-            f"bridges to {len(objects)} objects, {len(self.wordings)} wordings)"
+            f"Composition({self.first.name} > {self.second.name}: {len(self.chains)} chains over {bridges} bridges to "
+            f"{objects} objects, {len(self.wordings)} wordings)"
         )
 
 
@@ -241,9 +246,8 @@ def compositions(least: Count = 10) -> pd.DataFrame:
                 found = compose(first, second)
             except DataError:  # every chain could be copied
                 continue
-            bridges, objects = ({getattr(chain, key) for chain in found.chains} for key in ("bridge", "object"))
             gone = found.counts[f"go on in {second.name}"] - len(found.chains)
-            rows.append((first.name, second.name, len(found.chains), len(bridges), len(objects), gone))
+            rows.append((first.name, second.name, len(found.chains), *found.n_different, gone))
     table = pd.DataFrame(rows, columns=["first", "second", "chains", "bridges", "objects", "dropped"])
     table = table[table["chains"] >= least]
     return table.sort_values("chains", ascending=False, kind="stable").reset_index(drop=True)

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -196,13 +197,7 @@ def _row(encoder: Encoder, fact: Fact, template: str, ending: str) -> _Row | Non
 def _prompts(encoder: Encoder, rows: list[_Row], seed: int) -> MaskedPrompts:
     shapes = [(len(row.tokens), row.mask) for row in rows]
     partners = draw_partners(shapes, [row.answer for row in rows], random.Random(seed))
-
-    def pad(lists: list[list[int]]) -> Tensor:
-        return padded(lists, encoder.device)
-
-    def column(values: list[Any]) -> Tensor:
-        return torch.tensor(values, device=encoder.device)
-
+    pad, column = partial(padded, device=encoder.device), partial(torch.tensor, device=encoder.device)
     tokens, real = pad([row.tokens for row in rows]), pad([[1] * len(row.tokens) for row in rows]).bool()
     masks, answers = column([row.mask for row in rows]), column([row.answer for row in rows])
     ranks = []

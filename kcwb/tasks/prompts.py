@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -309,13 +310,7 @@ def assemble(
     `objects` are the tokens of all objects of the relation; `partners` the tokens of the prompts, each as long as its
     own, that are to be the corrupted ones.
     """
-
-    def pad(lists: Sequence[Sequence[int]]) -> Tensor:
-        return padded(lists, model.device)
-
-    def column(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=model.device)
-
+    pad, column = partial(padded, device=model.device), partial(torch.tensor, device=model.device)
     answers = [row.answer for row in rows]
     prompts = Prompts(
         facts=tuple(facts),

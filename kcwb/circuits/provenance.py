@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kcwb.errors import CircuitError
@@ -12,15 +12,15 @@ from kcwb.versions import versions
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
     from kcwb.models.loading import Model
-    from kcwb.tasks.prompts import Prompts, Task
+    from kcwb.tasks.prompts import Task
+    from kcwb.tasks.relations import Fact
 
 #: What a circuit was found with, in the order in which it is told.
 HOW = ("method", "ablation", "metric")
 
 
-def record(model: Model, task: Task, prompts: Prompts | None = None, **more: Any) -> dict[str, Any]:
-    """What a circuit records of the model and the task that it was found on, ready for JSON; `prompts` are D_val's."""
-    facts = task.val.facts if prompts is None else prompts.facts
+def record(model: Model, task: Task, facts: Sequence[Fact], **more: Any) -> dict[str, Any]:
+    """What a circuit of some facts records of the model and the task that it was found on, ready for JSON."""
     return {
         "model": {
             "name": model.name,

@@ -212,4 +212,4 @@ def _provenance(model: Model, task: Task, settled: Settled, loss: Loss, started:
         if name not in settled.method.unrecorded
     }
     how = {"method": settled.method.name, "metric": loss.metric, "ablation": settled.ablation, "parameters": parameters}
-    return record(model, task, loss.prompts, seconds=round(time.perf_counter() - started, 3), **how)
+    return record(model, task, loss.prompts.facts, seconds=round(time.perf_counter() - started, 3), **how)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.provenance import record
 from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.selection import select_edges
 from kcwb.models.loading import Model
+from kcwb.statistics import resample_counts
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import Task
 from kcwb.tasks.relations import Fact
-from kcwb.versions import versions
 
 
 def scores_by_fact(
@@ -36,8 +37,7 @@ def scores_by_fact(
 
 def resampled_weights(n: int, draws: int, seed: int) -> Float[Tensor, "draws N"]:
     """How much each of n facts counts in bootstrap resamples of them."""
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
-    return torch.from_numpy(counts).float() / n
+    return torch.from_numpy(resample_counts(n, draws, seed)).float() / n
 
 
 def resampled_circuit(circuit: Circuit, scores: Float[Tensor, "N S R"], weights: Float[Tensor, " N"]) -> Circuit:
@@ -58,18 +58,6 @@ def found_with(
     model: Model, task: Task, facts: Sequence[Fact], metric: str, ablation: str, edges: int, steps: int, **more: Any
 ) -> dict[str, Any]:
     """The provenance of a circuit of some facts."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {
-        "method": "eap-ig" if steps > 1 else "eap",
-        "metric": metric,
-        "ablation": ablation,
-        "parameters": {"edges": edges, "select": "signed", "steps": steps},
-        "model": {"name": model.name, "digest": model.digest, "dtype": dtype, "device": str(model.device)},
-        "relation": {"name": task.relation.name, "digest": task.relation.digest},
-        "template": task.template,
-        "n": task.n,
-        "seed": task.seed,
-        "facts": [[fact.subject, fact.object] for fact in facts],
-        "versions": versions(),
-        **more,
-    }
+    how = {"method": "eap-ig" if steps > 1 else "eap", "metric": metric, "ablation": ablation}
+    parameters = {"edges": edges, "select": "signed", "steps": steps}
+    return record(model, task, facts, **how, parameters=parameters, **more)

@@ -14,13 +14,14 @@ LAB_ARGS ?=
 
 BIN := $(VENV)/bin
 DONE := $(VENV)/.kcwb-installed
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model lab test reports bench lint format clean
+.PHONY: help setup model lab test test-fast reports bench lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(DONE) model ## make the environment and convert the built-in model
 
@@ -28,7 +29,10 @@ lab: setup ## open JupyterLab on the first notebook
 	$(BIN)/python -m jupyterlab notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: $(DONE) ## run those that need neither the built-in model nor a browser, and take no time (2 minutes)
+	$(PYTEST) -m "not model and not browser and not slow" $(PYTEST_ARGS)
 
 reports: setup ## run every notebook and write it as one HTML file to reports/
 	$(BIN)/kcwb report $(NOTEBOOKS) --out reports/

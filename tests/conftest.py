@@ -13,31 +13,61 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they and w
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from kcwb.models.loading import Model, load_model
 from kcwb.tasks.relations import Relation
-from tests.tiny import tiny_model, word_relation
+from tests.tiny import ARCHITECTURES, tiny_model, word_relation
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _TINY: dict[str, Model] = {}
+#: Functions whose cases take more than a second's third each; `pytest -p no:xdist --note-slow` writes it anew.
+SLOW = Path(__file__).parent / "slow.txt"
+_DAILY = {"llama", "gpt2"}  # the architectures of the daily loop, one of each kind of norm, position and block
+_SECONDS: dict[str, list[float]] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--note-slow", action="store_true", help=f"note in {SLOW.name} which tests take long")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests belong into one process, and side by side start with the groups that take longest."""
+    """Say which tests belong into one process and which are slow; side by side, start with what takes longest."""
     if workers:
         items.sort(key=lambda item: not (item.get_closest_marker("model") or item.path.stem == "test_notebooks"))
+    slow, others = set(SLOW.read_text(encoding="utf-8").split()), set(ARCHITECTURES) - _DAILY
     for item in items:
-        group = item.nodeid.split("::")[0]
+        group, function = item.nodeid.split("::")[0], item.nodeid.split("[")[0]
         if item.path.stem == "test_notebooks":
             group = f"notebook {item.name.split('_')[1]}"
         elif item.get_closest_marker("model"):
             group = "model"
         item.add_marker(pytest.mark.xdist_group(group))
+        values = getattr(item, "callspec", None)
+        if function in slow or (values and not others.isdisjoint(v for v in values.params.values() if type(v) is str)):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Note the processor's seconds, which do not depend on what else the machine does."""
+    started = time.process_time()
+    result = yield
+    _SECONDS.setdefault(item.nodeid.split("[")[0], []).append(time.process_time() - started)
+    return result
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("note_slow"):
+        slow = sorted(name for name, seconds in _SECONDS.items() if sum(seconds) / len(seconds) > 1 / 3)
+        SLOW.write_text("\n".join(slow) + "\n", encoding="utf-8")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from kcwb.editing.writing import continued, writer
+from kcwb.editing.writing import continued, text_tokens, writer
 from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.files import write_tensors
 from kcwb.interventions.block import run_block
@@ -170,9 +170,7 @@ def sample_texts(model: Model, openings: Sequence[str], length: int, seed: int, 
     top_k
         Sample from this many likeliest tokens.
     """
-    bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
-    starts = [bos + list(model.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in openings]
-    starts = [start[: model.network.n_ctx - 1] for start in starts]
+    starts = [text_tokens(model, word)[: model.network.n_ctx - 1] for word in openings]
     groups: dict[int, list[int]] = {}
     for i, start in enumerate(starts):
         groups.setdefault(len(start), []).append(i)

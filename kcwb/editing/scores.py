@@ -29,7 +29,7 @@ from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import Edit, EditError, edit
 from kcwb.editing.partial_runs import make_rows
 from kcwb.editing.registry import edit_method, many_at_once
-from kcwb.editing.writing import continued
+from kcwb.editing.writing import continued, text_tokens
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
@@ -53,8 +53,7 @@ def generate(model: Model, text: str, tokens: int = 12) -> str:
     DataError
         If the text fills the context.
     """
-    bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
-    ids = torch.tensor([bos + list(model.tokenizer(text, add_special_tokens=False)["input_ids"])], device=model.device)
+    ids = torch.tensor([text_tokens(model, text)], device=model.device)
     found = continued(model, ids, tokens, do_sample=False)
     return str(model.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
 
@@ -91,8 +90,7 @@ _Tokens = tuple[list[int], list[int]]
 
 def _row(model: Model, text: str, answer: str | None) -> _Tokens:
     """Tokens of a prompt and of " answer" as they follow it; DataError where they do not fit."""
-    bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
-    prompt = bos + list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    prompt = text_tokens(model, text)
     tokens = [] if answer is None else answer_tokens(model, "{}", text, answer)
     width = len(prompt + tokens[:-1])
     if width > model.network.n_ctx:

@@ -15,6 +15,12 @@ from kcwb.errors import DataError
 from kcwb.models.loading import Model
 
 
+def text_tokens(model: Model, text: str) -> list[int]:
+    """The tokens of a text, after BOS where the model's prompts have one."""
+    bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
+    return bos + list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 @torch.no_grad()
 def continued(model: Model, tokens: Int[Tensor, "N T"], new: int, **how: Any) -> Int[Tensor, "N S"]:
     """The tokens and up to `new` more, fewer where the context or the text ends; `how` as Hugging Face has it.

@@ -80,8 +80,6 @@ def attribute(model: Model, prompts: Prompts, targets: Int[Tensor, "N t"] | None
 
     Parameters
     ----------
-    model
-        The model.
     prompts
         What it is asked.
     targets

@@ -47,8 +47,6 @@ def attention_pattern(
 
     Parameters
     ----------
-    model
-        The model.
     task
         A task, for its D_val, or any prompts.
     head
@@ -161,7 +159,7 @@ def component_logits(
     Parameters
     ----------
     k
-        How many.
+        How many tokens.
 
     Other parameters are those of `node_logits`.
 

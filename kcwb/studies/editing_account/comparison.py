@@ -69,8 +69,6 @@ class EditComparison:
 
     Attributes
     ----------
-    edit
-        The edit.
     circuits
         `before`, `after`, `new answer` (unedited) and `paraphrase` (unedited).
     overlap

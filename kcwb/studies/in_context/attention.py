@@ -60,8 +60,6 @@ def reading_summary(model: Model, heads: pd.DataFrame, *, draws: int = 1000, see
 
     Parameters
     ----------
-    model
-        The model.
     heads
         A table of `demonstration_attention` with a column `status`: `new` for the new heads, `in neither` for heads of
         neither circuit.

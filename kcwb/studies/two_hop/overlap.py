@@ -42,8 +42,6 @@ def hop_overlap(
 
     Parameters
     ----------
-    found
-        The circuits.
     draws
         Pairs of random connected circuits of the same two sizes. Random sets of nodes, with as many heads and as many
         MLPs, are drawn 1,000 times.

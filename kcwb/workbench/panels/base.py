@@ -50,6 +50,11 @@ class Panel(Living):
         The model.
     start
         The button that calls `run`.
+
+    Raises
+    ------
+    DataError, SettingError
+        By any panel, before it is made: if a relation cannot be read, or a setting cannot be meant.
     """
 
     pages: ClassVar[tuple[str, ...]] = ()

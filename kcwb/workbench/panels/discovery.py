@@ -45,10 +45,8 @@ class DiscoveryPanel(Panel):
 
     Parameters
     ----------
-    model
-        The model.
-    relation
-        What to start with: the name of a packaged relation, a file's path, or a Relation.
+    model, relation
+        As in `Panel` and `Picker`.
     method, ablation, metric
         As in `kcwb.discover`.
     edges
@@ -71,11 +69,6 @@ class DiscoveryPanel(Panel):
         Every run, in order.
     nodes
         The `NodePanel` for the circuit on screen.
-
-    Raises
-    ------
-    DataError, SettingError
-        If the relation cannot be read, or a setting is not known.
 
     Examples
     --------

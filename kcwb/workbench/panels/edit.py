@@ -51,10 +51,8 @@ class EditPanel(Panel):
 
     Parameters
     ----------
-    model
-        The model.
-    relation
-        What to start with: the name of a packaged relation, a file's path, or a Relation.
+    model, relation
+        As in `Panel` and `Picker`.
     subject, target
         The fact and its new object; default: the relation's first fact, and its next object.
     method, layer
@@ -76,11 +74,6 @@ class EditPanel(Panel):
         What the model says before and after, as a table.
     comparison
         The EditComparison; None where circuits were not compared.
-
-    Raises
-    ------
-    DataError, SettingError
-        If the relation cannot be read, has no such fact, or a setting is not known.
 
     Examples
     --------
@@ -137,16 +130,8 @@ class EditPanel(Panel):
     @property
     def settings(self) -> dict[str, Any]:
         """What Edit would do."""
-        fact = self.picker.chosen_fact
-        return {
-            "relation": self.picker.relation.value,
-            "template": self.picker.wording,
-            "subject": fact.subject,
-            "object": fact.object,
-            "target": self._target.value,
-            "method": self._method.value,
-            "layer": self._layer.value,
-        }
+        how = {"target": self._target.value, "method": self._method.value, "layer": self._layer.value}
+        return {**self.picker.settings, **how}
 
     def run(self) -> None:
         """Make the edit on screen, compare, and leave it in the weights; returns at once, see `wait`.

@@ -64,14 +64,8 @@ class HallucinationPanel(Panel):
 
     Parameters
     ----------
-    model
-        The model.
-    relation
-        What to start with: the name of a packaged relation, a file's path, or a Relation.
-    subject
-        The fact; default: the relation's first.
-    template
-        The index of one of the relation's zero-shot templates.
+    model, relation, subject, template
+        As in `Panel` and `Picker`.
     movers, n, seed
         As in `kcwb.studies.hallucination.diagnosis.diagnose`.
 
@@ -79,11 +73,6 @@ class HallucinationPanel(Panel):
     ----------
     diagnosis
         What is on screen; None before the first.
-
-    Raises
-    ------
-    DataError, SettingError
-        If the relation cannot be read, has no such fact or template, or a number cannot be meant.
 
     Examples
     --------
@@ -115,14 +104,7 @@ class HallucinationPanel(Panel):
     @property
     def settings(self) -> dict[str, Any]:
         """What Diagnose would look at."""
-        fact = self.picker.chosen_fact
-        return {
-            "relation": self.picker.chosen.name,
-            "template": self.picker.wording,
-            "subject": fact.subject,
-            "object": fact.object,
-            "movers": self._movers.value,
-        }
+        return {**self.picker.settings, "movers": self._movers.value}
 
     def _job(self) -> Job:
         relation, fact, template = self.picker.chosen, self.picker.chosen_fact, self.picker.number

@@ -36,10 +36,8 @@ class ContextPanel(Panel):
 
     Parameters
     ----------
-    model
-        The model.
-    relation
-        What to start with: the name of a packaged relation, a file's path, or a Relation.
+    model, relation
+        As in `Panel` and `Picker`.
     k, kind
         How many demonstrations, and which context is studied: `shots`, `shuffled` or `unrelated`.
     controls
@@ -51,11 +49,6 @@ class ContextPanel(Panel):
     ----------
     found
         The latest InContext; None before the first.
-
-    Raises
-    ------
-    DataError, SettingError
-        If the relation cannot be read, or a setting is not known.
 
     Examples
     --------

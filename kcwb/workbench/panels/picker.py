@@ -94,6 +94,13 @@ class Picker(Group):
         """The template on screen."""
         return self.chosen.template(self.template.value or 0)
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What is on screen: `relation`, `template`, `subject` and `object`."""
+        fact = self.chosen_fact
+        names = {"relation": self.chosen.name, "template": self.wording}
+        return {**names, "subject": fact.subject, "object": fact.object}
+
     def read(self, name: str) -> Relation:
         """A relation by its name."""
         source = self.relations[name]

@@ -83,11 +83,6 @@ class HopPanel(Panel):
         The table of `hop_lens`, the HopCircuits, and the tables of `hop_overlap` and `delete_first_hop`; None where
         they were not asked for.
 
-    Raises
-    ------
-    DataError, SettingError
-        If the relations cannot be read or chained, or a setting is not known.
-
     Examples
     --------
     >>> panel = HopPanel(model, "landmark_country", "country_capital", k=10)  # doctest: +SKIP

@@ -307,15 +307,8 @@ def _this_interpreter() -> type:
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
-    argv = [
-        sys.executable,
-        "-Xfrozen_modules=off",
-        "-m",
-        "ipykernel_launcher",
-        "-f",
-        "{connection_file}",
-        "--log-level=ERROR",
-    ]
+    argv = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher"]
+    argv += ["-f", "{connection_file}", "--log-level=ERROR"]
 
     class ThisInterpreter(AsyncKernelManager):
         """Starts `sys.executable`."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from kcwb.errors import DataError, KcwbError, SettingError, nearest
 from kcwb.outputs import PAGE, check_output
-from kcwb.workbench.report.write import _browser, index, parameters_of, report
+from kcwb.workbench.report.pdf import find_browser
+from kcwb.workbench.report.write import index, parameters_of, report
 
 
 def series(
@@ -36,7 +37,7 @@ def series(
     for target in (*targets.values(), folder / "index.html"):
         check_output(target, PAGE, inputs=notebooks, force=force, make_folder=True)
     if pdf:
-        _browser()
+        find_browser()
     written, failures = [], []
     for path, target in targets.items():
         before = _changed(target)

@@ -7,7 +7,7 @@ The steps of `report`:
 3. collect the provenance that cells displayed;
 4. write the page. A cell that fails ends the run; the page then shows what there is, and the error.
 
-From the command line: ``python -m kcwb.workbench.report.write NOTEBOOKS... --out FOLDER [-p NAME VALUE]... [--pdf]``.
+From the command line: ``kcwb report``; many notebooks at once: `kcwb.workbench.report.series`.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from kcwb.errors import DataError, KcwbError, SettingError
-from kcwb.files import atomic_path, write_text
-from kcwb.outputs import PAGE, PDF, PDF_MARK, check_output, settle
+from kcwb.files import write_text
+from kcwb.outputs import PAGE, PDF, check_output, settle
 from kcwb.progress import Progress
 from kcwb.settings import Positive
 from kcwb.verbs import verb
 from kcwb.versions import versions
 from kcwb.workbench.report.harmless import policy
 from kcwb.workbench.report.page import facts_table, notebook_body, render
+from kcwb.workbench.report.pdf import find_browser, write_pdf
+from kcwb.workbench.report.provenance import collect, provenance
 from kcwb.workbench.report.run import (
     Run,
     check_kernel,
@@ -47,30 +46,10 @@ from kcwb.workbench.report.run import (
     read_parameters,
 )
 
-if TYPE_CHECKING:
-    from nbformat import NotebookNode
-
-    from kcwb.circuits.circuit import Circuit
-    from kcwb.models.loading import Model
-    from kcwb.tasks.prompts import Task
-
 __all__ = ["index", "parameters_of", "provenance", "read_parameters", "report", "write_pdf"]
-
-PROVENANCE = "application/vnd.kcwb.provenance+json"
-"""The type of output whose content goes into the footer of a report: `{"entries": [{"kind", "name", "digest", …}]}`."""
 
 _FORMAT = "kcwb-report/1"
 _ABOUT = re.compile(r'<script type="application/json" id="kcwb-report">(.*?)</script>', re.DOTALL)
-_BROWSERS = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-    "chrome",
-    "microsoft-edge",
-    "msedge",
-)
-_BROWSER_ON_MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 
 
 @verb
@@ -138,7 +117,7 @@ def report(
     check_output(target, PAGE, what="The report", inputs=[path], force=force, make_folder=True)
     if printed is not None:
         check_output(printed, PDF, what="The PDF", inputs=[path, target], force=force, make_folder=True)
-        _browser()
+        find_browser()
     about = {
         "format": _FORMAT,
         "notebook": path.name,
@@ -156,7 +135,7 @@ def report(
         "error": run.error,
         "failed_cell": run.number,
         "not_run": run.not_run,
-        "provenance": _collect(run.notebook),
+        "provenance": collect(run.notebook),
     }
     target = settle(target, PAGE, force=force)
     write_text(target, _page(run, about, path, hide_code))
@@ -165,28 +144,6 @@ def report(
     if run.error:
         raise KcwbError(f"{path} stopped at {_where(run)}: {run.error} The report up to there is {target}.")
     return target
-
-
-@verb
-def provenance(model: Model | None, *tasks_or_circuits: Task | Circuit) -> None:
-    """Display what a notebook's results come from, as a small table; reports repeat it in their footer.
-
-    Parameters
-    ----------
-    model
-        The model that was used.
-    tasks_or_circuits
-        The tasks, for their data, and the circuits, for how they were found.
-    """
-    from IPython.display import display
-
-    entries = [] if model is None else [_describe_model(model.name, model.digest, str(model.dtype), str(model.device))]
-    for item in tasks_or_circuits:
-        entries += _describe(item)
-    entries = _distinct(entries)
-    lines = [" ".join(str(entry.get(key, "")) for key in ("kind", "name", "digest")) for entry in entries]
-    bundle = {PROVENANCE: {"entries": entries}, "text/html": facts_table(entries), "text/plain": "\n".join(lines)}
-    display(bundle, raw=True)
 
 
 def index(reports: Iterable[str | Path], output: str | Path, *, force: bool = False) -> Path:
@@ -220,45 +177,6 @@ def index(reports: Iterable[str | Path], output: str | Path, *, force: bool = Fa
             | {"pdf": quote(_relative(pdf, target.parent)) if pdf.is_file() else None}
         )
     write_text(target, render("series.html.j2", reports=rows, policy=policy()))
-    return target
-
-
-def write_pdf(page: str | Path, output: str | Path | None = None, *, force: bool = False) -> Path:
-    """Print an HTML file to PDF with Chromium.
-
-    Parameters
-    ----------
-    page
-        The HTML file.
-    output
-        The PDF; by default beside the page.
-    force
-        Overwrite also a file that kcwb did not write.
-
-    Raises
-    ------
-    SettingError
-        If there is no Chromium or Chrome, or the PDF cannot be written or would replace a file that is not ours.
-    KcwbError
-        If it fails or takes more than two minutes.
-    """
-    page = Path(page)
-    target = Path(output) if output is not None else page.with_suffix(".pdf")
-    check_output(target, PDF, what="The PDF", inputs=[page], force=force, make_folder=True)
-    with tempfile.TemporaryDirectory(prefix="kcwb-chromium-") as profile, atomic_path(target) as draft:
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-        flags += [f"--user-data-dir={profile}", "--no-pdf-header-footer", "--virtual-time-budget=15000"]
-        flags.append("--disable-features=IsolateSandboxedIframes")  # time must pass in the frames of graphs, too
-        command = [_browser(), *flags, f"--print-to-pdf={draft}", page.resolve().as_uri()]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise KcwbError(f"Chromium took more than two minutes to print {page}; the HTML file is whole.") from error
-        if done.returncode or not draft.stat().st_size:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise KcwbError(f"Chromium could not print {page} (exit code {done.returncode}): {last}")
-        with draft.open("ab") as file:
-            file.write(PDF_MARK)
     return target
 
 
@@ -302,104 +220,3 @@ def _read_about(path: Path) -> dict[str, Any]:
 
 def _relative(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
-
-
-def _browser() -> str:
-    found = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
-    if found is None and Path(_BROWSER_ON_MAC).is_file():
-        found = _BROWSER_ON_MAC
-    if found is None:
-        raise SettingError(
-            "A PDF needs Chromium or Chrome, and none was found. Install it (for example: apt install chromium), or "
-            "open the HTML report in a browser and print it."
-        )
-    return found
-
-
-# --- provenance ---
-
-
-def _describe_model(name: str, digest: str, dtype: str, device: str) -> dict[str, Any]:
-    return {"kind": "model", "name": name, "digest": digest, "dtype": dtype.removeprefix("torch."), "device": device}
-
-
-def _describe(item: Task | Circuit) -> list[dict[str, Any]]:
-    from kcwb.circuits.circuit import Circuit
-    from kcwb.tasks.prompts import Task
-
-    if isinstance(item, Task):
-        relation = {"kind": "relation", "name": item.relation.name, "digest": item.relation.digest}
-        sizes = {"D_val": len(item.val), "D_test": len(item.test), "known": f"{item.n_known} of {item.n_facts}"}
-        return [relation | {"template": item.template, "n": item.n, "seed": item.seed} | sizes]
-    if isinstance(item, Circuit):
-        return [*_sources(item.provenance), _describe_circuit(item)]
-    raise SettingError(f"provenance describes tasks and circuits, not {type(item).__name__}.")
-
-
-def _describe_circuit(circuit: Circuit) -> dict[str, Any]:
-    made = circuit.provenance
-    keys = ("method", "metric", "ablation", "parameters", "template", "n", "seed", "seconds")
-    name = made["relation"]["name"] if "relation" in made else made.get("method", "circuit")
-    size: dict[str, Any] = {"edges": f"{circuit.n_edges:,} of {circuit.graph.n_edges:,}"}
-    if "of" in made:
-        size["of"] = ", ".join(_origin(part) for part in made["of"])
-    details = {key: made[key] for key in keys if key in made and made[key] not in (None, {}, [])}
-    return {"kind": "circuit", "name": name, "digest": circuit.digest} | size | details
-
-
-def _origin(made: Mapping[str, Any]) -> str:
-    """What one of the circuits that a circuit was made of was: `acdc of country_capital`."""
-    words = [made.get("method", "a circuit"), *(["of", made["relation"]["name"]] if "relation" in made else [])]
-    inside = ", ".join(_origin(part) for part in made.get("of", ()))
-    return " ".join(map(str, words)) + (f" ({inside})" if inside else "")
-
-
-def _sources(made: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The models and relations that a circuit, or those it was made of, come from."""
-    found = []
-    if "model" in made:
-        model = made["model"]
-        found.append(_describe_model(model["name"], model["digest"], model.get("dtype", ""), model.get("device", "")))
-    if "relation" in made:
-        found.append({"kind": "relation", "name": made["relation"]["name"], "digest": made["relation"]["digest"]})
-    for part in made.get("of", ()):
-        found += _sources(part)
-    return found
-
-
-def _distinct(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each thing once, with all that is said of it, in the order of first mention: models, data, circuits.
-
-    Two circuits of the same edges that were found in different ways are two things.
-    """
-    found: list[dict[str, Any]] = []
-    for entry in entries:
-        same = next((other for other in found if _same(other, entry)), None)
-        if same is None:
-            found.append(dict(entry))
-        else:
-            same.update(entry)
-    order = ("model", "relation", "circuit")
-    return sorted(found, key=lambda e: order.index(e["kind"]) if e.get("kind") in order else len(order))
-
-
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two entries can be of one thing: the same kind, name and digest, and nothing that differs."""
-    named = any(one.get(key) for key in ("kind", "name", "digest"))
-    alike = all(one.get(key) == other.get(key) for key in ("kind", "name", "digest"))
-    return alike and all(one[key] == other[key] for key in one.keys() & other.keys()) and (named or one == other)
-
-
-def _collect(notebook: NotebookNode) -> list[dict[str, Any]]:
-    """Everything that cells displayed as provenance."""
-    entries: list[dict[str, Any]] = []
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            content = output.get("data", {}).get(PROVENANCE)
-            if isinstance(content, Mapping):
-                listed = content.get("entries")
-                entries += listed if isinstance(listed, list) else [{"kind": "result", **content}]
-    return _distinct(entry for entry in entries if isinstance(entry, Mapping))
-
-
-# --- the command line ---

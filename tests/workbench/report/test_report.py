@@ -22,11 +22,12 @@ from kcwb.cli import main
 from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.tasks.prompts import make_task
-from kcwb.workbench.report import write as reports
+from kcwb.workbench.report import pdf
+from kcwb.workbench.report import provenance as provenances
 from kcwb.workbench.report.page import _STATE, _VIEW, notebook_body, tex_to_html
+from kcwb.workbench.report.provenance import PROVENANCE
 from kcwb.workbench.report.run import take_parameters
 from kcwb.workbench.report.write import (
-    PROVENANCE,
     index,
     parameters_of,
     provenance,
@@ -524,8 +525,8 @@ def test_the_running_interpreter_is_used_unless_a_kernel_is_named(tmp_path: Path
 
 
 def test_pdf_without_chromium_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reports, "_BROWSERS", ("no-such-browser",))
-    monkeypatch.setattr(reports, "_BROWSER_ON_MAC", "/no/such/browser")
+    monkeypatch.setattr(pdf, "_BROWSERS", ("no-such-browser",))
+    monkeypatch.setattr(pdf, "_BROWSER_ON_MAC", "/no/such/browser")
     notebook = save(tmp_path / "n.ipynb", code("1"))
     with pytest.raises(SettingError, match="A PDF needs Chromium or Chrome"):
         report(notebook, tmp_path / "n.html", pdf=True)
@@ -677,7 +678,7 @@ def test_circuits_found_in_different_ways_are_listed_apart_also_with_the_same_ed
     assert circuits[3]["of"] == "union (acdc of r, acdc of r), eap of r"
     for part in (one.digest, third.digest, "method eap", "seconds 2.5", "of union (acdc of r, acdc of r), eap of r"):
         assert part in shown[0]["text/html"]
-    told_again = reports._collect(
+    told_again = provenances.collect(
         new_notebook(cells=[new_code_cell("", outputs=[new_output("display_data", bundle) for bundle in shown * 2])])
     )
     assert told_again == entries
@@ -686,7 +687,7 @@ def test_circuits_found_in_different_ways_are_listed_apart_also_with_the_same_ed
 def test_foreign_and_odd_provenance_is_listed_too() -> None:
     data = [{"entries": [{"kind": "model", "name": "m"}, 3]}, {"seed": 1, "of": {"a": [1, 2]}}, ["no"]]
     outputs = [new_output("display_data", {PROVENANCE: content}) for content in data]
-    entries = reports._collect(new_notebook(cells=[new_code_cell("", outputs=outputs)]))
+    entries = provenances.collect(new_notebook(cells=[new_code_cell("", outputs=outputs)]))
     assert entries == [{"kind": "model", "name": "m"}, {"kind": "result", "seed": 1, "of": {"a": [1, 2]}}]
 
 
@@ -772,10 +773,10 @@ def test_report_opens_from_disk_without_a_network(page: Path, chromium: Any, sch
 
 @pytest.mark.browser
 def test_pdf_is_printed_by_chromium(page: Path, tmp_path: Path) -> None:
-    if not any(map(shutil.which, reports._BROWSERS)):
+    if not any(map(shutil.which, pdf._BROWSERS)):
         pytest.skip("Chromium is not installed")
-    made = reports.write_pdf(page, tmp_path / "all.pdf")
-    reports.write_pdf(page, made)  # what kcwb wrote it may replace
+    made = pdf.write_pdf(page, tmp_path / "all.pdf")
+    pdf.write_pdf(page, made)  # what kcwb wrote it may replace
     content = made.read_bytes()
     assert content.startswith(b"%PDF") and len(content) > 50_000
     assert [p.name for p in tmp_path.iterdir()] == ["all.pdf"]

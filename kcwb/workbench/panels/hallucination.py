@@ -43,6 +43,7 @@ def plot_diagnosis(found: Diagnosis) -> Plot:
     ranks["who"] = ranks["who"].map(dict(zip(WHO, words, strict=True)))
     for axes, where in ((end, WHERE[0]), (subject, WHERE[2])):
         draw_curves(axes, ranks[ranks["where"] == where], "rank", palette)
+        axes.set_ylabel("rank")
         axes.axhline(KNOWN_RANK, color=MUTED, linewidth=0.8, linestyle="--")
         axes.set_title(f"logit lens, {where}", fontsize=10)
     subject.sharey(end)

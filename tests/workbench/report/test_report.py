@@ -640,7 +640,7 @@ def test_provenance_displays_what_results_come_from(monkeypatch: pytest.MonkeyPa
         ("circuit", "<r>"),
     ]
     assert "&lt;r&gt;" in shown[0]["text/html"] and "<r>" not in shown[0]["text/html"]
-    with pytest.raises(SettingError, match="not int"):
+    with pytest.raises(SettingError, match="not a Task or a Circuit"):
         provenance(None, 3)  # type: ignore[arg-type]
 
 

@@ -250,17 +250,6 @@ class Zero(AblationKind):
 
 
 @register_ablation
-class Resample(AblationKind):
-    """The sender's output on the corrupted prompt."""
-
-    name, paired = "resample", True
-
-    def values(self, network: Network, prompts: Prompts, fitted: Any) -> Float[Tensor, "S N T D"]:
-        """A run of the corrupted prompts."""
-        return sender_outputs(network, prompts.corrupted)
-
-
-@register_ablation
 class Mean(AblationKind):
     """The sender's mean output over the task's reference prompts, in the same class of positions."""
 
@@ -279,6 +268,17 @@ class Mean(AblationKind):
         """The mean of each position's class."""
         means, classes = fitted
         return means[:, classes.of(prompts.ends, prompts.tokens.shape[1])]
+
+
+@register_ablation
+class Resample(AblationKind):
+    """The sender's output on the corrupted prompt."""
+
+    name, paired = "resample", True
+
+    def values(self, network: Network, prompts: Prompts, fitted: Any) -> Float[Tensor, "S N T D"]:
+        """A run of the corrupted prompts."""
+        return sender_outputs(network, prompts.corrupted)
 
 
 def sender_outputs(network: Network, tokens: Int[Tensor, "N T"]) -> Float[Tensor, "S N T D"]:

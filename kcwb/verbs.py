@@ -68,8 +68,10 @@ def noun(kind: C) -> C:
     return kind
 
 
-def check_settings(function: Callable[..., Any], **settings: Any) -> dict[str, Any]:
+def check_settings(function: Callable[..., Any], who: str | None = None, /, **settings: Any) -> dict[str, Any]:
     """Check some of a function's arguments without calling it, so before its model is loaded; returns them.
+
+    `who` is what people call the function; None for its own name.
 
     Raises
     ------
@@ -78,36 +80,36 @@ def check_settings(function: Callable[..., Any], **settings: Any) -> dict[str, A
     """
     function = getattr(function, MARK, function)
     bound = _signature(function).bind_partial(**settings)
-    _check(function, bound)
+    _check(function, bound, who)
     return dict(bound.arguments)
 
 
-def _check(function: Callable[..., Any], bound: inspect.BoundArguments) -> set[WeightsLock]:
+def _check(function: Callable[..., Any], bound: inspect.BoundArguments, who: str | None = None) -> set[WeightsLock]:
     """Check arguments in place, NumPy's numbers becoming Python's; the locks of the models among them."""
     hints, locks = _hints(function), set()
+    who = who or function.__qualname__.removesuffix(".__init__")
     for name, value in bound.arguments.items():
         hint = hints.get(name)
         kind = bound.signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            bound.arguments[name] = tuple(_checked(function, f"{name}[{i}]", one, hint) for i, one in enumerate(value))
+            bound.arguments[name] = tuple(_checked(who, f"{name}[{i}]", one, hint) for i, one in enumerate(value))
         elif kind is inspect.Parameter.VAR_KEYWORD:
-            bound.arguments[name] = {key: _checked(function, key, one, hint) for key, one in value.items()}
+            bound.arguments[name] = {key: _checked(who, key, one, hint) for key, one in value.items()}
         else:
-            bound.arguments[name] = _checked(function, name, value, hint)
+            bound.arguments[name] = _checked(who, name, value, hint)
             lock = getattr(value, "lock", None)
             if isinstance(lock, WeightsLock):
                 locks.add(lock)
     return locks
 
 
-def _checked(function: Callable[..., Any], name: str, value: Any, hint: Any) -> Any:
+def _checked(who: str, name: str, value: Any, hint: Any) -> Any:
     if hint is None or fits(value, hint):
         return value
     python = plain(value)
     if python is not value and fits(python, hint):
         return python
-    verb_name = function.__qualname__.removesuffix(".__init__")
-    raise SettingError(f"{verb_name}: {name}={shown(value)} is not {words(hint)}.")
+    raise SettingError(f"{who}: {name}={shown(value)} is not {words(hint)}.")
 
 
 @functools.cache

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import kcwb
-from kcwb.discovery.discover import discover
+from kcwb.discovery.registry import check_method
 from kcwb.errors import SettingError
+from kcwb.evaluation.completeness import completeness
 from kcwb.settings import Count, Positive, fits, plain
 from kcwb.tasks.relations import Fact
 from kcwb.verbs import MARK, _check, check_settings, verb
@@ -147,9 +148,13 @@ def test_a_noun_checks_what_it_is_made_of():
 
 
 def test_settings_are_checked_without_a_call():
-    check_settings(discover, edges=3)
-    with pytest.raises(SettingError, match=r"^discover: edges=-5 is not a whole number of at least 1 or None\.$"):
-        check_settings(discover, edges=-5)
+    check_settings(completeness, draws=3)
+    with pytest.raises(SettingError, match=r"^completeness: draws=-5 is not a whole number of at least 0\.$"):
+        check_settings(completeness, draws=-5)
+    with pytest.raises(SettingError, match=r"^eap-ig: steps=0 is not a whole number of at least 1\.$"):
+        check_method("eap-ig", "nll", steps=0)
+    with pytest.raises(SettingError, match=r"^eap-ig: edges=-5 is not a whole number of at least 1 or None\.$"):
+        check_method("eap-ig", "nll", edges=-5)
 
 
 def test_a_check_costs_little():

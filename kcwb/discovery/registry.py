@@ -177,10 +177,10 @@ def check_method(method: str, metric: str, ablation: str | AblationKind | None =
     found = METHODS[choose("The method", method, METHODS)]
     choose("The metric", metric, METRICS)
     given = {name: value for name, value in settings.items() if value is not None}
-    checked = check_settings(found.function, **{name: given[name] for name in given if name in found.own})
+    checked = check_settings(found.function, method, **{name: given[name] for name in given if name in found.own})
     if found.scores:
         of_choice = {name: given[name] for name in given if name in _defaults(chosen)}
-        checked |= check_settings(chosen, **of_choice)
+        checked |= check_settings(chosen, method, **of_choice)
     known = found.defaults | checked
     found.refuse(metric, known)
     for name in given:

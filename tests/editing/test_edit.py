@@ -15,6 +15,7 @@ from kcwb.editing.edit import EditError, default_layer, edit
 from kcwb.editing.registry import METHODS
 from kcwb.editing.scores import generate
 from kcwb.errors import KcwbError, ModelError, SettingError
+from kcwb.models.families import FAMILIES
 from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Fact
 from tests.editing.conftest import FACT, QUICK, TEMPLATE, same_bits, weights
@@ -210,7 +211,7 @@ def test_bad_input_is_refused_before_any_work(model, wrong, words, monkeypatch):
 
 
 def test_a_model_with_a_norm_behind_its_mlps_is_refused(model, monkeypatch):
-    monkeypatch.setattr(model.network, "family", "gemma2")
+    monkeypatch.setattr(model.network, "_about", FAMILIES["gemma2"])
     with pytest.raises(ModelError, match="Editing an MLP's down-projection is not covered on Gemma 2: a norm follows"):
         edit(model, FACT, "w50", layer=0, **QUICK)
 

@@ -72,16 +72,18 @@ def test_a_name_that_never_was_is_no_attribute():
 
 def test_notebooks_come_in_by_the_front_door():
     rooms = {".".join(stub.relative_to(ROOT).parent.parts) for stub in STUBS}
-    imported: dict[str, set[str]] = {}
+    imported, named = set(), set()
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        for cell in cells:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":
                 source = "".join(line for line in cell["source"] if not line.lstrip().startswith(("%", "!")))
                 for node in ast.walk(ast.parse(source)):
                     if isinstance(node, ast.ImportFrom) and str(node.module).startswith("kcwb"):
-                        imported.setdefault(str(node.module), set()).add(path.name)
-    assert imported and set(imported) <= rooms
+                        imported.add(node.module)
+                    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "kcwb":
+                        named.add(node.attr)
+    assert imported and imported <= rooms
+    assert named and named <= set(kcwb.__all__)  # not where they once were
 
 
 def test_what_is_imported_is_declared_and_the_reverse():

@@ -284,7 +284,7 @@ def gross(network: Network) -> Iterator[tuple[str, Network]]:
         wrong._rotary = None
         yield "no rotary embedding", wrong
         wrong = copy.copy(network)
-        wrong._interleaved = not wrong._interleaved
+        wrong._about = replace(network._about, interleaved=not network._about.interleaved)
         x = torch.randn(1, 1, 4, network.d_model, dtype=network.dtype)
         if not torch.equal(wrong.keys(last, x), network.keys(last, x)):  # which they are where two channels turn
             yield "other rotary embedding", wrong

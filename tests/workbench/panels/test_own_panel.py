@@ -74,7 +74,7 @@ def _own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_runs_is_shown_and_is_closed_without_a_trace(model) -> None:
-    relation, before = known_relation(model, 16), len(registry_of_widgets._instances)
+    relation, before = known_relation(model, 16), set(registry_of_widgets._instances)
     with open_panel("ranks", model, relation) as panel:
         assert relation.prompt_templates_zs[0] in panel.to_html()
         panel._run_button.click()
@@ -85,7 +85,7 @@ def test_it_runs_is_shown_and_is_closed_without_a_trace(model) -> None:
         page = panel.to_html()
         assert "4 facts were asked for." in page and all(text in page for text in task.val.texts)
     gc.collect()
-    assert panel.closed and len(registry_of_widgets._instances) == before
+    assert panel.closed and set(registry_of_widgets._instances) <= before
 
 
 def test_a_report_shows_it_without_widgets(model, tmp_path) -> None:

@@ -246,6 +246,7 @@ def test_without_a_circuit_the_full_model_is_looked_at(model, task):
 def test_an_answer_for_a_circuit_that_is_gone_is_not_drawn(panel, model, task, head, monkeypatch):
     """The latest request wins; so does the latest circuit."""
     started, go = threading.Event(), threading.Event()
+    other = discover(model, task, "eap", edges=30, progress=False)  # before the panel has the model to itself
 
     def slow(*args: Any, **more: Any) -> Any:
         started.set()
@@ -255,7 +256,6 @@ def test_an_answer_for_a_circuit_that_is_gone_is_not_drawn(panel, model, task, h
     monkeypatch.setattr(nodepanel, "component_logits", slow)
     panel.select(head)
     assert started.wait(SOON)
-    other = discover(model, task, "eap", edges=30, progress=False)
     panel.show(other, task)
     go.set()
     panel.wait(SOON)

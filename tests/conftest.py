@@ -28,7 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell runs
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _TINY: dict[str, Model] = {}
-#: Functions whose cases take more than a second's third each; `pytest -p no:xdist --note-slow` writes it anew.
+#: Functions whose cases take more than 0.15 s each; `pytest -p no:xdist --note-slow` writes it anew.
 SLOW = Path(__file__).parent / "slow.txt"
 _DAILY = {"llama", "gpt2"}  # the architectures of the daily loop, one of each kind of norm, position and block
 _SECONDS: dict[str, list[float]] = {}
@@ -66,7 +66,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("note_slow"):
-        slow = sorted(name for name, seconds in _SECONDS.items() if sum(seconds) / len(seconds) > 1 / 3)
+        slow = sorted(name for name, seconds in _SECONDS.items() if sum(seconds) / len(seconds) > 0.15)
         SLOW.write_text("\n".join(slow) + "\n", encoding="utf-8")
 
 

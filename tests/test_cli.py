@@ -412,7 +412,7 @@ def test_world_keeps_relation_files_that_differ(run, cache, tmp_path, monkeypatc
         raise AssertionError("models are trained before the files are checked")
 
     monkeypatch.setattr("kcwb.world.models.train_world", refuse)
-    kcwb.make_world(0).save(tmp_path / "facts")
+    kcwb.world.make_world(0).save(tmp_path / "facts")
     one = next(iter(sorted((tmp_path / "facts").iterdir())))
     one.write_text(one.read_text() + " ")
     assert refused(run("world", "--relations", tmp_path / "facts"), "--relations", one.name, "is kept")

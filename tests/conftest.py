@@ -28,7 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell runs
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _TINY: dict[str, Model] = {}
-#: Functions whose cases take more than 0.15 s each; `pytest -p no:xdist --note-slow` writes it anew.
+#: Functions whose cases take more than 0.15 s each; `pytest --note-slow` writes it anew.
 SLOW = Path(__file__).parent / "slow.txt"
 _DAILY = {"llama", "gpt2"}  # the architectures of the daily loop, one of each kind of norm, position and block
 _SECONDS: dict[str, list[float]] = {}

@@ -41,3 +41,10 @@ def test_imports_point_down_the_map():
         for path in (PACKAGE / room).rglob("*.py"):
             for found in re.findall(r"^(?:from|import) kcwb\.([a-z_]+)", path.read_text(encoding="utf-8"), re.M):
                 assert found not in rooms[place + 1 :], f"{path.relative_to(ROOT)} imports {found}"
+
+
+def test_what_is_left_out_of_the_daily_loop_is_there():
+    """A test that was renamed would come back into the loop unseen."""
+    for line in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines():
+        path, name = line.split("::")
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), line

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +154,3 @@ def test_settings_are_checked_without_a_call():
         check_method("eap-ig", "nll", steps=0)
     with pytest.raises(SettingError, match=r"^eap-ig: edges=-5 is not a whole number of at least 1 or None\.$"):
         check_method("eap-ig", "nll", edges=-5)
-
-
-def test_a_check_costs_little():
-    scaled(1)
-    started = time.perf_counter()
-    for _ in range(2000):
-        scaled(1, 0.5)
-    assert (time.perf_counter() - started) / 2000 < 200e-6  # some 10 us on an idle machine

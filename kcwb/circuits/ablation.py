@@ -283,9 +283,7 @@ class Resample(AblationKind):
 
 def sender_outputs(network: Network, tokens: Int[Tensor, "N T"]) -> Float[Tensor, "S N T D"]:
     """Every sender's output on some prompts."""
-    senders = forward(network, tokens, senders=True).senders
-    assert senders is not None  # asked for in the line above
-    return senders
+    return forward(network, tokens, senders=True).senders
 
 
 @torch.no_grad()

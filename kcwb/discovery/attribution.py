@@ -109,7 +109,6 @@ def _activation_chunk(
     ablated = ablation.values(prompts)
     with torch.no_grad():
         clean = forward(network, prompts.tokens, senders=True, receivers=True)
-    assert clean.senders is not None and clean.receivers is not None  # asked for in the line above
     shares = torch.arange(1, steps + 1, device=network.device, dtype=clean.residual.dtype) / steps
     for sender, output in enumerate(clean.senders):
         change = -output if ablated is None else ablated[sender] - output
@@ -124,7 +123,6 @@ def _activation_chunk(
 
 def _behind(graph: Graph, sender: int, clean: Pass) -> tuple[int, bool, Float[Tensor, "N T D"]]:
     """Where the first readers of a sender are, by layer and whether heads or MLP, and the stream that they read."""
-    assert clean.receivers is not None  # its caller asked for them
     place = graph.node(graph.sender_names[sender])
     if place.kind == "head" and not graph.parallel:
         return place.layer, False, clean.receivers[place.layer][1]
@@ -137,7 +135,6 @@ def _chunk_scores(network: Network, loss: Loss, ablation: Ablation, steps: int) 
     ablated = ablation.values(prompts)
     with torch.no_grad():
         clean = forward(network, prompts.tokens, senders=True).senders
-    assert clean is not None  # asked for in the line above
     start = torch.zeros_like(clean[0]) if ablated is None else ablated[0]
     shares = torch.arange(1, steps + 1, device=network.device, dtype=clean.dtype) / steps
     points = start + shares[:, None, None, None] * (clean[0] - start)
@@ -158,7 +155,6 @@ def _gradients(
     with torch.enable_grad():
         start = points.flatten(0, 1).requires_grad_()
         run = forward(network, tokens, embedding=start, first=first, attention=attention, receivers=True)
-        assert run.receivers is not None  # asked for in the line above
         residual = run.residual.unflatten(0, (steps, n_prompts))
         value = loss(network.logits(at_answers(residual, loss.prompts))).mean()
         read: list[tuple[slice, Tensor]] = []

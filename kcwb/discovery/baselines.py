@@ -24,7 +24,7 @@ def random_circuit(graph: Graph, edges: int, seed: Natural) -> Circuit:
     """
     if not 1 <= edges <= graph.n_edges:
         raise SettingError(f"edges={edges}: this graph has {graph.n_edges:,}; ask for 1 to that many.")
-    generator = torch.Generator().manual_seed(seed % 2**63)
+    generator = torch.Generator().manual_seed(seed % 2**63)  # a seed and the number of a draw may add up to more
     pairs = graph.exists.nonzero()
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
 

@@ -12,7 +12,7 @@ import transformers as T
 
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import discover
-from kcwb.errors import ModelError
+from kcwb.errors import ModelError, SettingError
 from kcwb.evaluation.completeness import completeness
 from kcwb.models.families import ENCODERS, FAMILIES, Family, register
 from kcwb.models.loading import load_model
@@ -79,7 +79,11 @@ def test_a_family_is_added_from_outside_by_one_call(toy: Any, words: Relation) -
     register("toy", plain)
     with pytest.raises(ModelError, match=r"self-check 'attention scores' at a0\.h0"):
         load_model(toy, zoo.tokenizer(), device="cpu")
-    register("toy", replace(plain, scale=lambda config, layer, d_head: 0.2 * (layer + 1)))
+    right = replace(plain, scale=lambda config, layer, d_head: 0.2 * (layer + 1))
+    with pytest.raises(SettingError, match="There is a family of 'toy' already: Toy"):
+        register("toy", right)
+    del FAMILIES["toy"]
+    register("toy", right)
     model = load_model(toy, zoo.tokenizer(), device="cpu")
     circuit = discover(model, make_task(model, words, n=3), "eap", edges=30, progress=False)
     assert 0 < circuit.n_edges <= 30 and model.network.family == "toy"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kcwb.errors import ModelError
+from kcwb.errors import ModelError, SettingError
 
 #: A rotary embedding: (x, positions[, kind of layer]) -> cosines and sines, `[1, T, r]` each.
 Rotary = Callable[..., tuple[Tensor, Tensor]]
@@ -108,7 +108,16 @@ ENCODERS: dict[str, Family] = {}
 
 
 def register(model_type: str, family: Family) -> None:
-    """Cover a family from now on: what `load_model`, or for encoders `load_encoder`, does with its `model_type`."""
+    """Cover a family from now on: what `load_model`, or for encoders `load_encoder`, does with its `model_type`.
+
+    Raises
+    ------
+    SettingError
+        If another family has that `model_type`.
+    """
+    before = (FAMILIES | ENCODERS).get(model_type, family)
+    if before is not family:
+        raise SettingError(f"There is a family of {model_type!r:.60} already: {before.name}.")
     (FAMILIES if family.edges else ENCODERS)[model_type] = family
 
 

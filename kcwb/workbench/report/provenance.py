@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kcwb.errors import SettingError
 from kcwb.verbs import verb
 from kcwb.workbench.report.page import facts_table
 
@@ -47,16 +46,13 @@ def _describe_model(name: str, digest: str, dtype: str, device: str) -> dict[str
 
 
 def _describe(item: Task | Circuit) -> list[dict[str, Any]]:
-    from kcwb.circuits.circuit import Circuit
     from kcwb.tasks.prompts import Task
 
     if isinstance(item, Task):
         relation = {"kind": "relation", "name": item.relation.name, "digest": item.relation.digest}
         sizes = {"D_val": len(item.val), "D_test": len(item.test), "known": f"{item.n_known} of {item.n_facts}"}
         return [relation | {"template": item.template, "n": item.n, "seed": item.seed} | sizes]
-    if isinstance(item, Circuit):
-        return [*_sources(item.provenance), _describe_circuit(item)]
-    raise SettingError(f"provenance describes tasks and circuits, not {type(item).__name__}.")
+    return [*_sources(item.provenance), _describe_circuit(item)]
 
 
 def _describe_circuit(circuit: Circuit) -> dict[str, Any]:

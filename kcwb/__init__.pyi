@@ -21,6 +21,7 @@ from .models.graph import Graph as Graph
 from .tasks.relations import Fact as Fact, Relation as Relation
 from .tasks.prompts import Task as Task
 from .circuits.circuit import Circuit as Circuit
+from .circuits.ensemble import Ensemble as Ensemble
 from .editing.edit import Edit as Edit
 from .editing.cases import EditCase as EditCase
 
@@ -40,6 +41,7 @@ from .discovery.discover import (
     score_edges as score_edges,
     tau_path as tau_path,
 )
+from .discovery.many import discover_many as discover_many
 from .discovery.selection import resize as resize
 from .discovery.baselines import random_circuit as random_circuit
 from .circuits.run import run_circuit as run_circuit

@@ -328,7 +328,7 @@ def _executor(args: argparse.Namespace, stack: contextlib.ExitStack) -> Any:
 
         return stack.enter_context(connect(args.scheduler)).get_executor(pure=False)
     if args.workers is not None:
-        from kcwb.sweep.run import leave_with_parent
+        from kcwb.models.worker import leave_with_parent
 
         workers = ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), initializer=leave_with_parent)
         return stack.enter_context(workers)

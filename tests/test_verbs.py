@@ -61,7 +61,8 @@ def callables(name: str, value: Any) -> dict[str, Any]:
 PUBLIC = public()
 #: Methods that take no settings: names and indices of a graph, and what other verbs have checked already.
 BARE = {name for name in PUBLIC if name.startswith("Graph.")} | {
-    "Ablation.usable", "Ablation.values", "AblationKind.fit", "AblationKind.values", "Method.refuse",
+    "Ablation.usable", "Ablation.values", "AblationKind.drawn_again", "AblationKind.fit", "AblationKind.values",
+    "Method.refuse",
     "register_ablation",
     "Edit.require_own", "Model.exclusive", "Model.has_weights", "Search.again",
     "Search.commit", "Search.resume", "Search.visit", "ShotTask.groups",

@@ -17,9 +17,10 @@ from __future__ import annotations
 import ast
 import hashlib
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -29,6 +30,7 @@ from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.tasks.prompts import Prompts, Task
+from kcwb.tasks.variants import with_other_partners
 from kcwb.verbs import noun, verb
 
 #: A class of positions has at least this many prompts, where any has.
@@ -61,6 +63,15 @@ class AblationKind:
         A prompt's values must not depend on the prompts beside it: runs take prompts in parts, and in any order.
         """
         raise NotImplementedError
+
+    def drawn_again(self, task: Task, seed: int) -> tuple[AblationKind, Task] | None:
+        """The kind and the task with what is left to chance in them drawn anew; None if nothing is.
+
+        A kind that has a `seed` among its settings gets another one.
+        """
+        if any(one.name == "seed" for one in fields(self)):
+            return replace(self, **{"seed": seed}), task
+        return None
 
     def __str__(self) -> str:
         """Its text, which `ablation_kind` reads: the name, and all settings where there are any."""
@@ -264,6 +275,11 @@ class Mean(AblationKind):
             )
         return _mean_outputs(network, task.reference)
 
+    def drawn_again(self, task: Task, seed: int) -> tuple[AblationKind, Task]:
+        """A bootstrap resample of the reference prompts."""
+        rows = np.random.default_rng(seed).integers(len(task.reference), size=len(task.reference))
+        return self, replace(task, reference=task.reference.select(sorted(rows.tolist())))
+
     def values(self, network: Network, prompts: Prompts, fitted: Any) -> Float[Tensor, "S N T D"]:
         """The mean of each position's class."""
         means, classes = fitted
@@ -275,6 +291,10 @@ class Resample(AblationKind):
     """The sender's output on the corrupted prompt."""
 
     name, paired = "resample", True
+
+    def drawn_again(self, task: Task, seed: int) -> tuple[AblationKind, Task]:
+        """Other corrupted partners."""
+        return self, with_other_partners(task, seed)
 
     def values(self, network: Network, prompts: Prompts, fitted: Any) -> Float[Tensor, "S N T D"]:
         """A run of the corrupted prompts."""

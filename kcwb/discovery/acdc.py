@@ -40,7 +40,7 @@ from torch import Tensor
 from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.propagate import Current, Need, Plan
 from kcwb.discovery.checkpoint import Checkpoint
-from kcwb.discovery.sequential import NEAR_TIE, Pruned, receiver_order
+from kcwb.discovery.sequential import NEAR_TIE, Pruned, receiver_order, sender_order
 from kcwb.models.forward import memory_budget
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -68,6 +68,8 @@ class Search:
         The increase of M (nats) below which an edge is cut, and whether its absolute value counts.
     within
         The edges to start from; None for all.
+    order
+        The seed that the order of a layer's heads is drawn from; None for the last to the first.
     """
 
     def __init__(
@@ -79,12 +81,14 @@ class Search:
         tau: float,
         absolute: bool = False,
         within: Bool[Tensor, "S R"] | None = None,
+        order: int | None = None,
     ) -> None:
         self.model, self.loss, self.ablation, self.tau, self.absolute = model, loss, ablation, tau, absolute
+        self.drawn_from = order
         self.start = (model.graph.exists if within is None else within).clone()
         self.kept = self.start.clone()
         self.increases = torch.full(self.kept.shape, torch.nan)
-        self.order = receiver_order(model.graph)
+        self.order, self.senders = receiver_order(model.graph, order), sender_order(model.graph, order)
         self.visited = 0
         self.evaluations = 1
         self.near_ties = 0
@@ -149,7 +153,7 @@ class Search:
         column = self.order[self.visited]
         graph = self.model.graph
         node = int(graph.receiver_node[column])
-        rows = self.kept[:, column].nonzero()[:, 0].flip(0)
+        rows = self.senders[self.kept[self.senders, column]]
         if node < graph.n_senders and self.current.need(node) is Need.NOWHERE:
             self.kept[:, column] = False
             step(len(rows), self._note())

@@ -86,6 +86,20 @@ def attribution_scores(
     return scores.cpu()
 
 
+def scores_by_fact(
+    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = 1, progress: Progress = False
+) -> Float[Tensor, "N S R"]:
+    """What `attribution_scores` gives for each prompt alone, in one run: their mean is the score of them all."""
+    network, prompts = model.network, loss.prompts
+    parts = []
+    with track(progress, len(prompts), "attribution") as step:
+        for rows in prompt_chunks(network, prompts.tokens, copies=_COPIES_PER_STEP * steps):
+            part = loss.select(range(len(prompts))[rows])
+            parts.append(_chunk_scores(network, part, ablation, steps, by_fact=True).cpu())
+            step(len(part.prompts))
+    return torch.cat(parts)
+
+
 def activation_scores(
     model: Model, loss: Loss, ablation: Ablation, *, steps: Count = STEPS, progress: Progress = False
 ) -> Float[Tensor, "S R"]:
@@ -130,7 +144,10 @@ def _behind(graph: Graph, sender: int, clean: Pass) -> tuple[int, bool, Float[Te
     return first, True, clean.receivers[first][0][0] if first < graph.n_layers else clean.residual
 
 
-def _chunk_scores(network: Network, loss: Loss, ablation: Ablation, steps: int) -> Float[Tensor, "S R"]:
+def _chunk_scores(
+    network: Network, loss: Loss, ablation: Ablation, steps: int, *, by_fact: bool = False
+) -> Float[Tensor, "... S R"]:
+    """The scores of some prompts together, or of each of them alone."""
     prompts, graph = loss.prompts, network.graph
     ablated = ablation.values(prompts)
     with torch.no_grad():
@@ -138,12 +155,16 @@ def _chunk_scores(network: Network, loss: Loss, ablation: Ablation, steps: int) 
     start = torch.zeros_like(clean[0]) if ablated is None else ablated[0]
     shares = torch.arange(1, steps + 1, device=network.device, dtype=clean.dtype) / steps
     points = start + shares[:, None, None, None] * (clean[0] - start)
-    change = (-clean if ablated is None else ablated - clean).flatten(1).float()
-    scores = torch.zeros(graph.exists.shape, device=network.device)
+    change = (-clean if ablated is None else ablated - clean).float()
+    scores = torch.zeros((len(prompts) if by_fact else 1, *graph.exists.shape), device=network.device)
     for columns, gradient in _gradients(network, loss, points):
         before = graph.senders_before(columns.start)
-        scores[:before, columns] = change[:before] @ gradient.flatten(1).T
-    return scores
+        if by_fact:  # the loss is a mean over prompts, of which this is one
+            left, right = change[:before].flatten(2).transpose(0, 1), gradient.flatten(2).permute(1, 2, 0)
+            scores[:, :before, columns] = len(prompts) * (left @ right)
+        else:
+            scores[0, :before, columns] = change[:before].flatten(1) @ gradient.flatten(1).T
+    return scores if by_fact else scores[0]
 
 
 def _gradients(

@@ -45,13 +45,14 @@ def fingerprint(search: Search) -> str:
         "ablation": [str(search.ablation.kind), search.ablation.reference],
         "tau": search.tau,
         "absolute": search.absolute,
+        **({} if search.drawn_from is None else {"order": search.drawn_from}),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tensor in (prompts.tokens, prompts.lengths, prompts.answers, prompts.answer_mask, prompts.foils):
-        _update(digest, tensor)
+        add_tensor(digest, tensor)
     if search.ablation.kind.paired:
-        _update(digest, prompts.corrupted)
-    _update(digest, search.start)
+        add_tensor(digest, prompts.corrupted)
+    add_tensor(digest, search.start)
     return digest.hexdigest()
 
 
@@ -135,7 +136,8 @@ class Checkpoint:
         return tensors["kept"].bool(), tensors["increases"], counters
 
 
-def _update(digest: Any, tensor: Tensor) -> None:
+def add_tensor(digest: Any, tensor: Tensor) -> None:
+    """Take a tensor into a digest: its shape, its type and its values."""
     digest.update(str((tuple(tensor.shape), str(tensor.dtype))).encode())
     digest.update(tensor.cpu().contiguous().numpy().tobytes())
 
@@ -143,5 +145,5 @@ def _update(digest: Any, tensor: Tensor) -> None:
 def _state_digest(state: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(state.encode())
     for tensor in tensors.values():
-        _update(digest, tensor)
+        add_tensor(digest, tensor)
     return digest.hexdigest()

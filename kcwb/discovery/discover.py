@@ -71,6 +71,8 @@ def discover(
         Circuits code); and whether its absolute value counts.
     within
         acdc: a circuit whose edges alone are searched, such as an attribution circuit, which takes seconds.
+    order
+        acdc: the seed that the order of a layer's heads is drawn from; None for the last to the first.
     checkpoint
         acdc: where to keep the state, from which the same call resumes: a path, True for the user's cache (default),
         False for nowhere. It is removed when the search is done.

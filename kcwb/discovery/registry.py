@@ -18,6 +18,7 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from kcwb.circuits.ablation import Ablation, AblationKind, ablation_kind
 from kcwb.errors import SettingError, choose
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
-from kcwb.progress import Progress
+from kcwb.progress import Progress, track
 from kcwb.settings import Count
 from kcwb.tasks.metrics import METRICS, Loss
 from kcwb.verbs import check_settings, noun, verb
@@ -85,6 +86,11 @@ class Method:
         Roughly how long it will take, from the function's arguments; None where nobody has to know.
     unrecorded
         Settings that do not change what is found, and are left out of the provenance.
+    by_fact
+        Of a method that scores: the same function for every prompt alone, `[N, S, R]`, in one run; None where it has
+        to run once for each.
+    varied
+        Settings that an ensemble draws beside how edges are chosen: numbers above 0, and whether or not.
     """
 
     name: str
@@ -94,6 +100,8 @@ class Method:
     refuse: Callable[[str, Mapping[str, Any]], None] = _anything
     seconds: Callable[..., float] | None = None
     unrecorded: tuple[str, ...] = ()
+    by_fact: Callable[..., Any] | None = None
+    varied: tuple[str, ...] = ()
 
     @property
     def scores(self) -> bool:
@@ -152,8 +160,24 @@ class Settled(NamedTuple):
 
     def run(self, model: Model, loss: Loss, ablation: Ablation, progress: Progress = False) -> Any:
         """Run the function."""
-        own = {name: self.settings[name] for name in self.method.own}
-        return self.method.function(model, loss, ablation, **own, progress=progress)
+        return self.method.function(model, loss, ablation, **self._own, progress=progress)
+
+    def by_fact(
+        self, model: Model, loss: Loss, ablation: Ablation, progress: Progress = False
+    ) -> Float[Tensor, "N S R"]:
+        """The scores of every fact alone: their mean is what `run` gives, since a loss is a mean over facts."""
+        if self.method.by_fact is not None:
+            return self.method.by_fact(model, loss, ablation, **self._own, progress=progress)
+        parts = []
+        with track(progress, len(loss.prompts), self.method.name) as step:
+            for i in range(len(loss.prompts)):
+                parts.append(self.run(model, loss.select([i]), ablation))
+                step()
+        return torch.stack(parts)
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        return {name: self.settings[name] for name in self.method.own}
 
 
 def check_method(method: str, metric: str, ablation: str | AblationKind | None = None, **settings: Any) -> Settled:

@@ -61,10 +61,12 @@ def select_edges(
     assert edges is not None  # one of the two was given
     if select == "greedy":
         return _greedy(graph, value, edges)
-    kept = torch.zeros_like(graph.exists)
-    order = value.flatten().sort(descending=True, stable=True).indices[:edges]
-    kept.view(-1)[order] = True
-    return kept
+    flat = value.flatten()
+    least = flat.topk(edges).values[-1]
+    kept = flat > least
+    ties = (flat == least).nonzero()[:, 0]
+    kept[ties[: edges - int(kept.sum())]] = True
+    return kept.view_as(value)
 
 
 def _greedy(graph: Graph, value: Float[Tensor, "S R"], edges: int) -> Bool[Tensor, "S R"]:

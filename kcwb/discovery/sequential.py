@@ -9,7 +9,8 @@ Source: ACDC (arXiv 2304.14997), as Knowledge Circuits uses it (arXiv 2405.17969
 4. Otherwise visit its senders from the latest to the earliest: M_new = M(G without e). If M_new - M_cur < tau (or its
    absolute value), cut e and set M_cur = M_new; else keep e.
 
-The order is part of the result: another order gives another circuit. This is the oracle for faster versions.
+The order is part of the result: another order gives another circuit. The heads of a layer have no order by nature, so
+that it can be drawn (`layer_order`). This is the oracle for faster versions.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
@@ -53,14 +54,32 @@ class Pruned(NamedTuple):
     near_ties: int
 
 
-def receiver_order(graph: Graph) -> list[int]:
+def layer_order(graph: Graph, seed: int | None = None) -> Int[Tensor, "L H"]:
+    """The heads of each layer in the order in which ACDC visits them: from the last, or drawn from a seed."""
+    if seed is None:
+        return torch.arange(graph.n_heads).flip(0).expand(graph.n_layers, -1)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(graph.n_heads, generator=generator) for _ in range(graph.n_layers)])
+
+
+def receiver_order(graph: Graph, seed: int | None = None) -> list[int]:
     """The columns in the order in which ACDC visits them."""
-    order = [graph.n_receivers - 1]
+    order, heads = [graph.n_receivers - 1], layer_order(graph, seed)
     for layer in reversed(range(graph.n_layers)):
         order.append(graph.mlp_receiver(layer))
         start = graph.attention_receivers(layer).start
-        for head in reversed(range(graph.n_heads)):
+        for head in heads[layer].tolist():
             order += [start + kind * graph.n_heads + head for kind in (2, 1, 0)]
+    return order
+
+
+def sender_order(graph: Graph, seed: int | None = None) -> Int[Tensor, " S"]:
+    """The rows in the order in which ACDC visits those that a receiver reads: from the latest to the earliest."""
+    order, heads = torch.arange(graph.n_senders).flip(0), layer_order(graph, seed)
+    for layer in range(graph.n_layers):
+        first = graph.sender_index(f"a{layer}.h0")
+        where = graph.n_senders - first - graph.n_heads
+        order[where : where + graph.n_heads] = first + heads[layer]
     return order
 
 
@@ -72,6 +91,7 @@ def acdc_sequential(
     tau: float,
     absolute: bool = False,
     within: Bool[Tensor, "S R"] | None = None,
+    order: int | None = None,
     progress: Progress = False,
 ) -> Pruned:
     """Prune by the definition above: one run of the whole circuit per edge, so for tiny models.
@@ -90,24 +110,27 @@ def acdc_sequential(
         Compare the increase's absolute value.
     within
         The edges to start from; None for all.
+    order
+        The seed that the order of a layer's heads is drawn from; None for the last to the first.
     progress
         Reported per receiver.
     """
     graph = model.graph
     kept = (graph.exists if within is None else within).clone()
     increases = torch.full(kept.shape, torch.nan)
+    senders = sender_order(graph, order)
 
     def measure() -> float:
         return float(loss(run_circuit(model, kept, loss.prompts, ablation)))
 
     current, evaluations = measure(), 1
     with track(progress, graph.n_receivers, "ACDC") as step:
-        for column in receiver_order(graph):
+        for column in receiver_order(graph, order):
             node = int(graph.receiver_node[column])
             if node < graph.n_senders and not kept[model.network.together(node)].any():
                 kept[:, column] = False
             else:
-                for row in kept[:, column].nonzero()[:, 0].flip(0).tolist():
+                for row in senders[kept[senders, column]].tolist():
                     kept[row, column] = False
                     changed = measure()
                     evaluations += 1

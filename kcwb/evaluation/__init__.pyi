@@ -1,3 +1,4 @@
+from .confidence import confidence_curve as confidence_curve
 from .faithfulness import cmd as cmd, comprehensiveness as comprehensiveness, cpr as cpr
 from .overlap import (
     circuit_overlap as circuit_overlap,

@@ -86,16 +86,16 @@ def completeness(
             for split, prompts in splits.items():
                 scored = []
                 for one in circuits:
-                    scored.append(_score(model, one, prompts, cuts, k))
+                    scored.append(answered(model, one, prompts, cuts, k))
                     step()
                 hits, losses = (torch.stack(column).mean(0) for column in zip(*scored, strict=True))
                 for label, chosen in _subsets(split, prompts):
-                    some = _summary(hits[chosen], losses[chosen], seed if name == "random circuits" else None)
+                    some = summarised(hits[chosen], losses[chosen], seed if name == "random circuits" else None)
                     rows.append({"run": name, **size, "split": label, **some})
     return pd.DataFrame(rows)
 
 
-def _score(model: Model, circuit: Circuit | None, prompts: Prompts, cuts: Ablation, k: int) -> tuple[Tensor, Tensor]:
+def answered(model: Model, circuit: Circuit | None, prompts: Prompts, cuts: Ablation, k: int) -> tuple[Tensor, Tensor]:
     """Hit@k and nll of each prompt, on the CPU."""
     logits = run_circuit(model, circuit, prompts, cuts)
     hits = (answer_ranks(logits, prompts) <= k).double()
@@ -111,7 +111,7 @@ def _subsets(split: str, prompts: Prompts) -> Iterator[tuple[str, Tensor]]:
         yield "D_test, known", prompts.known.cpu()
 
 
-def _summary(hits: Tensor, losses: Tensor, seed: int | None) -> dict[str, float]:
+def summarised(hits: Tensor, losses: Tensor, seed: int | None) -> dict[str, float]:
     """One row; `seed` is that of the bootstrap where hits are means over draws."""
     if not len(hits):
         return {"n": 0, "hit": np.nan, "low": np.nan, "high": np.nan, "nll": np.nan}

@@ -95,16 +95,12 @@ def bootstrap_stability(
     n_facts = len(loss.prompts)
     if n_facts < 2:
         raise DataError(f"D_val of {task.relation.name} has a single fact, which every draw would repeat; use n >= 2.")
-    by_fact = []
-    with track(progress, n_facts, "stability") as step:
-        for i in range(n_facts):
-            by_fact.append(settled.run(model, loss.select([i]), cuts))
-            step()
+    by_fact = settled.by_fact(model, loss, cuts, progress)
     counts = torch.from_numpy(resample_counts(n_facts, draws, seed))
     shares = torch.cat([torch.ones(1, n_facts), counts]) / n_facts
     names = ["D_val", *(f"draw {draw}" for draw in range(1, draws + 1))]
     circuits = {
-        name: _circuit(model.graph, torch.tensordot(share, torch.stack(by_fact), 1), size, select)
+        name: _circuit(model.graph, torch.tensordot(share, by_fact, 1), size, select)
         for name, share in zip(names, shares, strict=True)
     }
     return _pairs(circuits, seed)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import getpass
 import hashlib
-import itertools
 import json
-import multiprocessing
 import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from kcwb.circuits.ablation import AblationKind, register_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import discover
 from kcwb.discovery.registry import Method, register_method
 from kcwb.evaluation.completeness import completeness
-from kcwb.models.loading import Model, load_model
+from kcwb.models.loading import Model
+from kcwb.models.worker import WORKER, error_words, leave_with_parent, pinned_device
 from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Relation
 
@@ -73,40 +66,24 @@ class Outcome:
     error: str | None = None
 
 
-class _Worker:
-    """What a worker process keeps between cells: its model, and the task that it asked last."""
+class _Tasks:
+    """The task that this process asked last: the next cell often asks the same."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._models: dict[tuple[str, str, str], Model] = {}
-        self._tasks: dict[tuple[str, ...], Task] = {}
+        self._last: dict[tuple[str, ...], Task] = {}
 
-    def model(self, cell: Cell, device: str) -> Model:
-        """The cell's model, loaded unless it is the one at hand."""
-        key = cell.model, device, cell.dtype
-        with self._lock:
-            if key not in self._models:
-                self.forget()
-                self._models[key] = load_model(cell.model, device=device, dtype=cell.dtype)
-            return self._models[key]
-
-    def task(self, model: Model, cell: Cell) -> Task:
+    def of(self, model: Model, cell: Cell) -> Task:
         """The cell's task, made unless it is the one at hand."""
         key = model.digest, cell.relation.digest, repr((cell.template, cell.n, cell.seed, cell.dtype))
         with self._lock:
-            if key not in self._tasks:
+            if key not in self._last:
                 made = make_task(model, cell.relation, n=cell.n, seed=cell.seed, template=cell.template)
-                self._tasks = {key: made}
-            return self._tasks[key]
-
-    def forget(self) -> None:
-        """Free the model and the task."""
-        self._models.clear()
-        self._tasks.clear()
+                self._last = {key: made}
+            return self._last[key]
 
 
-#: This process as a worker.
-WORKER = _Worker()
+_TASKS = _Tasks()
 
 
 def run_cell(cell: Cell, device: str = "auto") -> Outcome:
@@ -114,8 +91,8 @@ def run_cell(cell: Cell, device: str = "auto") -> Outcome:
     started = time.perf_counter()
     worker = f"{socket.gethostname()}:{os.getpid()}"
     try:
-        model = WORKER.model(cell, pinned_device(device))
-        task = WORKER.task(model, cell)
+        model = WORKER.model(cell.model, pinned_device(device), cell.dtype)
+        task = _TASKS.of(model, cell)
         given = {"tau": cell.tau, "edges": cell.edges}
         circuit = discover(
             model, task, cell.method, metric=cell.metric, ablation=cell.ablation, progress=False, **given
@@ -137,28 +114,6 @@ def run_in_worker(cell: Cell, device: str, method: Method, kind: type[AblationKi
     return run_cell(cell, device)
 
 
-@functools.cache
-def leave_with_parent() -> None:
-    """In a worker process: end soon after the process that started it, even if that was killed.
-
-    A pool's workers wait for work at a pipe that they themselves hold open, so that they would wait forever.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_watch, args=(parent, os.getppid()), daemon=True, name="kcwb-parent").start()
-
-
-def _watch(parent: Any, number: int) -> None:
-    while parent.is_alive() and os.getppid() == number:  # its end of a pipe closes; but forked siblings may hold that
-        parent.join(1.0)
-    os._exit(1)
-
-
-def error_words(error: Exception) -> str:
-    """An exception in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:600]
-
-
 def _numbers(model: Model, circuit: Circuit, task: Task) -> dict[str, float]:
     table = completeness(model, circuit, task, draws=0, progress=False).set_index(["run", "split"])
     numbers: dict[str, float] = {"n_edges": circuit.n_edges, "n_nodes": circuit.n_nodes}
@@ -169,35 +124,3 @@ def _numbers(model: Model, circuit: Circuit, task: Task) -> dict[str, float]:
                 if (run, split) in table.index:
                     numbers[f"{prefix}{key}_{suffix}"] = float(table[key].to_dict()[run, split])
     return {key: numbers[key] for key in NUMBERS if key in numbers}
-
-
-_SLOTS: list[FileLock] = []
-
-
-def pinned_device(device: str) -> str:
-    """The device of this worker process: with `"auto"` and several GPUs, one of its own, in turn.
-
-    The first process of a user on a machine takes number 0, the next 1, and so on; a number is free again when its
-    process ends, however it does.
-    """
-    import torch
-
-    if device != "auto" or not torch.cuda.is_available():
-        return device
-    return f"cuda:{_slot() % torch.cuda.device_count()}"
-
-
-def _slot() -> int:
-    """The number of this process among those of the machine that compute cells."""
-    if not _SLOTS:
-        folder = Path(tempfile.gettempdir()) / f"kcwb-workers-{getpass.getuser()}"
-        folder.mkdir(exist_ok=True)
-        for number in itertools.count():
-            lock = FileLock(folder / f"{number}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            _SLOTS.append(lock)  # held as long as the process lives
-            break
-    return int(Path(_SLOTS[0].lock_file).stem)

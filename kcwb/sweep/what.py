@@ -18,7 +18,7 @@ import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,11 +26,12 @@ import pandas as pd
 
 from kcwb.circuits.ablation import AblationKind, ablation_kind
 from kcwb.discovery.methods import METHODS, check_method
-from kcwb.errors import DataError, KcwbError, SettingError, nearest, shown
+from kcwb.errors import DataError, SettingError, nearest, shown
 from kcwb.models.loading import known_dtype
+from kcwb.models.worker import WORKER, error_words, results
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Kind, Positive, Seed, fits
-from kcwb.sweep.run import WORKER, Cell, Outcome, error_words, run_cell, run_in_worker
+from kcwb.sweep.run import Cell, Outcome, run_cell, run_in_worker
 from kcwb.sweep.store import (
     cell_table,
     check_store,
@@ -195,39 +196,12 @@ def _outcomes(executor: Executor | None, cells: Sequence[Cell], device: str) -> 
         finally:
             WORKER.forget()
         return
-    futures: dict[Future[Outcome], Cell] = {}
-    broken: BaseException | None = None
-    try:
-        for cell in cells:
-            of_cell = METHODS[cell.method], type(ablation_kind(cell.ablation))
-            futures[executor.submit(run_in_worker, cell, device, *of_cell)] = cell
-        for future in as_completed(futures):
-            try:
-                outcome = _outcome(future)
-            except (BrokenExecutor, CancelledError) as error:
-                broken = error  # others may be done, and are kept
-            else:
-                yield futures[future], outcome
-    except BrokenExecutor as error:
-        broken = error
-    finally:
-        for future in futures:
-            future.cancel()
-    if broken is not None:
-        raise KcwbError(
-            f"The executor's workers died, or its cluster went away ({type(broken).__name__}: {broken!s:.200}). "
-            "Finished cells are in the store; the same sweep goes on from there."
-        ) from broken
-
-
-def _outcome(future: Future[Outcome]) -> Outcome:
-    """A future's outcome; an exception on the way, such as a worker that lacks the package, is the cell's error."""
-    try:
-        return future.result()
-    except (BrokenExecutor, CancelledError):
-        raise
-    except Exception as error:
-        return Outcome("unknown", None, error=error_words(error))
+    kept = "Finished cells are in the store; the same sweep goes on from there."
+    calls = [(cell, device, METHODS[cell.method], type(ablation_kind(cell.ablation))) for cell in cells]
+    for number, future in results(executor, run_in_worker, calls, kept):
+        error = future.exception()  # on the way, such as of a worker that lacks the package
+        failed = None if error is None else Outcome("unknown", None, error=error_words(error))
+        yield cells[number], failed or future.result()
 
 
 def _checked(cell: Cell, outcome: Outcome, known: dict[tuple[str, str], tuple[str, str]]) -> Outcome:

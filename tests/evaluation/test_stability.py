@@ -178,7 +178,7 @@ def test_a_task_of_other_weights_is_refused(model):
 def test_progress_counts_the_facts(model, task):
     calls = []
     bootstrap_stability(model, task, "eap", draws=2, progress=lambda *call: calls.append(call[:2]))
-    assert calls == [(i + 1, 5) for i in range(5)]
+    assert calls[-1] == (5, 5) and calls == sorted(calls)
 
 
 # Templates

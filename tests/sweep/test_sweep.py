@@ -26,8 +26,8 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import discover
 from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.evaluation.completeness import completeness
+from kcwb.models import worker
 from kcwb.models.loading import load_model
-from kcwb.sweep import run as sweeprun
 from kcwb.sweep import what as module
 from kcwb.sweep.what import connect, read_sweep, read_sweep_file, sweep
 from kcwb.tasks.prompts import make_task
@@ -118,8 +118,8 @@ def test_finished_cells_are_skipped_and_a_wider_sweep_adds_its_own(folders, word
 
 def test_a_model_is_loaded_once_for_all_of_its_cells(folders, words, tmp_path, monkeypatch) -> None:
     loaded: list[str] = []
-    load = sweeprun.load_model
-    monkeypatch.setattr(sweeprun, "load_model", lambda name, **more: (loaded.append(name), load(name, **more))[1])
+    load = worker.load_model
+    monkeypatch.setattr(worker, "load_model", lambda name, **more: (loaded.append(name), load(name, **more))[1])
     both = [folders["gpt2"], folders["llama"]]
     sweep(both, [words], ["eap", "eap-ig"], ablations=["zero", "mean"], store=tmp_path / "store", **QUIET)
     assert loaded == both
@@ -395,19 +395,19 @@ def test_a_scheduler_that_is_not_there_is_refused() -> None:
 
 
 def test_each_process_of_a_machine_has_a_number_of_its_own(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sweeprun.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(worker.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    folder = tmp_path / f"kcwb-workers-{sweeprun.getpass.getuser()}"
+    folder = tmp_path / f"kcwb-workers-{worker.getpass.getuser()}"
     folder.mkdir()
     others = [FileLock(folder / f"{number}.lock") for number in range(3)]
     for busy, device in enumerate(["cuda:0", "cuda:1", "cuda:0", "cuda:1"]):
-        monkeypatch.setattr(sweeprun, "_SLOTS", [])
-        assert sweeprun.pinned_device("auto") == sweeprun.pinned_device("auto") == device
-        sweeprun._SLOTS[0].release()
+        monkeypatch.setattr(worker, "_SLOTS", [])
+        assert worker.pinned_device("auto") == worker.pinned_device("auto") == device
+        worker._SLOTS[0].release()
         if busy < 3:
             others[busy].acquire(timeout=0)
-    assert sweeprun.pinned_device("cuda:7") == "cuda:7" and sweeprun.pinned_device("cpu") == "cpu"
+    assert worker.pinned_device("cuda:7") == "cuda:7" and worker.pinned_device("cpu") == "cpu"
 
 
 # bad input
@@ -436,7 +436,7 @@ def test_each_process_of_a_machine_has_a_number_of_its_own(monkeypatch, tmp_path
 def test_bad_settings_are_refused_before_anything_is_done(
     words: Relation, tmp_path: Path, monkeypatch, change: dict[str, Any], said: str
 ) -> None:
-    monkeypatch.setattr(sweeprun, "load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(worker, "load_model", lambda *_, **__: pytest.fail("a model is loaded"))
     given = {"models": ["gpt2"], "relations": [words], "methods": ["eap"], "store": tmp_path / "store"}
     with pytest.raises((SettingError, DataError), match=said):
         sweep(**{**given, **QUIET, **change})

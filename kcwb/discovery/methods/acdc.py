@@ -13,16 +13,17 @@ from kcwb.discovery.registry import Method, Pruning
 from kcwb.discovery.sequential import Pruned
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
-from kcwb.settings import Positive
+from kcwb.settings import Positive, Seed
 from kcwb.tasks.metrics import Loss, kc_scale
 
 
 def search_within(
     model: Model, loss: Loss, ablation: Ablation, *, tau: float = 0.01, absolute: bool = False,
-    within: Circuit | None = None,
+    within: Circuit | None = None, order: Seed | None = None,
 ) -> Search:  # fmt: skip
     """A search that is about to begin, among a circuit's edges."""
-    return Search(model, loss, ablation, tau=tau, absolute=absolute, within=None if within is None else within.kept)
+    start = None if within is None else within.kept
+    return Search(model, loss, ablation, tau=tau, absolute=absolute, within=start, order=order)
 
 
 def pruning(search: Search, pruned: Pruned) -> Pruning:
@@ -30,7 +31,8 @@ def pruning(search: Search, pruned: Pruned) -> Pruning:
     report = {"loss": pruned.loss, "evaluations": pruned.evaluations, "near_ties": pruned.near_ties}
     if search.loss.metric == "nll":
         report["tau_kc"] = search.tau / kc_scale(search.loss.prompts)
-    report["order"] = "output to input; heads last to first; v, k, q"
+    heads = "last to first" if search.drawn_from is None else f"of a layer as drawn from {search.drawn_from}"
+    report["order"] = f"output to input; heads {heads}; v, k, q"
     return Pruning(pruned.kept, pruned.increases, report)
 
 
@@ -42,11 +44,12 @@ def prune(
     tau: Positive = 0.01,
     absolute: bool = False,
     within: Circuit | None = None,
+    order: Seed | None = None,
     checkpoint: str | Path | bool = True,
     progress: Progress = False,
 ) -> Pruning:
     """The method; settings as in `kcwb.discover`."""
-    search = search_within(model, loss, ablation, tau=tau, absolute=absolute, within=within)
+    search = search_within(model, loss, ablation, tau=tau, absolute=absolute, within=within, order=order)
     if isinstance(checkpoint, bool):
         path = checkpoint_folder() / f"{fingerprint(search)}.safetensors" if checkpoint else None
     else:
@@ -58,4 +61,6 @@ def _seconds(model: Model, loss: Loss, ablation: Ablation, *, checkpoint: Any, *
     return predict_seconds(search_within(model, loss, ablation, **settings))
 
 
-ACDC = Method("acdc", prune, "zero", prunes=True, seconds=_seconds, unrecorded=("checkpoint",))
+ACDC = Method(
+    "acdc", prune, "zero", prunes=True, seconds=_seconds, unrecorded=("checkpoint",), varied=("tau", "absolute")
+)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
-from kcwb.discovery.attribution import STEPS, activation_scores, attribution_scores
+from kcwb.discovery.attribution import STEPS, activation_scores, attribution_scores, scores_by_fact
 from kcwb.discovery.registry import Method
 from kcwb.errors import SettingError
 from kcwb.models.loading import Model
@@ -40,6 +40,6 @@ def _refuse(metric: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-EAP = Method("eap", eap, refuse=_refuse)
-EAP_IG = Method("eap-ig", eap_ig, refuse=_refuse)
+EAP = Method("eap", eap, refuse=_refuse, by_fact=scores_by_fact)
+EAP_IG = Method("eap-ig", eap_ig, refuse=_refuse, by_fact=scores_by_fact)
 EAP_IG_ACTIVATIONS = Method("eap-ig-activations", activation_scores, refuse=_refuse)

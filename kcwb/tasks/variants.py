@@ -1,0 +1,126 @@
+"""A task that differs in one thing: asked in other words, with other corrupted partners, or with shuffled answers.
+
+They are what an ensemble of circuits varies (`kcwb.discovery.draws`), and what it is compared with.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from kcwb.errors import DataError
+from kcwb.models.loading import Model
+from kcwb.tasks.prompts import Prompts, Task, draw_partners, encode, full_ranks
+from kcwb.tasks.relations import Fact
+from kcwb.tasks.tokens import padded
+
+
+def in_other_words(model: Model, task: Task, template: str) -> Task:
+    """The same facts in another template, with the same foils; which of them the model knows there, its prompts say.
+
+    Raises
+    ------
+    DataError
+        If the task's prompts are not its template's alone (they begin with demonstrations, say), or the facts do not go
+        into this one.
+    """
+    if any(text != task.template.replace("{}", fact.subject) for text, fact in _asked(task.val)):
+        raise DataError(f"The prompts of this task are not {task.template!r} alone, so that they have no other words.")
+    parts = {name: getattr(task, name) for name in ("val", "test", "reference")}
+    rows: dict[Fact, int] = {}
+    for prompts in parts.values():
+        for fact in prompts.facts:
+            rows.setdefault(fact, len(rows))
+    everything = encode(model, list(rows), template, task.relation.objects, task.seed)
+    asked = {
+        name: replace(everything.select([rows[fact] for fact in prompts.facts]), foils=prompts.foils)
+        for name, prompts in parts.items()
+    }
+    return replace(task, template=template, **asked)
+
+
+def with_other_partners(task: Task, seed: int) -> Task:
+    """The task with the corrupted partners of D_val drawn anew, from all of its prompts that are as long."""
+    pool = [row for prompts in (task.val, task.test, task.reference) for row in zip(*_tokens(prompts), strict=True)]
+    prompts, first = [prompt for prompt, _ in pool], [answer[0] for _, answer in pool]
+    drawn = draw_partners([len(prompt) for prompt in prompts], first, random.Random(seed))[: len(task.val)]
+    old = _corrupted(task.val)
+    partners = [old[i] if partner is None else prompts[partner] for i, partner in enumerate(drawn)]
+    paired = [one is not None for one in partners]
+    own, answers = _tokens(task.val)
+    corrupted = [(other or prompt) + answer[:-1] for other, prompt, answer in zip(partners, own, answers, strict=True)]
+    device = task.val.tokens.device
+    val = replace(task.val, corrupted=padded(corrupted, device), paired=torch.tensor(paired, device=device))
+    return replace(task, val=val)
+
+
+def with_shuffled_answers(model: Model, task: Task, seed: int) -> Task:
+    """The task with D_val's answers dealt out anew, so that no fact keeps an answer that starts as its own.
+
+    Whatever a method finds on it, the model's knowledge of these facts is not in it.
+
+    Raises
+    ------
+    DataError
+        If there is no such deal: more than half of the answers start alike.
+    """
+    val = task.val
+    order = _derangement(val.answers[:, 0].tolist(), random.Random(seed), task)
+    prompts, answers = _tokens(val)
+    dealt = [answers[i] for i in order]
+    pad = partial(padded, device=val.tokens.device)
+    partners = [other or prompt for other, prompt in zip(_corrupted(val), prompts, strict=True)]
+    new = replace(
+        val,
+        facts=tuple(Fact(fact.subject, val.facts[i].object) for fact, i in zip(val.facts, order, strict=True)),
+        tokens=pad([prompt + answer[:-1] for prompt, answer in zip(prompts, dealt, strict=True)]),
+        answers=val.answers[order],
+        answer_mask=val.answer_mask[order],
+        foils=torch.where(val.foils == val.answers[order, 0], val.answers[:, 0], val.foils),
+        decides=val.decides[order],
+        corrupted=pad([other + answer[:-1] for other, answer in zip(partners, dealt, strict=True)]),
+    )
+    return replace(task, val=replace(new, ranks=full_ranks(model, new, False)))
+
+
+def _derangement(first: Sequence[int], draw: random.Random, task: Task) -> list[int]:
+    """A random order in which no place has a number that is its own: shuffled, then mended by swaps."""
+    order = list(range(len(first)))
+    draw.shuffle(order)
+    for i in range(len(first)):
+        if first[order[i]] == first[i]:
+            swaps = [j for j in range(len(first)) if first[order[j]] != first[i] and first[order[i]] != first[j]]
+            if not swaps:
+                raise DataError(
+                    f"The answers of {task.relation.name} cannot be shuffled: more than half of them start as "
+                    f"{task.val.facts[i].object!r:.60} does."
+                )
+            j = draw.choice(swaps)
+            order[i], order[j] = order[j], order[i]
+    return order
+
+
+def _asked(prompts: Prompts) -> list[tuple[str, Fact]]:
+    return list(zip(prompts.texts, prompts.facts, strict=True))
+
+
+def _tokens(prompts: Prompts) -> tuple[list[list[int]], list[list[int]]]:
+    """Each prompt's own tokens, and its answer's."""
+    own = _beginnings(prompts.tokens, prompts.lengths)
+    return own, _beginnings(prompts.answers, prompts.answer_mask.sum(1))
+
+
+def _corrupted(prompts: Prompts) -> list[list[int] | None]:
+    """Each prompt's corrupted partner without the answer; None where it has none."""
+    found = _beginnings(prompts.corrupted, prompts.lengths)
+    return [one if paired else None for one, paired in zip(found, prompts.paired.tolist(), strict=True)]
+
+
+def _beginnings(rows: Int[Tensor, "N T"], lengths: Int[Tensor, " N"]) -> list[list[int]]:
+    return [row[:length] for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)]

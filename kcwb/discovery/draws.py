@@ -169,8 +169,8 @@ class _Values:
             else:
                 reasons.append(f"in {text!r:.80} it knows {len(left)} of the {len(rows)} facts")
         if wanted and len(tasks) == 1:
-            why = "; ".join(reasons[:2]) or f"{task.relation.name} has a single template"
-            self.left_out["template"] = f"there is no other wording in which {self.model.name} knows enough ({why})"
+            why = f"there is no other wording in which {self.model.name} knows enough ({'; '.join(reasons[:2])})"
+            self.left_out["template"] = why if reasons else f"{task.relation.name} has a single template"
         return tasks, rows
 
     def _ablations(self, task: Task, rows: Sequence[int], wanted: bool) -> list[Condition]:
@@ -256,11 +256,10 @@ class _Values:
         return Draw(one["template"] * len(self.cells[0]) + one["ablation"], one["facts"], settings)
 
 
-def warn_of(left_out: Mapping[str, str], method: str) -> None:
-    """Say which sources a person could have expected to be varied, and are not."""
-    told = {name: why for name, why in left_out.items() if name == "template"}
-    for name, why in told.items():
-        warnings.warn(f"This ensemble does not vary the {name}: {why}.", stacklevel=4)
+def warn_of(plan: Plan, task: Task) -> None:
+    """Say that wordings are not varied where there are some: that there is nothing to vary is no news."""
+    if "template" in plan.left_out and len(task.relation.prompt_templates_zs) > 1:
+        warnings.warn(f"This ensemble does not vary the template: {plan.left_out['template']}.", stacklevel=4)
 
 
 def taken(counts: Sequence[int]) -> list[int]:

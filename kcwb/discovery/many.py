@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kcwb.circuits.ablation import AblationKind, ablation_kind, make_ablation, register_ablation
@@ -137,23 +137,22 @@ def discover_many(
         seed=seed,
     )
     if vary is None:
-        warn_of(plan.left_out, method)
+        warn_of(plan, task)
     runs = _runs(plan, settled, metric)
     kept_runs = _Finished(checkpoint, [run.key(model) for run in runs])
     found: dict[Draw, Tensor] = {}
-    total = torch.zeros(2, *model.graph.exists.shape, dtype=torch.float64)
+    means = [_Mean(one.draws, model.graph.exists.shape) for one in (plan, *plan.halves)]
     with track(progress, len(runs), "ensemble") as step:
         for number, output in _outputs(model, runs, kept_runs, executor, step):
             for draw in runs[number].draws:
                 kept, of_edges = _circuit(model, settled, draw, output)
                 found[draw] = kept.flatten().nonzero()[:, 0]
-                total[0] += of_edges.nan_to_num()
-                total[1] += ~of_edges.isnan()
+                for mean in means:
+                    mean.take(draw, of_edges)
             step()
-    mean = torch.where(total[1] > 0, total[0] / total[1], torch.nan).float()
     how = {"draws": draws, "levels": levels, "shuffled": shuffled, "ensemble_seed": seed}
     provenance = _provenance(model, task, settled, metric, plan, how, started)
-    whole = _ensemble(model, plan, found, mean, provenance)
+    whole = _ensemble(model, plan, found, means, provenance)
     kept_runs.remove()
     return whole
 
@@ -208,7 +207,14 @@ def _runs(plan: Plan, settled: Settled, metric: str) -> list[_Run]:
     name, known = settled.method.name, settled.settings
     if not settled.method.scores:
         return [
-            _Run(plan.conditions[one.condition], metric, name, {**known, **one.settings}, tuple(taken(one.counts)), (one,))
+            _Run(
+                plan.conditions[one.condition],
+                metric,
+                name,
+                {**known, **one.settings},
+                tuple(taken(one.counts)),
+                (one,),
+            )
             for one in draws
         ]
     given = {key: value for key, value in known.items() if key in settled.method.own}
@@ -346,8 +352,27 @@ def _circuit(model: Model, settled: Settled, draw: Draw, output: dict[str, Tenso
     return Circuit(graph, kept).without_dangling().kept, scores
 
 
+class _Mean:
+    """The mean score of every edge over some draws, of those that evaluated it."""
+
+    def __init__(self, draws: Sequence[Draw], shape: tuple[int, ...]) -> None:
+        self._draws = set(draws)
+        self._sum, self._number = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.long)
+
+    def take(self, draw: Draw, scores: Float[Tensor, "S R"]) -> None:
+        """Take in a draw's scores, if it is one of the draws."""
+        if draw in self._draws:
+            self._sum += scores.nan_to_num()
+            self._number += ~scores.isnan()
+
+    def at(self, places: Int[Tensor, "M 2"]) -> Float[Tensor, " M"]:
+        """The mean at some edges; NaN where no draw evaluated them."""
+        total, number = self._sum[*places.T], self._number[*places.T]
+        return torch.where(number > 0, total / number, torch.nan).float()
+
+
 def _ensemble(
-    model: Model, plan: Plan, found: dict[Draw, Tensor], scores: Tensor, provenance: dict[str, Any]
+    model: Model, plan: Plan, found: dict[Draw, Tensor], means: Sequence[_Mean], provenance: dict[str, Any]
 ) -> Ensemble:
     """The draws put together; its halves likewise, over edges of their own."""
     graph = model.graph
@@ -359,8 +384,10 @@ def _ensemble(
 
     places = torch.stack([ever // graph.n_receivers, ever % graph.n_receivers], 1)
     twins = {name: masks(some) for name, some in plan.twins.items()}
-    halves = tuple(_ensemble(model, half, found, scores, provenance) for half in plan.halves)
-    return Ensemble(graph, places, masks(plan.draws), twins, scores[*places.T], provenance, halves)
+    halves = tuple(
+        _ensemble(model, half, found, [mean], provenance) for half, mean in zip(plan.halves, means[1:], strict=True)
+    )
+    return Ensemble(graph, places, masks(plan.draws), twins, means[0].at(places), provenance, halves)
 
 
 def _provenance(

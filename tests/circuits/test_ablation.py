@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from kcwb.circuits import ablation as module
-from kcwb.circuits.ablation import ABLATIONS, make_ablation
+from kcwb.circuits.ablation import ABLATIONS, AblationKind, ablation_kind, make_ablation
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import load_model
@@ -203,6 +203,27 @@ def test_values_under_resample_have_a_row_for_every_prompt_or_are_refused(tiny):
             assert "w12 w13" in str(error)
         else:
             assert values.shape[1] == len(prompts)
+
+
+def test_what_is_by_chance_in_an_ablation_is_drawn_again(tiny):
+    model = tiny("llama")
+    task = make_task(model, known_relation(model, 24), n=5)
+    assert ablation_kind("zero").drawn_again(task, 1) is None
+    kind, other = ablation_kind("mean").drawn_again(task, 1)
+    assert str(kind) == "mean" and other.val is task.val
+    rows = [task.reference.facts.index(fact) for fact in other.reference.facts]
+    assert len(rows) == len(task.reference) and len(set(rows)) < len(rows) and rows == sorted(rows)
+    same = make_ablation(model, replace(task, reference=task.reference.select(rows)), "mean").values(task.val)
+    assert torch.equal(make_ablation(model, other, "mean").values(task.val), same)
+    _, partners = ablation_kind("resample").drawn_again(task, 2)
+    assert not torch.equal(partners.val.corrupted, task.val.corrupted) and partners.reference is task.reference
+
+    @dataclass(frozen=True)
+    class Noise(AblationKind):
+        scale: float
+        seed: int
+
+    assert Noise(2.0, 3).drawn_again(task, 8) == (Noise(2.0, 8), task)
 
 
 def test_an_unknown_ablation_suggests_the_nearest(tiny):

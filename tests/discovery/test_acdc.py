@@ -87,6 +87,30 @@ def test_acdc_within_a_circuit_equals_the_oracle_within_it(tiny, words: Relation
     assert not (fast.kept & ~within).any()
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox", "gemma2"])
+@pytest.mark.parametrize("order", [0, 1])
+def test_acdc_in_a_drawn_order_equals_the_oracle_in_it(tiny, words: Relation, architecture: str, order: int) -> None:
+    model = tiny(architecture)
+    task = make_task(model, words, n=3)
+    cuts, loss = make_ablation(model, task, "zero"), make_loss(model, task.val)
+    slow = acdc_sequential(model, loss, cuts, tau=0.02, order=order)
+    assert_same(acdc(Search(model, loss, cuts, tau=0.02, order=order)), slow, tau=0.02)
+
+
+def test_a_search_in_another_order_is_another_search(tiny, words: Relation, tmp_path: Path) -> None:
+    model = tiny("llama")
+    task = make_task(model, words, n=2)
+    cuts, loss = make_ablation(model, task, "zero"), make_loss(model, task.val)
+    searches = [Search(model, loss, cuts, tau=0.02, order=order) for order in (None, 3, 4)]
+    Checkpoint(tmp_path / "state", searches[1]).write()
+    Checkpoint(tmp_path / "state", Search(model, loss, cuts, tau=0.02, order=3)).resume()
+    for other in (searches[0], searches[2]):
+        with pytest.raises(CircuitError, match="belongs to another search"):
+            Checkpoint(tmp_path / "state", other).resume()
+    found = discover(model, task, "acdc", tau=0.02, order=3, checkpoint=False, progress=False)
+    assert found.provenance["parameters"]["order"] == 3 and "as drawn from 3" in found.provenance["order"]
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("ablation", ["zero", "resample"])
 def test_acdc_equals_the_oracle_on_the_last_layers_of_the_builtin_model(smollm2: Model, ablation: str) -> None:

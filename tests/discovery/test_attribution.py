@@ -9,7 +9,7 @@ from transformer_lens.tools.analysis.attribution_patching import EdgeAttribution
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery import attribution
-from kcwb.discovery.attribution import activation_scores, attribution_scores
+from kcwb.discovery.attribution import activation_scores, attribution_scores, scores_by_fact
 from kcwb.errors import SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
@@ -225,6 +225,28 @@ def test_chunks_of_prompts_change_nothing(tiny, words: Relation, monkeypatch, st
         lambda network, tokens, copies: (slice(i, i + 2) for i in range(0, len(tokens), 2)),
     )
     torch.testing.assert_close(attribution_scores(model, loss, cuts, steps=steps), whole, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox"])
+@pytest.mark.parametrize(
+    ("ablation", "metric", "steps"), [("mean", "nll", 3), ("resample", "kl", 2), ("zero", "nll", 1)]
+)
+def test_scores_by_fact_are_those_of_each_fact_alone(
+    tiny, words: Relation, monkeypatch, architecture: str, ablation: str, metric: str, steps: int
+) -> None:
+    model = tiny(architecture)
+    task = make(model, words, n=5)
+    cuts = make_ablation(model, task, ablation)
+    loss = make_loss(model, cuts.usable(task.val), metric)
+    monkeypatch.setattr(attribution, "_COPIES_PER_STEP", 10**7)  # one prompt at a time, and
+    chunked = scores_by_fact(model, loss, cuts, steps=steps)
+    monkeypatch.undo()  # several together
+    found = scores_by_fact(model, loss, cuts, steps=steps)
+    for i, own in enumerate(found):
+        alone = attribution_scores(model, loss.select([i]), cuts, steps=steps)
+        torch.testing.assert_close(own, alone, atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(chunked[i], alone, atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(found.mean(0), attribution_scores(model, loss, cuts, steps=steps), atol=2e-6, rtol=1e-4)
 
 
 def test_scores_sum_to_the_change_where_the_model_is_linear(tiny, words: Relation) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.run import run_circuit
-from kcwb.discovery.sequential import acdc_sequential, receiver_order
+from kcwb.discovery.sequential import acdc_sequential, layer_order, receiver_order, sender_order
 from kcwb.models.graph import Graph
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import make_task
@@ -20,6 +20,28 @@ def test_receivers_are_visited_from_the_output_to_the_input() -> None:
     assert names[:4] == ["logits", "m1", "a1.h1<v>", "a1.h1<k>"]
     assert names[4:8] == ["a1.h1<q>", "a1.h0<v>", "a1.h0<k>", "a1.h0<q>"]
     assert names[-1] == "a0.h0<q>" and sorted(names) == sorted(graph.receiver_names)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_an_order_permutes_the_heads_of_a_layer_and_nothing_else(seed: int | None) -> None:
+    graph = Graph(3, 4)
+    columns, rows = receiver_order(graph, seed), sender_order(graph, seed).tolist()
+    assert sorted(columns) == list(range(graph.n_receivers)) and sorted(rows) == list(range(graph.n_senders))
+    names = [graph.receiver_names[column] for column in columns]
+    assert [name for name in names if name[0] != "a"] == ["logits", "m2", "m1", "m0"]
+    heads = [name[:-3] for name in names if name.endswith("<v>")]
+    assert [name for name in (graph.sender_names[row] for row in rows) if name[0] == "a"] == heads
+    assert [name[1] for name in heads] == list("222211110000")
+    assert [names[names.index(f"{head}<v>") + i] for head in heads for i in (1, 2)] == [
+        f"{head}<{letter}>" for head in heads for letter in "kq"
+    ]
+    assert [graph.sender_names[row] for row in rows if graph.sender_names[row][0] != "a"] == ["m2", "m1", "m0", "input"]
+
+
+def test_orders_are_drawn_alike() -> None:
+    """Of two heads either comes first in half of the layers."""
+    first = layer_order(Graph(4000, 2), 7)[:, 0].float().mean()
+    assert 0.46 < float(first) < 0.54
 
 
 @pytest.mark.parametrize("metric", ["nll", "kl", "logit_diff"])

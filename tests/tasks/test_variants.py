@@ -1,0 +1,91 @@
+"""A task in other words, with other partners, with shuffled answers: against encoding each prompt anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kcwb.errors import DataError
+from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.relations import Fact
+from kcwb.tasks.shots import make_shots
+from kcwb.tasks.variants import in_other_words, with_other_partners, with_shuffled_answers
+from tests.tasks import answer_ids, known_relation, prompt_ids, relation_of
+
+OTHER = "w1 w1 {} w2"
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def model(request, tiny):
+    return tiny(request.param)
+
+
+@pytest.fixture
+def task(model):
+    return make_task(model, known_relation(model, 24), n=8)
+
+
+def test_other_words_ask_the_same_facts(model, task):
+    other = in_other_words(model, task, OTHER)
+    for name in ("val", "test", "reference"):
+        before, after = getattr(task, name), getattr(other, name)
+        assert after.facts == before.facts and torch.equal(after.foils, before.foils)
+        for i, fact in enumerate(after.facts):
+            assert after.tokens[i, : after.lengths[i]].tolist() == prompt_ids(model, OTHER.replace("{}", fact.subject))
+            alone = encode(model, [fact], OTHER, task.relation.objects)
+            assert (int(after.ranks[i]), int(after.decides[i])) == (int(alone.ranks[0]), int(alone.decides[0]))
+    assert other.template == OTHER and in_other_words(model, other, task.template).val.texts == task.val.texts
+
+
+def test_a_prompt_that_holds_more_than_its_template_has_no_other_words(model):
+    shots = make_shots(model, known_relation(model, 24), 1, n=4)
+    with pytest.raises(DataError, match="no other words"):
+        in_other_words(model, shots, OTHER)
+
+
+def test_other_partners_are_as_long_and_answer_otherwise(model, task):
+    drawn = [with_other_partners(task, seed) for seed in range(8)]
+    known = {tuple(prompt_ids(model, task.template.replace("{}", fact.subject))): fact for fact in task.relation.facts}
+    for other in drawn:
+        for i, fact in enumerate(other.val.facts):
+            length = int(other.val.lengths[i])
+            partner = known[tuple(other.val.corrupted[i, :length].tolist())]
+            assert answer_ids(model, partner)[0] != answer_ids(model, fact)[0] or partner == fact
+            assert other.val.corrupted[i, length:].tolist() == other.val.tokens[i, length:].tolist()
+        assert torch.equal(other.val.paired, task.val.paired) and torch.equal(other.val.tokens, task.val.tokens)
+    assert any(not torch.equal(one.val.corrupted, drawn[0].val.corrupted) for one in drawn)
+    assert torch.equal(with_other_partners(task, 3).val.corrupted, drawn[3].val.corrupted)
+
+
+def test_shuffled_answers_are_those_of_others(model, task):
+    for seed in range(6):
+        dealt = with_shuffled_answers(model, task, seed).val
+        assert sorted(fact.object for fact in dealt.facts) == sorted(fact.object for fact in task.val.facts)
+        assert [fact.subject for fact in dealt.facts] == [fact.subject for fact in task.val.facts]
+        assert (dealt.answers[:, 0] != task.val.answers[:, 0]).all() and (dealt.foils != dealt.answers[:, 0]).all()
+        anew = encode(model, dealt.facts, task.template, task.relation.objects)
+        for name in ("tokens", "answers", "answer_mask", "lengths", "decides", "ranks"):
+            assert torch.equal(getattr(dealt, name), getattr(anew, name)), name
+
+
+def test_partners_keep_their_answers_places_when_answers_are_shuffled(model, task):
+    dealt = with_shuffled_answers(model, task, 0).val
+    for i, length in enumerate(task.val.lengths.tolist()):
+        assert torch.equal(dealt.corrupted[i, :length], task.val.corrupted[i, :length])
+        rest = dealt.tokens.shape[1] - length
+        assert torch.equal(dealt.corrupted[i, length:], dealt.tokens[i, length : length + rest])
+
+
+def test_answers_that_mostly_start_alike_cannot_be_shuffled(model):
+    facts = known_relation(model, 8).facts
+    same = [Fact(fact.subject, facts[0].object) for fact in facts[:5]]
+    task = make_task(model, known_relation(model, 8), n=4)
+    relation = relation_of([*same, *facts[5:]], task.template)
+    val = encode(model, relation.facts, task.template, relation.objects)
+    with pytest.raises(DataError, match="more than half"):
+        with_shuffled_answers(model, replace(task, relation=relation, val=val), 0)
+    first = val.answers[:, 0].tolist()
+    others = [i for i in range(5, 8) if first[i] not in (first[0], *first[5:i])]
+    with_shuffled_answers(model, replace(task, relation=relation, val=val.select([0, 1, *others[:2]])), 0)

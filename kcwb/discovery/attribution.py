@@ -81,7 +81,7 @@ def attribution_scores(
     with track(progress, len(prompts), "attribution") as step:
         for rows in prompt_chunks(network, prompts.tokens, copies=_COPIES_PER_STEP * steps):
             part = loss.select(range(len(prompts))[rows])
-            scores += _chunk_scores(network, part, ablation, steps) * (len(part.prompts) / len(prompts))
+            scores += _chunk_scores(network, part, ablation, steps) * (part.total / loss.total)
             step(len(part.prompts))
     return scores.cpu()
 
@@ -110,7 +110,7 @@ def activation_scores(
         for rows in prompt_chunks(network, prompts.tokens, copies=_COPIES_PER_STEP * steps):
             part = loss.select(range(len(prompts))[rows])
             for sender, found in _activation_chunk(network, part, ablation, steps):
-                scores[sender] += found * (len(part.prompts) / len(prompts))
+                scores[sender] += found * (part.total / loss.total)
                 step(len(part.prompts))
     return scores.cpu()
 

@@ -46,6 +46,7 @@ def fingerprint(search: Search) -> str:
         "tau": search.tau,
         "absolute": search.absolute,
         **({} if search.drawn_from is None else {"order": search.drawn_from}),
+        **({} if search.loss.counts is None else {"counts": search.loss.counts}),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tensor in (prompts.tokens, prompts.lengths, prompts.answers, prompts.answer_mask, prompts.foils):

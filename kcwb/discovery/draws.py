@@ -262,11 +262,6 @@ def warn_of(plan: Plan, task: Task) -> None:
         warnings.warn(f"This ensemble does not vary the template: {plan.left_out['template']}.", stacklevel=4)
 
 
-def taken(counts: Sequence[int]) -> list[int]:
-    """The rows of a draw's facts, each as often as it was drawn."""
-    return [row for row, count in enumerate(counts) for _ in range(count)]
-
-
 def shares(counts: Sequence[int]) -> Int[Tensor, " N"]:
     """What each fact counts for in the mean over a draw's facts."""
     weights = torch.tensor(counts, dtype=torch.float32)

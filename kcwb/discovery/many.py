@@ -32,7 +32,7 @@ from kcwb.circuits.ensemble import Ensemble
 from kcwb.circuits.provenance import origin, record
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.checkpoint import add_tensor, checkpoint_folder
-from kcwb.discovery.draws import Condition, Draw, Plan, make_plan, shares, taken, warn_of
+from kcwb.discovery.draws import Condition, Draw, Plan, make_plan, shares, warn_of
 from kcwb.discovery.methods import METHODS, check_method, check_size
 from kcwb.discovery.registry import Method, Settled, register_method
 from kcwb.discovery.selection import select_edges
@@ -165,7 +165,7 @@ class _Run:
     metric: str
     method: str
     settings: dict[str, Any]
-    rows: tuple[int, ...] | None
+    counts: tuple[int, ...] | None
     draws: tuple[Draw, ...]
 
     def compute(self, model: Model, checkpoint: str | bool, progress: Progress = False) -> dict[str, Tensor]:
@@ -173,8 +173,9 @@ class _Run:
         with model.exclusive():
             settled = check_method(self.method, self.metric, self.condition.ablation, **self.settings)
             cuts = make_ablation(model, self.condition.task, self.condition.ablation)
-            prompts = self.condition.task.val
-            loss = make_loss(model, prompts if self.rows is None else prompts.select(self.rows), self.metric)
+            loss = make_loss(model, self.condition.task.val, self.metric)
+            if self.counts is not None:
+                loss = loss.resampled(self.counts)
             if settled.method.scores:
                 return {"scores": settled.by_fact(model, loss, cuts, progress).float().cpu()}
             if "checkpoint" in settled.method.own:
@@ -192,7 +193,7 @@ class _Run:
         }
         said = {
             "version": _VERSION, "weights": model.digest, "dtype": str(model.dtype), "metric": self.metric,
-            "method": self.method, "settings": settings, "ablation": self.condition.ablation, "rows": self.rows,
+            "method": self.method, "settings": settings, "ablation": self.condition.ablation, "counts": self.counts,
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
         for one in (prompts, reference):
@@ -207,14 +208,7 @@ def _runs(plan: Plan, settled: Settled, metric: str) -> list[_Run]:
     name, known = settled.method.name, settled.settings
     if not settled.method.scores:
         return [
-            _Run(
-                plan.conditions[one.condition],
-                metric,
-                name,
-                {**known, **one.settings},
-                tuple(taken(one.counts)),
-                (one,),
-            )
+            _Run(plan.conditions[one.condition], metric, name, {**known, **one.settings}, one.counts, (one,))
             for one in draws
         ]
     given = {key: value for key, value in known.items() if key in settled.method.own}

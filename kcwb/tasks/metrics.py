@@ -11,7 +11,7 @@ mean over the answer's tokens, then over prompts:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,15 +40,19 @@ class Loss:
         What is asked.
     full
         For `kl`, the full model's log-probabilities `[N, A, V]`.
+    counts
+        How often each prompt counts in the mean; None: once.
     """
 
     metric: str
     prompts: Prompts
     full: Float[Tensor, "N A V"] | None = None
+    counts: tuple[int, ...] | None = None
 
     def __call__(self, logits: Float[Tensor, "... N A V"]) -> Float[Tensor, "..."]:
         """The loss of each candidate; KcwbError if logits are not numbers."""
-        loss = self.per_prompt(logits).mean(-1)
+        each = self.per_prompt(logits)
+        loss = each.mean(-1) if self.counts is None else each @ each.new_tensor(self.counts) / self.total
         if not torch.isfinite(loss).all():
             raise KcwbError(f"The {self.metric} of a run is not a number: its logits overflow. Use float32.")
         return loss
@@ -69,11 +73,21 @@ class Loss:
         mask = self.prompts.answer_mask
         return (per_token * mask).sum(-1) / mask.sum(-1)
 
+    @property
+    def total(self) -> int:
+        """How many prompts the mean is over, each as often as it counts."""
+        return len(self.prompts) if self.counts is None else sum(self.counts)
+
     def select(self, rows: Sequence[int]) -> Loss:
         """The same metric on some of the prompts."""
         part = self.prompts.select(rows)
         full = None if self.full is None else self.full[list(rows), : part.answers.shape[1]]
-        return Loss(self.metric, part, full)
+        return Loss(self.metric, part, full, self.counts and tuple(self.counts[i] for i in rows))
+
+    def resampled(self, counts: Sequence[int]) -> Loss:
+        """The same metric on a resample, in which each prompt stands so often: every one of them is run once."""
+        rows = [row for row, count in enumerate(counts) if count]
+        return replace(self.select(rows), counts=tuple(counts[row] for row in rows))
 
 
 @verb

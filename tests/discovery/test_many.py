@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -16,7 +17,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
 from kcwb.discovery import many as module
 from kcwb.discovery.discover import discover
-from kcwb.discovery.draws import GRID, make_plan, taken
+from kcwb.discovery.draws import GRID, make_plan
 from kcwb.discovery.many import discover_many
 from kcwb.discovery.methods import check_method
 from kcwb.discovery.sequential import acdc_sequential
@@ -39,6 +40,11 @@ def model(tiny):
 @pytest.fixture
 def task(model):
     return make_task(model, known_relation(model, 24), n=6)
+
+
+def taken(counts: Sequence[int]) -> list[int]:
+    """The rows of a draw's facts, each as often as it was drawn."""
+    return np.repeat(np.arange(len(counts)), counts).tolist()
 
 
 def draws_of(ensemble: Ensemble) -> list[Circuit]:

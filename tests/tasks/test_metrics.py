@@ -90,6 +90,18 @@ def test_what_stands_where_an_answer_has_no_token_does_not_matter(model, prompts
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_a_resample_is_the_loss_of_prompts_that_are_repeated(model, prompts, logits, metric):
+    loss, counts = make_loss(model, prompts, metric), [2, 0, 1, 3, 0, 1, 1, 0, 1]
+    rows = [row for row, count in enumerate(counts) for _ in range(count)]
+    own = [row for row, count in enumerate(counts) if count]
+    some, drawn = noisy(logits, 3), loss.resampled(counts)
+    width = drawn.prompts.answers.shape[1]
+    repeated = make_loss(model, prompts.select(rows), metric)(some[:, rows, :width])
+    torch.testing.assert_close(drawn(some[:, own, :width]), repeated, atol=1e-5, rtol=1e-5)
+    assert (len(drawn.prompts), drawn.total, drawn.select([0, 3]).counts) == (6, 9, (2, 1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("rows", [[0], [7, 2, 3], [1, 5]])
 def test_a_part_of_a_loss_is_the_loss_of_the_part(model, prompts, logits, metric, rows):
     loss = make_loss(model, prompts, metric)

@@ -1,4 +1,4 @@
-"""Is a circuit the model: completeness, faithfulness, stability, and what circuits share."""
+"""Is a circuit the model: completeness, faithfulness, confidence, and what circuits share."""
 
 import lazy_loader
 

@@ -5,4 +5,3 @@ from .overlap import (
     relation_matrix as relation_matrix,
     shared_heads as shared_heads,
 )
-from .stability import bootstrap_stability as bootstrap_stability, template_stability as template_stability

@@ -194,7 +194,7 @@ def test_completeness_tabulates_two_relations_and_keeps_its_circuits(tmp_path):
 
 @pytest.mark.model
 def test_threshold_sensitivity_finds_a_core_of_two_thresholds(tmp_path):
-    executed = run("03_threshold_sensitivity", tmp_path, taus=[0.1, 0.02], within=300, n=1, draws=1)
+    executed = run("03_threshold_sensitivity", tmp_path, taus=[0.1, 0.02], within=150, n=1, n_test=3, draws=1)
     assert "near ties" in shown(executed, '"near ties"')
     assert "<iframe" in shown(executed, "graph_view(core")
     assert "loss" in shown(executed, "inside = core.nodes")
@@ -221,7 +221,7 @@ def test_head_roles_follows_a_fact_and_says_what_holds(tmp_path):
 
 @pytest.mark.model
 def test_editing_changes_a_fact_and_weighs_the_papers_account(tmp_path):
-    executed = run("05_editing", tmp_path, edits=2, compared=1, prefixes=2, draws=10, size=80)
+    executed = run("05_editing", tmp_path, edits=1, compared=1, prefixes=1, draws=4, size=60)
     assert shown(executed, "edit_claims(")
     no_warnings(executed)
 
@@ -295,6 +295,24 @@ def test_across_models_trains_finds_roles_and_judges_each_model(tmp_path, monkey
     verdicts = shown(executed, "verdicts.style")
     for words in ("held-out facts are known", "movers sit in the second half", "the country follows", "bert"):
         assert words in verdicts
+    no_warnings(executed)
+
+
+@pytest.mark.model
+def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(tmp_path):
+    executed = run(
+        "11_how_sure", tmp_path, relations=["antonym"], edges=120, n=5, n_test=4, draws=10, levels=1,
+        confidences=[0.5, 0.9], within=40, orders=2,
+    )  # fmt: skip
+    assert "Ensemble(10 draws" in next(outputs(executed, "ensemble.edges.head")).text
+    for cell in ("plot_inclusion(", "plot_sources(", "plot_confidence("):
+        assert shown(executed, cell, "image/png")
+    for source in ("facts", "setting", "everything"):
+        assert source in shown(executed, "ensemble.sources.round")
+    assert "cross-fitted" in shown(executed, "curve.set_index") and "bound" in shown(executed, "bound(confidences")
+    assert "<iframe" in shown(executed, "EnsemblePanel(")
+    assert "named heads" in next(outputs(executed, "roles = kcwb.head_roles")).text
+    assert "antonym" in shown(executed, "pi >= .9") and "drawn from 1" in shown(executed, "ious = [")
     no_warnings(executed)
 
 

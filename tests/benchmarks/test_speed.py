@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import resource
 import time
@@ -20,12 +21,15 @@ from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.discovery.acdc import Search, acdc, predict_seconds
 from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.baselines import random_circuit
+from kcwb.discovery.discover import discover
+from kcwb.discovery.many import discover_many
 from kcwb.models import loading, network
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model, load_model
 from kcwb.models.selfcheck import self_check
 from kcwb.tasks.metrics import Loss, at_answers, make_loss
 from kcwb.tasks.prompts import encode, make_task
+from kcwb.workbench.graph.page import graph_view
 from tests.tiny import tokenizer, word_relation
 
 _SAMPLES = 50
@@ -118,6 +122,33 @@ def test_attribution(smollm2: Model) -> None:
 
 
 @torch.no_grad()
+def test_ensembles(smollm2: Model) -> None:
+    """100 draws of attribution beside one run; a draw of ACDC; moving the slider of confidence."""
+    task = make_task(smollm2, "country_capital", n=16)
+    quiet: dict[str, Any] = {"edges": 300, "progress": False}
+    one = seconds(lambda: discover(smollm2, task, "eap-ig", **quiet))
+    for vary in (["facts"], ["facts", "setting"], ["facts", "setting", "ablation"], None):
+        started = time.perf_counter()
+        found = discover_many(smollm2, task, "eap-ig", vary=vary, draws=100, checkpoint=False, **quiet)
+        taken = time.perf_counter() - started
+        words = ", ".join(found.twins)
+        say(f"100 EAP-IG draws of {words} / one run, 16 facts", f"{taken / one:.1f} ({taken:.0f} s / {one:.1f} s)")
+    levels = itertools.cycle((0.5, 0.6, 0.7, 0.8))
+    say("consensus at another confidence", f"{seconds(lambda: found.consensus(next(levels))):.3f} s")
+    drawn = seconds(lambda: graph_view(found.consensus(next(levels))))
+    say("consensus at another confidence, and its graph drawn", f"{drawn:.3f} s")
+    few = make_task(smollm2, "country_capital", n=8)
+    within = discover(smollm2, few, "eap-ig", edges=2000, select="absolute", progress=False)
+    started = time.perf_counter()
+    with operations() as count:
+        discover_many(
+            smollm2, few, "acdc", within=within, ablation="mean", vary=["facts", "order"], draws=2, twins=0,
+            checkpoint=False, progress=False,
+        )  # fmt: skip
+    taken, floor = (time.perf_counter() - started) / 2, count[0] / matrix_rate() / 2
+    say("a draw of ACDC within 2,000 edges, 8 facts", f"{taken:.0f} s; its operations at the matrix rate {floor:.0f} s")
+
+
 def test_masked_pass(smollm2: Model) -> None:
     tokens = make_task(smollm2, "country_capital", n=8).val.tokens
     plain = seconds(lambda: smollm2.network.logits(forward(smollm2.network, tokens).residual), 5)

@@ -28,13 +28,16 @@ _MISSES = 10
 # --- intervals ---
 
 
-def proportion_interval(hits: npt.ArrayLike) -> tuple[float, float]:
+def proportion_interval(hits: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> tuple[float, float]:
     """Wilson's 95% interval of a proportion.
 
     Parameters
     ----------
     hits
         One value per fact (or head, edge, ...): true or false, 0 or 1. They are taken to be drawn independently.
+    weights
+        How much each counts in the share; None for all alike. The interval is then that of Kish's effective number of
+        values, (sum of weights)^2 / sum of their squares.
 
     Returns
     -------
@@ -51,8 +54,12 @@ def proportion_interval(hits: npt.ArrayLike) -> tuple[float, float]:
         return math.nan, math.nan
     if not np.isin(values, (0.0, 1.0)).all():
         raise DataError("A proportion is a share of hits, each of which is 0 or 1. Of other values take the mean.")
-    found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+    if weights is None or np.ptp(counts := np.asarray(weights, dtype=float)) == 0:
+        found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+    n, share, z = counts.sum() ** 2 / (counts**2).sum(), np.average(values, weights=counts), stats.norm.ppf(0.975)
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return float(max(0, middle - half) / (1 + z**2 / n)), float(min(1, (middle + half) / (1 + z**2 / n)))
 
 
 def mean_interval(values: npt.ArrayLike, seed: int = 0) -> tuple[float, float]:
@@ -136,6 +143,20 @@ def chance_range(chance: npt.ArrayLike) -> tuple[float, float, float]:
         return math.nan, math.nan, math.nan
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(drawn.mean()), float(low), float(high)
+
+
+def shared_by_chance(
+    left: npt.ArrayLike, right: npt.ArrayLike, draws: int, generator: np.random.Generator
+) -> npt.NDArray[np.number]:
+    """How much of some things two sides share when the right one's weights are dealt out at random, `[draws]`.
+
+    Shared is the smaller of both weights of each thing, summed. Weights of 1 and 0 alone are sets, of which this is
+    the number of common members.
+    """
+    a, b = np.asarray(left, dtype=float), np.asarray(right, dtype=float)
+    if np.isin([a, b], (0.0, 1.0)).all():
+        return generator.hypergeometric(int(a.sum()), len(a) - int(a.sum()), int(b.sum()), draws)
+    return np.minimum(a, generator.permuted(np.tile(b, (draws, 1)), axis=1)).sum(1)
 
 
 def matched_head_sets(

@@ -138,16 +138,20 @@ class Ensemble:
     @property
     def nodes(self) -> pd.DataFrame:
         """Every node that has a kept edge in some draw: `node`, `kind`, `layer`, `head`, and `pi` as of `edges`."""
+        frame = pd.DataFrame([self.graph.node(name) for name in self.graph.node_names])
+        frame.insert(0, "node", self.graph.node_names)
+        frame = frame.assign(**_estimates(self.present))
+        frame = frame[frame["draws"] > 0]
+        return frame.sort_values("pi", ascending=False, kind="stable", ignore_index=True)
+
+    @property
+    def present(self) -> Bool[Tensor, "K nodes"]:
+        """Which nodes have a kept edge in each draw, in the order of `graph.node_names`."""
         graph, (rows, columns) = self.graph, self.places.T
         touches = torch.zeros(len(rows), graph.n_senders + 1)
         touches[torch.arange(len(rows)), rows] = 1
         touches[torch.arange(len(rows)), graph.receiver_node[columns]] = 1
-        present = (self.kept.float() @ touches) > 0
-        frame = pd.DataFrame([graph.node(name) for name in graph.node_names])
-        frame.insert(0, "node", graph.node_names)
-        frame = frame.assign(**_estimates(present))
-        frame = frame[frame["draws"] > 0]
-        return frame.sort_values("pi", ascending=False, kind="stable", ignore_index=True)
+        return (self.kept.float() @ touches) > 0
 
     @property
     def sources(self) -> pd.DataFrame:
@@ -298,6 +302,13 @@ def weighted_iou(left: Circuit | Ensemble, right: Circuit | Ensemble) -> float:
 def inclusion(one: Circuit | Ensemble) -> Float[Tensor, "S R"]:
     """How sure each edge is: pi, which of a circuit's edges is 1 or 0."""
     return one.kept.float() if isinstance(one, Circuit) else one.inclusion
+
+
+def node_inclusion(one: Circuit | Ensemble) -> Float[np.ndarray, " nodes"]:
+    """How sure each node is, in the order of `graph.node_names`; those of a circuit are 1 or 0."""
+    if isinstance(one, Circuit):
+        return (one.node_matrix.sum(0) + one.node_matrix.sum(1) > 0).astype(float)
+    return one.present.double().mean(0).numpy()
 
 
 def _estimates(kept: Bool[Tensor, "K X"]) -> dict[str, np.ndarray]:

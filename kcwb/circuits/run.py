@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -15,6 +17,9 @@ from kcwb.models.loading import Model
 from kcwb.tasks.metrics import at_answers
 from kcwb.tasks.prompts import Prompts
 from kcwb.verbs import verb
+
+if TYPE_CHECKING:
+    from kcwb.circuits.ensemble import Ensemble
 
 
 @verb
@@ -66,8 +71,8 @@ def run_circuit(
     return torch.cat(logits)
 
 
-def check_same_model(model: Model, circuit: Circuit) -> None:
-    """Raise CircuitError if a circuit was found on a model with another graph or other weights."""
+def check_same_model(model: Model, circuit: Circuit | Ensemble) -> None:
+    """Raise CircuitError if a circuit, or an ensemble, was found on a model with another graph or other weights."""
     if circuit.graph != model.graph:
         raise CircuitError(f"The circuit is part of {circuit.graph}; {model.name} has {model.graph}.")
     found = part(circuit.provenance, "model")

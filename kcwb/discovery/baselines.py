@@ -1,11 +1,11 @@
-"""What a circuit is measured against: random circuits of the same size."""
+"""What a circuit is measured against: random circuits of the same size; and an ensemble, those with its pi."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kcwb.circuits.circuit import Circuit
@@ -40,6 +40,17 @@ def random_circuit(graph: Graph, edges: int, seed: Natural) -> Circuit:
     while circuit.n_edges < edges:
         circuit = _filled(circuit, edges - circuit.n_edges, pairs)
     return Circuit(graph, circuit.kept, provenance={"method": "random", "seed": seed, "edges": edges})
+
+
+def random_inclusion(graph: Graph, pi: Float[Tensor, " M"], seed: int) -> Float[Tensor, "S R"]:
+    """Inclusion probabilities dealt out at random on the edges of a random circuit of as many edges.
+
+    An overlap that is weighted by pi can be compared only with one of the same weights. Where all pi are 1 this is a
+    random circuit.
+    """
+    edges = random_circuit(graph, len(pi), seed).kept
+    order = torch.randperm(len(pi), generator=torch.Generator().manual_seed(seed % 2**63))
+    return torch.zeros(edges.shape, dtype=pi.dtype).masked_scatter(edges, pi[order])
 
 
 def _filled(circuit: Circuit, missing: int, pairs: Tensor) -> Circuit:

@@ -15,19 +15,23 @@ from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
+from torch import Tensor
 
 from kcwb.circuits.circuit import Circuit
-from kcwb.discovery.baselines import random_circuit
+from kcwb.circuits.ensemble import Ensemble, inclusion, node_inclusion, weighted_iou
+from kcwb.discovery.baselines import random_inclusion
 from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.progress import Progress, track
-from kcwb.reading.roles import NAMED, TOO_FEW
+from kcwb.reading.roles import NAMED, TOO_FEW, sureness
 from kcwb.settings import Count, Seed
-from kcwb.statistics import p_value
+from kcwb.statistics import p_value, shared_by_chance
 from kcwb.verbs import verb
 
 _SERVING = (*NAMED, "suppressor")
+_SURE = 0.5
 
 
 @verb
@@ -45,7 +49,8 @@ def relation_matrix(tables: Mapping[str, pd.DataFrame], value: str = "contributi
     -------
     DataFrame
         One row per relation, one column per head that has a role in at least one of them, from the first layer to the
-        last. Where a head has no role the value is 0.
+        last. Where a head has no role the value is 0. What a head of an ensemble does counts by its `pi`, so that the
+        value is the mean over draws, 0 in those without the head (`pi` itself and `to_logits` are such means already).
 
     Raises
     ------
@@ -61,7 +66,8 @@ def relation_matrix(tables: Mapping[str, pd.DataFrame], value: str = "contributi
             raise SettingError(
                 f"The table of {relation} has no column of numbers {value!r}; 'contribution' is D_S + D_R."
             )
-        rows[relation] = some["D_S"] + some["D_R"] if value == "contribution" else some[value]
+        of_head = some["D_S"] + some["D_R"] if value == "contribution" else some[value]
+        rows[relation] = of_head if value in ("pi", "to_logits") else of_head * sureness(some)
     places = pd.concat(tables.values()).drop_duplicates("node").sort_values(["layer", "head"])["node"]
     matrix = pd.DataFrame(rows).T.reindex(index=list(tables))
     matrix = matrix[[node for node in places if node in matrix.columns]].astype(float).fillna(0.0)
@@ -79,7 +85,8 @@ def shared_heads(graph: Graph, tables: Mapping[str, pd.DataFrame]) -> pd.DataFra
     graph
         The model's graph.
     tables
-        Relation -> a table of `kcwb.head_roles`. A head serves a relation if it has a role in it (is not `other`).
+        Relation -> a table of `kcwb.head_roles`. A head serves a relation if it has a role in it (is not `other`) and,
+        of an ensemble, is in half of its draws or more: what counts heads knows no half ones.
         Relations with too few facts for roles are left out.
 
     Returns
@@ -99,7 +106,11 @@ def shared_heads(graph: Graph, tables: Mapping[str, pd.DataFrame]) -> pd.DataFra
     if len(tables) < 2:
         raise DataError(f"Shared machinery needs at least two relations with roles; there are {len(tables)}.")
     serving = pd.concat(
-        [table[table["role"].isin(_SERVING)].assign(relation=name) for name, table in tables.items()], ignore_index=True
+        [
+            table[table["role"].isin(_SERVING) & (sureness(table) >= _SURE)].assign(relation=name)
+            for name, table in tables.items()
+        ],
+        ignore_index=True,
     )
     per_layer = serving.groupby(["layer", "relation"]).size().unstack(fill_value=0) / graph.n_heads
     shares = {layer: row.to_numpy(dtype=float) for layer, row in per_layer.iterrows()}
@@ -133,18 +144,21 @@ def shared_heads(graph: Graph, tables: Mapping[str, pd.DataFrame]) -> pd.DataFra
 
 @verb
 def circuit_overlap(
-    circuits: Mapping[str, Circuit], *, draws: Count = 20, seed: Seed = 0, progress: Progress = True
+    circuits: Mapping[str, Circuit | Ensemble], *, draws: Count = 20, seed: Seed = 0, progress: Progress = True
 ) -> pd.DataFrame:
     """How many edges and nodes circuits of different relations share, beside random ones of the same sizes.
+
+    The edges and nodes of an ensemble count by their pi (`kcwb.circuits.weighted_iou`). A blurred circuit overlaps less
+    than a sure one, and so must what it is compared with: chance has the same pi, dealt out at random.
 
     Parameters
     ----------
     circuits
-        Relation -> circuit, all of one graph and none of them empty.
+        Relation -> circuit or ensemble, all of one graph and none of them empty.
     draws
-        Random connected circuits for each circuit, with as many edges. Random sets of nodes, which are cheap, are
-        drawn 1,000 times, with as many heads and as many MLPs: most circuits hold nearly all MLPs, and overlap in
-        those already by chance.
+        Random connected circuits for each circuit, with as many edges (of an ensemble: as some draw kept, its pi dealt
+        out on them). Random sets of nodes, which are cheap, are drawn 1,000 times, with as many heads and as many MLPs:
+        most circuits hold nearly all MLPs, and overlap in those already by chance.
     seed
         Of the draws.
     progress
@@ -168,27 +182,30 @@ def circuit_overlap(
         raise SettingError(f"{len(circuits)} circuits: an overlap needs at least 2.")
     graph = next(iter(circuits.values())).graph
     for name, circuit in circuits.items():
-        if circuit.graph != graph or not circuit.n_edges:
+        if circuit.graph != graph or not node_inclusion(circuit).any():
             reason = "has no edges" if circuit.graph == graph else f"is part of {circuit.graph}, not of {graph}"
             raise CircuitError(f"The circuit of {name!r} {reason}.")
-    random: dict[str, list[Circuit]] = {name: [] for name in circuits}
+    pi = {name: matrix[matrix > 0] for name, matrix in ((name, inclusion(one)) for name, one in circuits.items())}
+    random: dict[str, list[Tensor]] = {name: [] for name in circuits}
     with track(progress, len(circuits) * draws, "random circuits") as step:
         for number, (name, _) in enumerate(product(circuits, range(draws))):
-            random[name].append(random_circuit(graph, circuits[name].n_edges, seed + number))
+            random[name].append(random_inclusion(graph, pi[name], seed + number))
             step()
-    nodes = {name: _nodes(circuit) for name, circuit in circuits.items()}
+    nodes = {name: _nodes(graph, circuit) for name, circuit in circuits.items()}
     generator = np.random.default_rng(seed)
     rows = []
     for left, right in combinations(circuits, 2):
         row: dict[str, object] = {"left": left, "right": right}
-        chance = np.array([a.iou(b) for a, b in zip(random[left], random[right], strict=True)])
-        row |= _beside("edges", circuits[left].iou(circuits[right]), chance)
-        drawn = _random_overlaps(graph, nodes[left], nodes[right], generator)
-        for what, kinds in {"nodes": ("heads", "mlps"), "heads": ("heads",)}.items():
-            sizes = [sum(len(side[kind]) for kind in kinds) for side in (nodes[left], nodes[right])]
-            both = np.array([sum(len(nodes[left][kind] & nodes[right][kind]) for kind in kinds)])
+        pairs = zip(random[left], random[right], strict=True)
+        chance = np.array([float(torch.minimum(a, b).sum()) / float(torch.maximum(a, b).sum()) for a, b in pairs])
+        row |= _beside("edges", weighted_iou(circuits[left], circuits[right]), chance)
+        both = {kind: (nodes[left][kind], nodes[right][kind]) for kind in ("head", "mlp")}
+        drawn = {kind: shared_by_chance(*pair, _NODE_DRAWS, generator) for kind, pair in both.items()}
+        for what, kinds in {"nodes": ("head", "mlp"), "heads": ("head",)}.items():
+            sizes = [sum(float(both[kind][side].sum()) for kind in kinds) for side in (0, 1)]
+            shared = np.array([sum(float(np.minimum(*both[kind]).sum()) for kind in kinds)])
             chance = _jaccard(np.sum([drawn[kind] for kind in kinds], axis=0), *sizes)
-            row |= _beside(what, float(_jaccard(both, *sizes)[0]), chance)
+            row |= _beside(what, float(_jaccard(shared, *sizes)[0]), chance)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -196,23 +213,13 @@ def circuit_overlap(
 _NODE_DRAWS = 1000
 
 
-def _nodes(circuit: Circuit) -> dict[str, set[str]]:
-    nodes = circuit.nodes
-    return {f"{kind}s": set(nodes.loc[nodes["kind"] == kind, "node"]) for kind in ("head", "mlp")}
+def _nodes(graph: Graph, circuit: Circuit | Ensemble) -> dict[str, np.ndarray]:
+    """How sure each head, and each MLP, of the graph is."""
+    kinds, pi = np.array([graph.node(name).kind for name in graph.node_names]), node_inclusion(circuit)
+    return {kind: pi[kinds == kind] for kind in ("head", "mlp")}
 
 
-def _random_overlaps(
-    graph: Graph, left: dict[str, set[str]], right: dict[str, set[str]], generator: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """How many heads, and MLPs, two random sets of these sizes have in common."""
-    total = {"heads": graph.n_layers * graph.n_heads, "mlps": graph.n_layers}
-    return {
-        kind: generator.hypergeometric(len(left[kind]), every - len(left[kind]), len(right[kind]), _NODE_DRAWS)
-        for kind, every in total.items()
-    }
-
-
-def _jaccard(both: np.ndarray, left: int, right: int) -> np.ndarray:
+def _jaccard(both: np.ndarray, left: float, right: float) -> np.ndarray:
     """Shared over either; 1 for two empty sets."""
     return both / (left + right - both) if left + right else np.ones(both.shape)
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.ensemble import Ensemble
 from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.interventions.at_end import at_end, logits_without, patched_answers
@@ -37,7 +38,7 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.dla import named_heads
 from kcwb.reading.positions import check_prompts, split_of, token_text, told_at_end, without_copies
-from kcwb.reading.roles import TOO_FEW, circuit_heads
+from kcwb.reading.roles import TOO_FEW, circuit_heads, sureness
 from kcwb.settings import Count, Seed
 from kcwb.statistics import chance_range, matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss
@@ -54,6 +55,7 @@ PREDICTIONS = {
 }
 EFFECTS = ("answer", "others", "generic", "direct")
 _LEVEL = 0.05
+_SURE = 0.5
 _N_GENERIC = 20
 
 
@@ -64,8 +66,8 @@ class RoleCheck:
     Attributes
     ----------
     heads
-        One row per head with a role: `node`, `layer`, `head`, `role`; `answer`, `others`, `generic`: by how much the
-        log-probability of the answer, of all other objects of the relation together, and of the generic tokens
+        One row per head with a role: `node`, `layer`, `head`, `role`, `pi`; `answer`, `others`, `generic`: by how much
+        the log-probability of the answer, of all other objects of the relation together, and of the generic tokens
         together changes when it is ablated at END; `direct`: that of the answer's when its direct path is patched
         (nats, mean over facts; NaN if no fact has a partner); `p_answer`, ... : the share of comparable heads (itself
         counted in) for which the effect is as far out in the direction of the role's claim, for `direct` downwards
@@ -77,7 +79,8 @@ class RoleCheck:
         One row per role: `heads`; `holds`, the share of them, with its 95% Wilson interval `low`, `high`; and for every
         effect its mean, `random_...`, the mean over random sets of as many comparable heads, and `p_...`, the share of
         such sets (the role's own counted in) whose mean is as far out in the direction of the claim; NaN where there
-        are fewer heads without a role than heads with this one.
+        are fewer heads without a role than heads with this one. Share, interval and means are weighted by pi, those of
+        random sets by the same pi, layer for layer.
     every
         The effects of every head that took part, those of the random ones included.
     generic
@@ -154,7 +157,7 @@ def check_roles(
 @verb
 def faithful_story(
     model: Model,
-    circuit: Circuit,
+    circuit: Circuit | Ensemble,
     roles: pd.DataFrame,
     task: Task,
     *,
@@ -169,10 +172,11 @@ def faithful_story(
     Parameters
     ----------
     model, circuit, task
-        The circuit that the roles were read from. Its MLPs are the story's.
+        The circuit that the roles were read from. Its MLPs are the story's. A story keeps a head or does not, so that
+        of an ensemble it is its consensus at 1/2, and the story of the heads that are in that.
     roles
         A table of `kcwb.head_roles`, or some of its rows, such as those whose role holds. The named heads are those
-        whose role is not `other`.
+        whose role is not `other`, and whose pi is at least 1/2.
     ablation
         What cut edges deliver; None for what the circuit was found with (`zero` if that is not known).
     split
@@ -204,10 +208,17 @@ def faithful_story(
     """
     check_same_model(model, circuit)
     check_same_weights(model, task)
-    named = _with_a_role(roles)["node"].tolist()
+    table = _with_a_role(roles)
+    named = table.loc[table["pi"] >= _SURE, "node"].tolist()
     missing = sorted(set(named) - set(circuit_heads(model, circuit)))
     if missing:
         raise CircuitError(f"{missing[0]!r} has a role but is not in the circuit; read the roles from this circuit.")
+    if isinstance(circuit, Ensemble):
+        circuit = circuit.consensus(_SURE)
+        kept = set(circuit.nodes["node"])
+        named = [name for name in named if name in kept]
+    if not named:
+        raise DataError(f"No head with a role is in half of the draws: of {len(table)}, there is no story to tell.")
     cuts = make_ablation(model, task, ablation or circuit.ablation)
     prompts = cuts.usable(split_of(task, split))
     check_prompts(prompts)
@@ -251,7 +262,7 @@ def _with_a_role(roles: pd.DataFrame) -> pd.DataFrame:
     named = roles[roles["role"].isin(PREDICTIONS)]
     if named.empty:
         raise DataError(f"No head of {len(roles)} has a role ({', '.join(PREDICTIONS)}): there is nothing to check.")
-    return named[["node", "layer", "head", "role"]].reset_index(drop=True)
+    return named[["node", "layer", "head", "role"]].assign(pi=sureness(named)).reset_index(drop=True)
 
 
 def _between(model: Model, nodes: Sequence[str]) -> Circuit:
@@ -319,13 +330,13 @@ def _judge(model: Model, named: pd.DataFrame, every: pd.DataFrame, matched: dict
     """The effects of each named head, how they stand among comparable heads, and the verdict."""
     effects, rows = every.set_index("node")[list(EFFECTS)], []
     layer_of = {node: model.graph.node(node).layer for node in every["node"]}
-    for node, layer, head, role in named[["node", "layer", "head", "role"]].values.tolist():
+    for node, layer, head, role, pi in named[["node", "layer", "head", "role", "pi"]].values.tolist():
         own, chance = effects.loc[node].to_dict(), effects.loc[matched[node]]
         signs = _signs(role)
         p = {name: _p(own[name], chance[name].to_numpy(), signs.get(name)) for name in EFFECTS}
         rows.append(
             {
-                **{"node": node, "layer": layer, "head": head, "role": role},
+                **{"node": node, "layer": layer, "head": head, "role": role, "pi": pi},
                 **own,
                 **{f"p_{name}": value for name, value in p.items()},
                 "random_heads": len(chance),
@@ -358,14 +369,14 @@ def _by_role(heads: pd.DataFrame, every: pd.DataFrame, sets: Mapping[str, list[l
     effects = every.set_index("node")
     rows = {}
     for role in (role for role in PREDICTIONS if role in set(heads["role"])):
-        some = heads[heads["role"] == role]
-        held = some["verdict"] == "holds"
-        low, high = proportion_interval(held)
-        row = {"heads": len(some), "holds": held.mean(), "low": low, "high": high}
+        some = heads[heads["role"] == role].sort_values(["layer", "head"])  # as random sets are, whose pi are these
+        held, pi = some["verdict"] == "holds", some["pi"].to_numpy()
+        low, high = proportion_interval(held, pi)
+        row = {"heads": len(some), "holds": np.average(held, weights=pi), "low": low, "high": high}
         drawn = effects.index.get_indexer(pd.Index(np.ravel(sets[role]))).reshape(len(sets[role]), len(some))
         for name in EFFECTS:
-            chance = effects[name].to_numpy()[drawn].mean(1)
-            row[name], row[f"random_{name}"] = some[name].mean(), chance_range(chance)[0]
+            chance = effects[name].to_numpy()[drawn] @ (pi / pi.sum())
+            row[name], row[f"random_{name}"] = np.average(some[name], weights=pi), chance_range(chance)[0]
             row[f"p_{name}"] = _p(row[name], chance, _signs(role).get(name))
         rows[role] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("role")

@@ -39,6 +39,7 @@ from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.ensemble import Ensemble, inclusion, node_inclusion
 from kcwb.circuits.run import check_same_model
 from kcwb.errors import CircuitError, DataError
 from kcwb.models.loading import Model
@@ -66,7 +67,7 @@ _FEWEST_FACTS = 4
 @verb
 def head_roles(
     model: Model,
-    circuit: Circuit | None,
+    circuit: Circuit | Ensemble | None,
     task: Task,
     *,
     split: str = "val",
@@ -84,7 +85,7 @@ def head_roles(
     Parameters
     ----------
     model, circuit, task
-        Roles are given to the heads with a kept edge; None for all heads of the model.
+        Roles are given to the heads with a kept edge, of an ensemble in some draw; None for all heads of the model.
     split
         `val` or `test`. Facts that the model does not know take part in `test`.
     shuffles
@@ -105,8 +106,10 @@ def head_roles(
         - `stability`: the share of bootstrap resamples in which it has the same role;
         - `role_attention`: its role by attention; `attention_subject`, `attention_relation`, `attention_bos` (the
           first token where prompts have no BOS), `attention_end`: END's attention, mean over facts;
-        - `to_logits`: whether the circuit keeps its edge to the logits; without it, D_S and D_R speak of a path that
-          the circuit does not have;
+        - `pi`: how sure the head is, its inclusion probability in an ensemble; 1 in a circuit and in the whole model.
+          What takes this table weighs heads by it, or says what it does instead;
+        - `to_logits`: whether the circuit keeps its edge to the logits, of an ensemble the pi of that edge; without it,
+          D_S and D_R speak of a path that the circuit does not have;
         - `previous_token`, `duplicate_token`, `induction`: the scores of transformer_lens's `head_detector`, on random
           tokens that are repeated once: the share of the head's attention that lies where such a head attends;
         - `top_tokens`: what its output at END raises most, mean over facts;
@@ -138,7 +141,10 @@ def head_roles(
         )
         table = pd.concat([table, _attention(model, prompts, found, rows)], axis=1)
         senders = rows + rows // model.graph.n_heads + 1  # one MLP per layer and `input` stand between
-        table["to_logits"] = True if circuit is None else circuit.kept[senders, -1].tolist()
+        table["pi"] = 1.0 if circuit is None else node_inclusion(circuit)[senders.numpy()]
+        table["to_logits"] = True if circuit is None else inclusion(circuit)[senders, -1].tolist()
+        if isinstance(circuit, Circuit):
+            table["to_logits"] = table["to_logits"].astype(bool)
         written = (head_outputs(model.network, found) / found.scale[:, None]).mean(2).flatten(0, 1)
         table["top_tokens"] = top_tokens(model, written[rows.to(written.device)], top)
         step(note="roles")
@@ -153,7 +159,7 @@ def head_roles(
 COLUMNS = (
     *("node", "layer", "head", "role", "role_5", "role_3", "D_S", "D_R", "D_rest", "share", "z", "z_fact"),
     *("stability", "role_attention", "attention_subject", "attention_relation", "attention_bos", "attention_end"),
-    *("to_logits", *PATTERNS, "top_tokens", "facts"),
+    *("pi", "to_logits", *PATTERNS, "top_tokens", "facts"),
 )
 
 
@@ -178,39 +184,52 @@ def role_agreement(roles: pd.DataFrame) -> pd.DataFrame:
     ----------
     roles
         A table of `head_roles`. Only its movers, relation and mixture heads take part: attention knows no suppressors,
-        and heads that do not count have no role to agree on.
+        and heads that do not count have no role to agree on. Those of an ensemble count by their `pi`.
 
     Returns
     -------
     DataFrame
         One row for `all` and one for each role by contribution: `heads`, `agree` (share of them with the same name by
         attention), `low` and `high` (Wilson's 95% interval of that share of heads; NaN for no heads), and for `all`
-        `kappa`, Cohen's agreement beyond chance (NaN where it is not defined).
+        `kappa`, Cohen's agreement beyond chance (NaN where it is not defined). Share, interval and kappa are weighted
+        by pi.
     """
     counted = roles[roles["role"].isin(NAMED)]
     rows = {}
     for name, some in [("all", counted), *((role, counted[counted["role"] == role]) for role in NAMED)]:
-        same = (some["role"] == some["role_attention"]).to_numpy(dtype=float)
-        low, high = proportion_interval(same)
-        rows[name] = {"heads": len(same), "agree": same.mean() if len(same) else math.nan, "low": low, "high": high}
+        same, pi = (some["role"] == some["role_attention"]).to_numpy(dtype=float), sureness(some)
+        low, high = proportion_interval(same, pi)
+        agree = np.average(same, weights=pi) if len(same) else math.nan
+        rows[name] = {"heads": len(same), "agree": agree, "low": low, "high": high}
     several = len(set(counted["role"]) | set(counted["role_attention"])) > 1
-    rows["all"]["kappa"] = cohen_kappa_score(counted["role"], counted["role_attention"]) if several else math.nan
+    names, pi = (counted["role"], counted["role_attention"]), sureness(counted)
+    rows["all"]["kappa"] = cohen_kappa_score(*names, sample_weight=pi) if several else math.nan
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("role")
 
 
 # --- what is looked at ---
 
 
-def circuit_heads(model: Model, circuit: Circuit | None) -> list[str]:
-    """The names of a circuit's heads, or of all; CircuitError if it belongs to another model or has none."""
+def circuit_heads(model: Model, circuit: Circuit | Ensemble | None) -> list[str]:
+    """The names of a circuit's heads, or of all; CircuitError if it belongs to another model or has none.
+
+    Of an ensemble, those that some draw kept.
+    """
+    heads = [name for name in model.graph.sender_names if model.graph.node(name).kind == "head"]
     if circuit is None:
-        return [name for name in model.graph.sender_names if model.graph.node(name).kind == "head"]
+        return heads
     check_same_model(model, circuit)
-    nodes = circuit.nodes
-    names = nodes.loc[nodes["kind"] == "head", "node"].tolist()
+    pi = dict(zip(model.graph.node_names, node_inclusion(circuit), strict=True))
+    names = [name for name in heads if pi[name] > 0]
     if not names:
-        raise CircuitError(f"The circuit of {circuit.n_edges} edges has no attention head, so there are no roles.")
+        of = f"circuit of {circuit.n_edges} edges" if isinstance(circuit, Circuit) else f"ensemble {circuit}"
+        raise CircuitError(f"The {of} has no attention head, so there are no roles.")
     return names
+
+
+def sureness(roles: pd.DataFrame) -> np.ndarray:
+    """How sure each head of a table of roles is; 1 where the table does not say."""
+    return roles["pi"].to_numpy(dtype=float) if "pi" in roles else np.ones(len(roles))
 
 
 # --- contributions ---

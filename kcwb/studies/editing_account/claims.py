@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 
@@ -15,7 +15,7 @@ from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.roles import strongest_movers
-from kcwb.settings import Count, Seed
+from kcwb.settings import Count, Seed, at_least
 from kcwb.statistics import mean_interval
 from kcwb.studies.editing_account.comparison import compare_edit
 from kcwb.tasks.prompts import Task, make_task
@@ -33,6 +33,7 @@ def compare_edits(
     edges: Count = 300,
     movers: Count = 10,
     draws: Count = 100,
+    circuit_draws: Annotated[int, at_least(2)] | None = None,
     n: Count = 8,
     seed: Seed = 0,
     progress: Progress = True,
@@ -47,7 +48,7 @@ def compare_edits(
     method, layer, settings
         As in `kcwb.editing.edit.edit`. An edit that does not get under its bound (default 1 nat) is left out with a
         warning: a model that does not say the new object has no circuit for it.
-    edges, movers, draws
+    edges, movers, draws, circuit_draws
         As in `compare_edit`.
     n
         Facts of each relation on which mover heads are found.
@@ -72,9 +73,8 @@ def compare_edits(
                     raise DataError(f"the target {case.target!r:.60} is the answer already")
                 more = {"layer": layer, "seed": seed, "progress": False, **settings}
                 made = edit(model, case.fact, case.target, method, template=case.template, **more)
-                found = compare_edit(
-                    model, made, task, edges=edges, movers=names, draws=draws, seed=seed, progress=False
-                )
+                of = {"edges": edges, "movers": names, "draws": draws, "circuit_draws": circuit_draws, "seed": seed}
+                found = compare_edit(model, made, task, **of, progress=False)
             except (EditError, DataError) as error:
                 left_out.append(f"{case.fact.subject}: {error}")
             else:

@@ -6,7 +6,9 @@ does. Measured here, for one edit that turns the old object into the new one:
 
 - **circuits** of the same size on the fact's own prompt: for the old object before the edit, and for the new one after
   it. They also differ because they answer differently, so two more stand beside them: the unedited model's circuit for
-  the new object, and its circuit for the old object in other words (the paraphrase null);
+  the new object, and its circuit for the old object in other words (the paraphrase null). With `circuit_draws` each is
+  an ensemble (`kcwb.studies.fact_circuits`), all four of the same draws: what differs between two of them is then no
+  accident of size, selection or reference prompts, and edges, nodes and heads count by their pi;
 - **layers**: where the edges are that only one of the two circuits has. An edge counts half for each of its ends, so
   that shares add up to 1; beside it stands the layer's share of the circuits' nodes;
 - **lens**: rank and probability of both objects after each layer, at END and at the subject's last token;
@@ -27,7 +29,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -35,8 +37,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation, make_ablation
+from kcwb.circuits.ablation import Ablation, ablation_kind, make_ablation
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.ensemble import Ensemble, inclusion, node_inclusion
 from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.methods import STEPS, check_size
 from kcwb.discovery.selection import matched_circuit
@@ -51,9 +54,9 @@ from kcwb.reading.dla import attribute
 from kcwb.reading.positions import check_prompts, position_groups, told_at_end
 from kcwb.reading.roles import role_labels, strongest_movers
 from kcwb.reading.trajectories import standing
-from kcwb.settings import Count, Seed
+from kcwb.settings import Count, Seed, at_least
 from kcwb.studies.editing_account.transport import mlp_outputs, trace_blocks, transport
-from kcwb.studies.fact_circuits import found_with
+from kcwb.studies.fact_circuits import FactDraw, fact_draws, fact_ensemble, found_with
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights, encode
 from kcwb.tasks.relations import Fact
@@ -61,6 +64,8 @@ from kcwb.verbs import verb
 
 #: Logits: the least |D_S| + |D_R| with which a head has a role on a single prompt.
 LEAST_LOGITS = 0.1
+#: Resamples of the reference prompts, the prompts themselves counted in, that circuits are drawn against.
+_ABLATIONS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +75,21 @@ class EditComparison:
     Attributes
     ----------
     circuits
-        `before`, `after`, `new answer` (unedited) and `paraphrase` (unedited).
+        `before`, `after`, `new answer` (unedited) and `paraphrase` (unedited); ensembles if they were drawn.
     overlap
-        Each of the last three against `before`: `edges` of either, `edge_iou`, `node_jaccard`.
+        Each of the last three against `before`: `edges` of either, `edge_iou`, `node_jaccard`
+        (`kcwb.compare_circuits`).
     layers
-        One row per layer: `layer`, `edited`, `change` (its share of the edges that differ between before and after),
+        One row per layer: `layer`, `edited`, `change` (its share of the edges that differ between before and after, of
+        ensembles by how much their pi differs),
         `change_paraphrase` (the same against the paraphrase), `nodes` (its share of nodes).
     lens
         As `kcwb.reading.lens.lens` has it, with a `state`, `before` or `after`: `quantity` (`rank`, `probability`),
         `who` (`old, END`, `new, subject`, ...), `value`.
     roles
-        One row per head of the circuits before and after: `node`, `mover` (of the relation), and `D_S`, `D_R`, `role`
-        with the ending `_before` (old object, unedited) and `_after` (new object, edited).
+        One row per head of the circuits before and after: `node`, `mover` (of the relation), `pi` (the larger of before
+        and after), and `D_S`, `D_R`, `role` with the ending `_before` (old object, unedited) and `_after` (new object,
+        edited).
     transport
         One row per thing put back: `what`, `TE`, and for `random heads` the 95% range of the draws in `low`, `high`.
     p
@@ -89,7 +97,7 @@ class EditComparison:
     """
 
     edit: Edit
-    circuits: Mapping[str, Circuit]
+    circuits: Mapping[str, Circuit | Ensemble]
     overlap: pd.DataFrame
     layers: pd.DataFrame
     lens: pd.DataFrame
@@ -116,9 +124,10 @@ class EditComparison:
             reached = ranks["after", f"new, {place}"] <= KNOWN_RANK
             row[f"arrival_{place}"] = float(reached.index[reached].min()) if reached.any() else math.nan
         before, after = self.roles["role_before"], self.roles["role_after"]
-        row["roles_changed"] = float((before != after).mean()) if len(before) else math.nan
-        movers = before == "mover"
-        row["movers_kept"] = float((after[movers] == "mover").mean()) if movers.any() else math.nan
+        pi, movers = self.roles["pi"], before == "mover"
+        row["roles_changed"] = float(np.average(before != after, weights=pi)) if len(before) else math.nan
+        kept = after[movers] == "mover"
+        row["movers_kept"] = float(np.average(kept, weights=pi[movers])) if movers.any() else math.nan
         names = {"mover heads": "te_movers", "random heads": "te_random", "edited MLP, subject": "te_subject"}
         names |= {"edited MLP, END": "te_end", "edited MLP, elsewhere": "te_elsewhere"}
         row |= {names[what]: float(te) for what, te in zip(self.transport["what"], self.transport["TE"], strict=True)}
@@ -135,6 +144,7 @@ def compare_edit(
     edges: Count = 300,
     movers: Count | Sequence[str] = 10,
     draws: Count = 100,
+    circuit_draws: Annotated[int, at_least(2)] | None = None,
     seed: Seed = 0,
     progress: Progress = True,
 ) -> EditComparison:
@@ -157,6 +167,8 @@ def compare_edit(
         How many mover heads are put back, those of largest D_S; or their names.
     draws
         Random sets of heads.
+    circuit_draws
+        Draw each circuit so many times, and weigh by pi; three times the runs. None: each once.
 
     Raises
     ------
@@ -183,13 +195,17 @@ def compare_edit(
         names = strongest_movers(model, task, movers, seed) if isinstance(movers, int) else list(movers)
         step(note="mover heads")
         # 2. the unedited model: circuits, lens, roles
-        cuts = make_ablation(model, task, "mean")
-        circuits = {"before": _circuit(model, task, fact, task.template, cuts, edges)}
+        drawn = None if circuit_draws is None else fact_draws(model.graph, edges, circuit_draws, _ABLATIONS, seed)
+        size = {"edges": edges, "drawn": drawn}
+        cuts = _ablations(model, task, drawn, seed)
+        circuits = {"before": _circuit(model, task, fact, task.template, cuts, **size)}
         step(note="circuit before")
-        circuits["new answer"] = _circuit(model, task, new, task.template, cuts, edges)
+        circuits["new answer"] = _circuit(model, task, new, task.template, cuts, **size)
         step(note="circuit of the new object")
         reworded = replace(task, reference=encode(model, task.reference.facts, other, task.relation.objects))
-        circuits["paraphrase"] = _circuit(model, reworded, fact, other, make_ablation(model, reworded, "mean"), edges)
+        circuits["paraphrase"] = _circuit(
+            model, reworded, fact, other, _ablations(model, reworded, drawn, seed), **size
+        )
         step(note="circuit of the paraphrase")
         prompt = asked[fact].select([0])
         ids = prompt.tokens[:, : int(prompt.ends[0]) + 1]
@@ -199,7 +215,8 @@ def compare_edit(
         roles = _contributions(model, prompt, tokens)
         # 3. the same with the edit in
         with made:
-            circuits["after"] = _circuit(model, task, new, task.template, make_ablation(model, task, "mean"), edges)
+            cuts = _ablations(model, task, drawn, seed)
+            circuits["after"] = _circuit(model, task, new, task.template, cuts, **size)
             step(note="circuit after")
             edited = trace_blocks(model.network, ids)
             lens.append(_lens(model, prompt, edited, tokens, "after"))
@@ -248,52 +265,72 @@ def _asked(model: Model, task: Task, fact: Fact, template: str) -> Prompts:
     return encode(model, [fact], template, task.relation.objects)
 
 
-def _circuit(model: Model, task: Task, fact: Fact, template: str, cuts: Ablation, edges: int) -> Circuit:
-    """The circuit of one prompt with one answer, by EAP-IG under mean ablation, at a size."""
+def _ablations(model: Model, task: Task, drawn: Sequence[FactDraw] | None, seed: int) -> list[Ablation]:
+    """Mean ablation over the task's reference prompts; for draws also over resamples of them."""
+    tasks = [task]
+    for level in range(1, _ABLATIONS if drawn else 1):
+        again = ablation_kind("mean").drawn_again(task, seed + level)
+        tasks += [] if again is None else [again[1]]
+    return [make_ablation(model, one, "mean") for one in tasks]
+
+
+def _circuit(
+    model: Model,
+    task: Task,
+    fact: Fact,
+    template: str,
+    cuts: Sequence[Ablation],
+    *,
+    edges: int,
+    drawn: Sequence[FactDraw] | None,
+) -> Circuit | Ensemble:
+    """The circuit of one prompt with one answer, by EAP-IG under mean ablation, at a size; or draws of it."""
     loss = make_loss(model, _asked(model, task, fact, template), "nll")
-    scores = attribution_scores(model, loss, cuts, steps=STEPS)
-    about = found_with(model, task, [fact], "nll", "mean", edges, STEPS)
-    return replace(matched_circuit(model.graph, scores, edges), provenance={**about, "template": template})
+    scores = [attribution_scores(model, loss, one, steps=STEPS) for one in cuts]
+    about = {**found_with(model, task, [fact], "nll", "mean", edges, STEPS), "template": template}
+    if drawn is not None:
+        return fact_ensemble(model.graph, scores, drawn, about)
+    return replace(matched_circuit(model.graph, scores[0], edges), provenance=about)
 
 
-def _overlap(circuits: Mapping[str, Circuit]) -> pd.DataFrame:
+def _overlap(circuits: Mapping[str, Circuit | Ensemble]) -> pd.DataFrame:
     rows = {}
     for name in ("after", "new answer", "paraphrase"):
         table = compare_circuits(circuits["before"], circuits[name])
         rows[name] = {
-            "edges_before": circuits["before"].n_edges,
-            "edges": circuits[name].n_edges,
+            "edges_before": table.loc["edges", "left"],
+            "edges": table.loc["edges", "right"],
             "edge_iou": table.loc["edges", "iou"],
             "node_jaccard": table.loc["nodes", "iou"],
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("circuit")
 
 
-def _layers(graph: Graph, edited: Sequence[int], circuits: Mapping[str, Circuit]) -> pd.DataFrame:
+def _layers(graph: Graph, edited: Sequence[int], circuits: Mapping[str, Circuit | Ensemble]) -> pd.DataFrame:
     layer_of = np.array([graph.node(name).layer for name in graph.node_names])
     senders, receivers = layer_of[:-1], layer_of[graph.receiver_node.numpy()]
 
-    def shares(left: Circuit, right: Circuit) -> np.ndarray:
-        rows, columns = (left.kept ^ right.kept).nonzero(as_tuple=True)
+    def shares(left: Circuit | Ensemble, right: Circuit | Ensemble) -> np.ndarray:
+        apart = (inclusion(left) - inclusion(right)).abs()
+        rows, columns = apart.nonzero(as_tuple=True)
         ends = np.concatenate([senders[rows.numpy()], receivers[columns.numpy()]])
-        return _shares(ends, graph.n_layers)
+        return _shares(ends, np.tile(apart[rows, columns].numpy(), 2), graph.n_layers)
 
     before, after = circuits["before"], circuits["after"]
-    nodes = (before | after).nodes
     return pd.DataFrame(
         {
             "layer": range(graph.n_layers),
             "edited": [layer in edited for layer in range(graph.n_layers)],
             "change": shares(before, after),
             "change_paraphrase": shares(before, circuits["paraphrase"]),
-            "nodes": _shares(nodes["layer"].to_numpy(), graph.n_layers),
+            "nodes": _shares(layer_of, np.maximum(*map(node_inclusion, (before, after))), graph.n_layers),
         }
     )
 
 
-def _shares(layers: np.ndarray, n_layers: int) -> np.ndarray:
+def _shares(layers: np.ndarray, weights: np.ndarray, n_layers: int) -> np.ndarray:
     """How much of a list of layers each layer is; `input` (-1) and `logits` (n_layers) count in the whole alone."""
-    return np.bincount(layers + 1, minlength=n_layers + 2)[1:-1] / max(1, len(layers))
+    return np.bincount(layers + 1, weights, minlength=n_layers + 2)[1:-1] / (weights.sum(dtype=float) or 1)
 
 
 # --- lens and roles ---
@@ -319,12 +356,13 @@ def _contributions(model: Model, prompt: Prompts, tokens: Int[Tensor, "2"]) -> F
 
 
 def _roles(
-    circuits: Mapping[str, Circuit], movers: Sequence[str], before: Float[Tensor, "2 L H"],
+    circuits: Mapping[str, Circuit | Ensemble], movers: Sequence[str], before: Float[Tensor, "2 L H"],
     after: Float[Tensor, "2 L H"],
 ) -> pd.DataFrame:  # fmt: skip
-    nodes = (circuits["before"] | circuits["after"]).nodes
-    heads = nodes[nodes["kind"] == "head"].reset_index(drop=True)
-    table = pd.DataFrame({"node": heads["node"], "mover": heads["node"].isin(movers)})
+    graph, pi = circuits["before"].graph, np.maximum(*(node_inclusion(circuits[name]) for name in ("before", "after")))
+    nodes = pd.DataFrame([graph.node(name) for name in graph.node_names]).assign(node=graph.node_names, pi=pi)
+    heads = nodes[(nodes["kind"] == "head") & (pi > 0)].reset_index(drop=True)
+    table = pd.DataFrame({"node": heads["node"], "mover": heads["node"].isin(movers), "pi": heads["pi"]})
     for state, every in (("before", before), ("after", after)):
         d = every[:, heads["layer"].tolist(), heads["head"].tolist()].double()
         table[f"D_S_{state}"], table[f"D_R_{state}"] = d.tolist()

@@ -6,26 +6,33 @@ cut at the same size, each on the same chains; **integrated** is the union of th
 nothing alone. Beside it stand random connected circuits of the same size (nodes: as many heads and as many MLPs), which
 any two real circuits beat, since all pass through the same late layers; and the circuits of other tasks (`controls`),
 which is the comparison that can fail.
+
+**Ensembles.** Of circuits that were drawn many times (`kcwb.discover_many` on `hops.tasks`), each edge and node counts
+by its pi: two share the smaller of both, so that the Jaccard is `kcwb.circuits.weighted_iou`, and the union of the two
+hops has the larger. Random circuits then have the same pi, dealt out at random.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.circuits.circuit import Circuit
-from kcwb.discovery.baselines import random_circuit
+from kcwb.circuits.ensemble import Ensemble, inclusion, node_inclusion
+from kcwb.discovery.baselines import random_inclusion
+from kcwb.errors import CircuitError, choose
 from kcwb.models.graph import Graph
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
-from kcwb.statistics import mean_interval, p_value
-from kcwb.studies.fact_circuits import resampled_circuit, resampled_weights, senders_in
+from kcwb.statistics import mean_interval, p_value, resample_counts, shared_by_chance
+from kcwb.studies.fact_circuits import resampled_circuit, resampled_weights
 from kcwb.studies.two_hop.circuits import INTEGRATED, HopCircuits
 from kcwb.tasks.hops import HOPS
 from kcwb.verbs import verb
@@ -36,17 +43,26 @@ _NODE_DRAWS = 1000
 
 @verb
 def hop_overlap(
-    found: HopCircuits, *, draws: Count = 20, resamples: Count = 100, seed: Seed = 0, progress: Progress = True
+    found: HopCircuits,
+    *,
+    ensembles: Mapping[str, Ensemble] | None = None,
+    draws: Count = 20,
+    resamples: Count = 100,
+    seed: Seed = 0,
+    progress: Progress = True,
 ) -> pd.DataFrame:
     """How much of each circuit the two-hop circuit has, beside chance and controls.
 
     Parameters
     ----------
+    ensembles
+        Of some of the circuits, by name (`two-hop`, `hop 1`, `hop 2`, a control's), an ensemble that stands for it at
+        the level of all facts.
     draws
         Pairs of random connected circuits of the same two sizes. Random sets of nodes, with as many heads and as many
         MLPs, are drawn 1,000 times.
     resamples
-        Bootstrap resamples of the chains, for the interval of all facts together.
+        Bootstrap resamples of the chains, or of an ensemble's draws, for the interval of all facts together.
 
     Returns
     -------
@@ -57,37 +73,49 @@ def hop_overlap(
         - `random`, the mean of the same between random ones, and `p`, the share of random pairs (itself counted in) in
           which it is at least as large: one pair each, so that p is cautious where `share` is a mean over chains;
         - `jaccard`, those of both over those of either, and `jaccard_low`, `jaccard_high`, `random_jaccard`;
-        - `size_two_hop`, `size`: how many parts they have (means, at the level of facts); `facts`.
+        - `size_two_hop`, `size`: how many parts they have (means, at the level of facts and of ensembles); `facts`.
 
         The level `one fact` compares circuits of one chain at a time, as the paper does, and takes the mean; its
         interval is the bootstrap's of the mean over chains (NaN where all are alike). The level `all facts`
         compares the circuits of all chains together; its
         interval is that of the circuits of resampled chains, whose overlap is lower than that of the circuits
         themselves where resampling blurs them: it may lie below the value.
+
+    Raises
+    ------
+    SettingError
+        If an ensemble is of no circuit that there is.
+    CircuitError
+        If it is of another graph, or empty.
     """
+    ensembles = dict(ensembles or {})
+    _check(found, ensembles)
     graph, n_facts = found.circuits["two-hop"].graph, len(found.of_fact["two-hop"])
     # 1. what each circuit has, and how much
     parts: dict[str, dict[str, list[_Parts]]] = {
         "one fact": {name: [_parts(one) for one in some] for name, some in found.of_fact.items()},
-        "all facts": {name: [_parts(one)] for name, one in found.circuits.items()},
+        "all facts": {name: [one] for name, one in _united({**found.circuits, **ensembles}).items()},
     }
     sizes = {
-        (level, name): np.mean([[int(one[part].sum()) for part in PARTS] for one in some], axis=0)
+        (level, name): np.mean([[one[part].sum() for part in PARTS] for one in some], axis=0)
         for level, circuits in parts.items()
         for name, some in circuits.items()
     }
-    # 2. resampled circuits, and random ones of each size on either side of a pair
-    pools = {(name != "two-hop", round(float(size[0]))) for (_, name), size in sizes.items()}
+    # 2. resampled circuits, and random ones of each size (or with each pi) on either side of a pair
+    weights = {
+        (level, name): np.ones(round(size[0])) if level == "one fact" else _above_0(parts[level][name][0]["edges"])
+        for (level, name), size in sizes.items()
+    }
+    pools = {(key[1] != "two-hop", some.tobytes()): some for key, some in weights.items()}
     with track(progress, resamples + draws * len(pools), "overlap") as step:
         again = []
-        for weights in resampled_weights(n_facts, resamples, seed):
-            again.append(_resampled(found, weights))
+        for of_chains in resampled_weights(n_facts, resamples, seed):
+            again.append(_resampled(found, ensembles, of_chains, seed + len(again)))
             step(note="resamples")
-        random: dict[tuple[bool, int], list[Tensor]] = {}
-        for single, size in sorted(pools):  # one seed never serves both sides of a pair
-            random[single, size] = []
+        random: dict[tuple[bool, bytes], list[Tensor]] = {key: [] for key in pools}
+        for (single, key), some in pools.items():  # one seed never serves both sides of a pair
             for draw in range(draws):
-                random[single, size].append(random_circuit(graph, size, seed + 2 * draw + single).kept)
+                random[single, key].append(random_inclusion(graph, torch.from_numpy(some), seed + 2 * draw + single))
                 step(note="random circuits")
     # 3. overlaps, with intervals and beside chance
     rows: list[dict[str, Any]] = []
@@ -95,8 +123,11 @@ def hop_overlap(
         own = np.array([_overlap(*pair) for pair in zip(parts[level]["two-hop"], parts[level][name], strict=True)])
         spread = own if level == "one fact" else np.array([_overlap(one["two-hop"], one[name]) for one in again])
         left, right = sizes[level, "two-hop"], sizes[level, name]
-        pairs = zip(random[False, round(float(left[0]))], random[True, round(float(right[0]))], strict=True)
-        chance = _chance(graph, left, right, [int((a & b).sum()) for a, b in pairs], seed + len(rows))
+        keys = (weights[level, one].tobytes() for one in ("two-hop", name))
+        pairs = zip(*(random[pool] for pool in zip((False, True), keys, strict=True)), strict=True)
+        edges = np.array([float(torch.minimum(a, b).sum()) for a, b in pairs])
+        nodes = [_nodes(graph, parts[level][one], sizes[level, one]) for one in ("two-hop", name)]
+        chance = _chance((left, right), edges, *nodes, np.random.default_rng(seed + len(rows)))
         for i, part in enumerate(PARTS):
             row: dict[str, Any] = {"level": level, "circuit": name, "part": part}
             for j, (measure, prefix) in enumerate((("share", ""), ("jaccard", "jaccard_"))):
@@ -116,21 +147,60 @@ def hop_overlap(
 _Parts = dict[str, np.ndarray]
 
 
-def _parts(circuit: Circuit) -> _Parts:
-    """Which edges, nodes (heads and MLPs) and heads a circuit has."""
-    nodes = senders_in(circuit)[1:]  # without input
-    heads = np.arange(len(nodes)) % (circuit.graph.n_heads + 1) < circuit.graph.n_heads
-    return {"edges": circuit.kept.numpy().ravel(), "nodes": nodes, "heads": nodes & heads}
+def _check(found: HopCircuits, ensembles: Mapping[str, Ensemble]) -> None:
+    """Refuse ensembles of something else."""
+    known = [name for name in found.circuits if name != INTEGRATED]
+    for name, one in ensembles.items():
+        graph = found.circuits[choose("The ensemble", name, known)].graph
+        if one.graph != graph or not one.size:
+            reason = "has no edges" if one.graph == graph else f"is of {one.graph}, its circuit of {graph}"
+            raise CircuitError(f"The ensemble of {name} {reason}.")
 
 
-def _resampled(found: HopCircuits, weights: Float[Tensor, " N"]) -> dict[str, _Parts]:
-    """The parts of the circuits of resampled chains; controls stay what they are."""
-    made = {
-        name: resampled_circuit(found.circuits[name], scores, weights) if name in HOPS else found.circuits[name]
-        for name, scores in found.scores.items()
-    }
-    made[INTEGRATED] = made["hop 1"] | made["hop 2"]
-    return {name: _parts(one) for name, one in made.items()}
+def _parts(one: Circuit | Ensemble) -> _Parts:
+    """How sure edges, nodes (heads and MLPs) and heads are."""
+    return _of_nodes(one.graph, inclusion(one).double().numpy().ravel(), node_inclusion(one))
+
+
+def _of_nodes(graph: Graph, edges: np.ndarray, nodes: np.ndarray) -> _Parts:
+    nodes = nodes[1:-1]  # without input and logits
+    return {"edges": edges, "nodes": nodes, "heads": np.where(_is_head(graph), nodes, 0)}
+
+
+def _is_head(graph: Graph) -> np.ndarray:
+    """Which of a graph's heads and MLPs are heads."""
+    return np.arange(graph.n_senders - 1) % (graph.n_heads + 1) < graph.n_heads
+
+
+def _above_0(pi: np.ndarray) -> np.ndarray:
+    return pi[pi > 0]
+
+
+def _united(circuits: Mapping[str, Circuit | Ensemble]) -> dict[str, _Parts]:
+    """The parts of all circuits; the integrated one has the larger pi of the two hops."""
+    return _integrated({name: _parts(one) for name, one in circuits.items()})
+
+
+def _integrated(made: dict[str, _Parts]) -> dict[str, _Parts]:
+    return made | {INTEGRATED: {part: np.maximum(made["hop 1"][part], made["hop 2"][part]) for part in PARTS}}
+
+
+def _resampled(
+    found: HopCircuits, ensembles: Mapping[str, Ensemble], of_chains: Float[Tensor, " N"], seed: int
+) -> dict[str, _Parts]:
+    """The parts of the circuits of resampled chains, and of ensembles of resampled draws; controls stay as they are."""
+    made: dict[str, _Parts] = {}
+    for name, scores in found.scores.items():
+        if name in ensembles:
+            one = ensembles[name]
+            counts = torch.from_numpy(resample_counts(len(one), 1, seed)[0]).double() / len(one)
+            edges = torch.zeros(one.graph.exists.shape, dtype=torch.float64)
+            edges[*one.places.T] = counts @ one.kept.double()
+            made[name] = _of_nodes(one.graph, edges.numpy().ravel(), (counts @ one.present.double()).numpy())
+        else:
+            circuit = found.circuits[name]
+            made[name] = _parts(resampled_circuit(circuit, scores, of_chains) if name in HOPS else circuit)
+    return _integrated(made)
 
 
 def _overlap(two_hop: _Parts, single: _Parts) -> list[tuple[float, float]]:
@@ -138,26 +208,31 @@ def _overlap(two_hop: _Parts, single: _Parts) -> list[tuple[float, float]]:
     found = []
     for part in PARTS:
         left, right = two_hop[part], single[part]
-        both, either = int((left & right).sum()), int((left | right).sum())
-        found.append((both / max(1, int(right.sum())), both / max(1, either)))
+        both, either = np.minimum(left, right).sum(), np.maximum(left, right).sum()
+        found.append((both / (right.sum() or 1), both / (either or 1)))
     return found
 
 
+def _nodes(graph: Graph, some: list[_Parts], size: np.ndarray) -> dict[str, np.ndarray]:
+    """How sure the heads and the MLPs are; of several circuits as many sure ones as they have in the mean."""
+    if len(some) == 1:
+        heads = _is_head(graph)
+        return {"heads": some[0]["nodes"][heads], "mlps": some[0]["nodes"][~heads]}
+    counts = {"heads": (graph.n_layers * graph.n_heads, size[2]), "mlps": (graph.n_layers, size[1] - size[2])}
+    return {kind: (np.arange(total) < round(float(n))).astype(float) for kind, (total, n) in counts.items()}
+
+
 def _chance(
-    graph: Graph, left: np.ndarray, right: np.ndarray, shared_edges: Sequence[int], seed: int
+    sizes: tuple[np.ndarray, np.ndarray],
+    edges: np.ndarray,
+    left: dict[str, np.ndarray],
+    right: dict[str, np.ndarray],
+    generator: np.random.Generator,
 ) -> dict[str, Float[np.ndarray, "2 draws"]]:
-    """Share and Jaccard of each part between random circuits of these sizes, which share so many edges."""
-    generator = np.random.default_rng(seed)
-
-    def shared(total: int, *sizes: float) -> np.ndarray:
-        a, b = map(round, sizes)
-        return generator.hypergeometric(a, total - a, b, _NODE_DRAWS)
-
-    heads = shared(graph.n_layers * graph.n_heads, float(left[2]), float(right[2]))
-    mlps = shared(graph.n_layers, float(left[1] - left[2]), float(right[1] - right[2]))
-    counts = {"edges": np.array(shared_edges), "nodes": heads + mlps, "heads": heads}
+    """Share and Jaccard of each part between random circuits like two of these sizes, which share so much of edges."""
+    heads, mlps = (shared_by_chance(left[kind], right[kind], _NODE_DRAWS, generator) for kind in ("heads", "mlps"))
     found = {}
-    for part, a, b in zip(PARTS, map(float, left), map(float, right), strict=True):
-        both = counts[part]
-        found[part] = np.stack([both / max(1.0, b), both / np.maximum(1.0, a + b - both)])
+    for part, both, a, b in zip(PARTS, (edges, heads + mlps, heads), *sizes, strict=True):
+        whole = np.maximum([[b], [a + b]] - np.array([0, 1])[:, None] * both, np.maximum(both, 1e-9))
+        found[part] = both / whole  # sizes are means: what two rounded ones share may be a little more
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from kcwb.statistics import (
     mean_interval,
     p_value,
     proportion_interval,
+    shared_by_chance,
     statistic_interval,
 )
 
@@ -55,6 +56,18 @@ def test_wilsons_interval_holds_as_often_as_it_says():
 def test_what_is_no_hit_or_miss_is_refused_as_a_proportion(values):
     with pytest.raises(DataError, match="0 or 1"):
         proportion_interval(values)
+
+
+def test_a_weighted_proportion_has_the_interval_of_as_many_values_as_its_weights_are_worth():
+    hits = [1, 1, 0, 1, 0]
+    assert proportion_interval(hits, [0.3] * 5) == proportion_interval(hits)
+    assert proportion_interval(hits, [2, 2, 2, 0, 0]) == pytest.approx(proportion_interval(hits[:3]))
+    weights = np.array([1.0, 0.5, 0.5])  # worth 8 / 3 values, 3/4 of them hits
+    low, high = proportion_interval([1, 1, 0], weights)
+    z2, n = stats.norm.ppf(0.975) ** 2, 4 / 1.5
+    roots = np.roots([1 + z2 / n, -(2 * 0.75 + z2 / n), 0.75**2])
+    assert [low, high] == pytest.approx(sorted(roots.real))
+    assert proportion_interval([1, 1], [1.0, 0.2])[1] == 1.0 and proportion_interval([0, 0], [1.0, 0.2])[0] == 0.0
 
 
 # --- means ---
@@ -129,6 +142,23 @@ def test_resamples_without_the_statistic_are_left_out():
 
     low, high = statistic_interval([[1.0, 2.0, 0.0], [4.0, 4.0, 0.0]], ratio)
     assert 0.25 <= low < high <= 0.5
+
+
+# --- shared by chance ---
+
+
+def test_what_two_sides_share_by_chance_is_what_all_ways_to_deal_one_out_give():
+    left, right = [1.0, 0.5, 0.0, 0.25], [0.75, 0.0, 0.5, 0.0]
+    every = [np.minimum(left, dealt).sum() for dealt in permutations(right)]
+    found = shared_by_chance(left, right, 4000, np.random.default_rng(0))
+    assert set(found.round(9)) == set(np.round(every, 9))
+    assert found.mean() == pytest.approx(np.mean(every), abs=4 * np.std(every) / math.sqrt(4000))
+
+
+def test_sets_share_as_many_as_the_hypergeometric_distribution_says():
+    left, right = np.arange(9) < 4, np.arange(9) % 3 == 0
+    found = shared_by_chance(left, right, 50, np.random.default_rng(3))
+    assert found.tolist() == np.random.default_rng(3).hypergeometric(4, 5, 3, 50).tolist()
 
 
 # --- p ---

@@ -22,6 +22,13 @@ def random_circuit(graph: Graph, edges: int, seed: Natural) -> Circuit:
     Edges are drawn in random order; of the longest beginning that has at most `edges` edges once its dangling ones are
     dropped, those are kept, and filled up with random edges between the nodes that are then in it.
     """
+    kept = _grown(Circuit.empty(graph), edges, seed).kept
+    return Circuit(graph, kept, provenance={"method": "random", "seed": seed, "edges": edges})
+
+
+def _grown(start: Circuit, edges: int, seed: int) -> Circuit:
+    """A random circuit that has the edges of a smaller one."""
+    graph = start.graph
     if not 1 <= edges <= graph.n_edges:
         raise SettingError(f"edges={edges}: this graph has {graph.n_edges:,}; ask for 1 to that many.")
     generator = torch.Generator().manual_seed(seed % 2**63)  # a seed and the number of a draw may add up to more
@@ -29,7 +36,7 @@ def random_circuit(graph: Graph, edges: int, seed: Natural) -> Circuit:
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
 
     def beginning(length: int) -> Circuit:
-        kept = torch.zeros_like(graph.exists)
+        kept = start.kept.clone()
         kept[pairs[:length, 0], pairs[:length, 1]] = True
         return Circuit(graph, kept).without_dangling()
 
@@ -39,18 +46,32 @@ def random_circuit(graph: Graph, edges: int, seed: Natural) -> Circuit:
         circuit = Circuit.from_edges(graph, ["input->logits"])
     while circuit.n_edges < edges:
         circuit = _filled(circuit, edges - circuit.n_edges, pairs)
-    return Circuit(graph, circuit.kept, provenance={"method": "random", "seed": seed, "edges": edges})
+    return circuit
+
+
+#: A random circuit grows past these pi; between two of them it deals them out at random.
+_LEVELS = (0.9, 0.75, 0.5, 0.25, 0.0)
 
 
 def random_inclusion(graph: Graph, pi: Float[Tensor, " M"], seed: int) -> Float[Tensor, "S R"]:
-    """Inclusion probabilities dealt out at random on the edges of a random circuit of as many edges.
+    """The same inclusion probabilities, on random edges.
 
-    An overlap that is weighted by pi can be compared only with one of the same weights. Where all pi are 1 this is a
-    random circuit.
+    An overlap that is weighted by pi can be compared only with one of the same weights. The surest of them are those of
+    a random circuit (where all pi are 1, of `random_circuit`), which grows as they fall: at each confidence an ensemble
+    is a connected circuit, and small connected circuits have more in common than as many edges of large ones.
     """
-    edges = random_circuit(graph, len(pi), seed).kept
-    order = torch.randperm(len(pi), generator=torch.Generator().manual_seed(seed % 2**63))
-    return torch.zeros(edges.shape, dtype=pi.dtype).masked_scatter(edges, pi[order])
+    entered, circuit = torch.full(graph.exists.shape, len(_LEVELS)), Circuit.empty(graph)
+    for level, least in enumerate(_LEVELS):
+        size = int((pi > least).sum())
+        if size > circuit.n_edges:
+            circuit = _grown(circuit, size, seed)
+            entered[circuit.kept & (entered == len(_LEVELS))] = level
+    edges = circuit.kept.nonzero()
+    edges = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed % 2**63))]
+    edges = edges[entered[*edges.T].argsort(stable=True)]
+    found = torch.zeros(graph.exists.shape, dtype=pi.dtype)
+    found[*edges.T] = pi.sort(descending=True).values
+    return found
 
 
 def _filled(circuit: Circuit, missing: int, pairs: Tensor) -> Circuit:

@@ -149,15 +149,16 @@ def circuit_overlap(
     """How many edges and nodes circuits of different relations share, beside random ones of the same sizes.
 
     The edges and nodes of an ensemble count by their pi (`kcwb.circuits.weighted_iou`). A blurred circuit overlaps less
-    than a sure one, and so must what it is compared with: chance has the same pi, dealt out at random.
+    than a sure one, and so must what it is compared with: chance has the same pi, on other edges.
 
     Parameters
     ----------
     circuits
         Relation -> circuit or ensemble, all of one graph and none of them empty.
     draws
-        Random connected circuits for each circuit, with as many edges (of an ensemble: as some draw kept, its pi dealt
-        out on them). Random sets of nodes, which are cheap, are drawn 1,000 times, with as many heads and as many MLPs:
+        Random connected circuits for each circuit, with as many edges; of an ensemble, with its pi on them
+        (`kcwb.discovery.baselines.random_inclusion`), which is lenient where draws have little in common: all connected
+        circuits like some edges more than others, and pi says which. Random sets of nodes, which are cheap, are drawn 1,000 times, with as many heads and as many MLPs:
         most circuits hold nearly all MLPs, and overlap in those already by chance.
     seed
         Of the draws.

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from kcwb.circuits.ablation import ABLATIONS, make_ablation
+from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import run_circuit
-from kcwb.discovery.baselines import random_circuit
+from kcwb.discovery.baselines import random_circuit, random_inclusion
 from kcwb.discovery.methods.exact import exact_effects
 from kcwb.errors import SettingError
 from kcwb.models.graph import Graph
@@ -198,3 +199,21 @@ def test_exact_effects_report_every_edge_and_can_be_cancelled(model, task):
     with pytest.raises(KeyboardInterrupt):
         exact_effects(model, loss, cuts, progress=cancel)
     assert model.graph.exists.equal(Graph(2, 4).exists)  # the graph is not the loop's scratch paper
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=repr)
+def test_random_inclusion_has_the_same_pi_and_is_connected_at_each_level(graph):
+    size = min(30, graph.n_edges)
+    pi = torch.arange(1, size + 1) / size
+    for seed in range(5):
+        found = random_inclusion(graph, pi, seed)
+        assert found[found > 0].sort().values.tolist() == pi.tolist() and not (found > 0)[~graph.exists].any()
+        for least in (0.9, 0.75, 0.5, 0.25, 0.0):
+            lost = dangling(Circuit(graph, found > least)) if bool((found > least).any()) else []
+            assert len(lost) <= 1 + (size == graph.n_edges)  # of a full graph the last nodes displace the direct edge
+    assert size < 10 or not torch.equal(found, random_inclusion(graph, pi, 5))
+
+
+def test_random_inclusion_of_what_is_sure_is_a_random_circuit():
+    graph = Graph(4, 4)
+    assert torch.equal(random_inclusion(graph, torch.ones(30), 5), random_circuit(graph, 30, seed=5).kept.float())

@@ -9,12 +9,14 @@ import pandas as pd
 import pytest
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.ensemble import weighted_iou
 from kcwb.discovery.baselines import random_circuit
 from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.evaluation.overlap import circuit_overlap, relation_matrix, shared_heads
 from kcwb.models.graph import Graph
 from kcwb.reading.roles import TOO_FEW, head_roles
 from kcwb.tasks.prompts import make_task
+from tests.ensembles import certain, drawn
 from tests.handmade import additive
 
 GRAPH = Graph(3, 4)
@@ -100,6 +102,25 @@ def test_a_matrix_holds_contributions_of_heads_with_a_role():
         relation_matrix({"one": table()})
 
 
+def test_heads_in_fewer_than_half_of_the_draws_serve_nothing():
+    roles = table(a2h1="mover", a0h3="relation")
+    sure = roles.assign(pi=[0.49 if node == "a0.h3" else 0.5 for node in roles["node"]])
+    assert set(shared_heads(GRAPH, {"one": sure, "two": sure})["node"]) == {"a2.h1"}
+    pd.testing.assert_frame_equal(
+        shared_heads(GRAPH, {"one": roles.assign(pi=1.0), "two": roles})[["node", "p", "q"]],
+        shared_heads(GRAPH, {"one": roles, "two": roles})[["node", "p", "q"]],
+    )
+
+
+def test_a_matrix_holds_means_over_draws():
+    roles = table(a2h1="mover", a0h3="relation")
+    unsure = roles.assign(pi=[0.25 if node == "a0.h3" else 1.0 for node in roles["node"]])
+    tables = {"one": unsure, "two": roles}
+    assert relation_matrix(tables).to_numpy().tolist() == [[0.75 / 4, 0.75], [0.75, 0.75]]
+    assert relation_matrix(tables, "D_S").loc["one"].tolist() == [0.25, 1.0]
+    assert relation_matrix({"one": unsure}, "pi").loc["one"].tolist() == [0.25, 1.0]
+
+
 # --- overlap ---
 
 
@@ -127,6 +148,27 @@ def test_random_overlap_of_nodes_is_that_of_sets_of_the_same_sizes():
     assert row["random_heads"] == pytest.approx(np.mean(values), abs=0.02)
     nodes = [set(c.nodes.loc[c.nodes["kind"].isin(["head", "mlp"]), "node"]) for c in (left, right)]
     assert row["nodes"] == pytest.approx(len(nodes[0] & nodes[1]) / len(nodes[0] | nodes[1]))
+
+
+def test_an_ensemble_of_one_circuit_overlaps_as_that_circuit_does():
+    graph = Graph(6, 8)
+    circuits = {name: random_circuit(graph, 30 + 5 * i, seed=i) for i, name in enumerate("abc")}
+    expected = circuit_overlap(circuits, draws=5, progress=False)
+    for some in ("abc", "b"):
+        mixed = {name: certain(one) if name in some else one for name, one in circuits.items()}
+        pd.testing.assert_frame_equal(circuit_overlap(mixed, draws=5, progress=False), expected)
+
+
+def test_the_overlap_of_ensembles_is_weighted_and_stands_beside_chance_of_the_same_pi():
+    graph = Graph(6, 8)
+    left, right = (drawn(*(random_circuit(graph, 40, seed=10 * side + i) for i in range(4))) for side in (1, 2))
+    row = circuit_overlap({"l": left, "r": right}, draws=50, progress=False).iloc[0]
+    assert row["edges"] == pytest.approx(weighted_iou(left, right))
+    a, b = (one.nodes.set_index("node") for one in (left, right))
+    heads = pd.concat([a.loc[a["kind"] == "head", "pi"], b.loc[b["kind"] == "head", "pi"]], axis=1).fillna(0.0)
+    assert row["heads"] == pytest.approx(heads.min(axis=1).sum() / heads.max(axis=1).sum())
+    same = circuit_overlap({"l": left, "r": left}, draws=50, progress=False).iloc[0]
+    assert same["edges"] == same["heads"] == 1.0 and same["p_edges"] == 1 / 51
 
 
 def test_circuits_of_other_graphs_and_empty_ones_are_refused():

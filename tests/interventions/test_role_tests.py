@@ -22,8 +22,10 @@ from kcwb.interventions.role_tests import RoleCheck, check_roles, faithful_story
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.reading.roles import TOO_FEW, head_roles
+from kcwb.statistics import matched_head_sets
 from kcwb.tasks.prompts import Prompts, Task, make_task
 from kcwb.tasks.relations import Fact, Relation, load_relation
+from tests.ensembles import certain, drawn
 from tests.handmade import Handmade, additive, copying_head, key_value_lookup
 
 
@@ -242,6 +244,44 @@ def test_a_storys_random_heads_are_all_others_of_the_layer():
     chance = alone["a1.h1"].loc["random heads and MLPs"]
     assert chance["nll"] == pytest.approx(np.mean([one["nll"] for one in others]), abs=1e-5)
     assert chance["hit"] == pytest.approx(np.mean([one["hit"] for one in others]))
+
+
+def test_the_story_of_an_ensemble_is_that_of_its_consensus():
+    found, task, roles = handmade(additive)
+    graph = found.model.graph
+    circuit = replace(Circuit.full(graph), provenance={"ablation": "zero"})
+    expected = faithful_story(found.model, circuit, roles.head(4), task, draws=2, progress=False)
+    sure = faithful_story(found.model, certain(circuit), roles.head(4), task, draws=2, progress=False)
+    pd.testing.assert_frame_equal(sure, expected)
+    # the mover in all draws, the relation head in one of three
+    alone = replace(Circuit.from_edges(graph, ["input->a1.h1<v>", "a1.h1->logits"]), provenance={"ablation": "zero"})
+    both = alone | Circuit.from_edges(graph, ["input->a1.h2<k>", "a1.h2->logits"])
+    ensemble = drawn(alone, both, alone)
+    named = head_roles(found.model, ensemble, task, progress=False)
+    assert named["pi"].tolist() == pytest.approx([1.0, 1 / 3]) or named["pi"].tolist() == pytest.approx([1 / 3, 1.0])
+    story = faithful_story(found.model, ensemble, named, task, draws=2, progress=False).set_index("run")
+    assert story.loc["story", ["heads", "edges"]].tolist() == [1, 2]
+    assert story.loc["circuit", ["heads", "edges"]].tolist() == [1, 2]
+    with pytest.raises(DataError, match="half of the draws"):
+        faithful_story(found.model, ensemble, named[named["pi"] < 0.5], task, progress=False)
+
+
+def test_effects_of_roles_are_weighted_by_pi_and_random_ones_likewise():
+    found, task, roles = handmade(copying_head)
+    some = roles.head(2).assign(role="mover")
+    model, more = found.model, {"random_heads": 20, "draws": 30, "progress": False}
+    even = check_roles(model, some, task, **more)
+    pd.testing.assert_frame_equal(check_roles(model, some.assign(pi=0.5), task, **more).roles, even.roles)
+    uneven = check_roles(model, some.assign(pi=[1.0, 0.25]), task, **more)
+    first, second = (uneven.heads.set_index("node").loc[node, "answer"] for node in some["node"])
+    assert uneven.roles.loc["mover", "answer"] == pytest.approx((first + 0.25 * second) / 1.25)
+    assert uneven.roles.loc["mover", "heads"] == 2 and uneven.heads["pi"].tolist() == [1.0, 0.25]
+    # random pairs, the head that stands for the surer one counting four times: those of all others
+    order = some.assign(pi=[1.0, 0.25]).sort_values(["layer", "head"])
+    effects = uneven.every.set_index("node")["answer"]
+    sets = matched_head_sets(model.graph, some["node"], 30, 0, least=20, taken=some["node"])
+    weighted = [np.average(effects[heads], weights=order["pi"]) for heads in sets]
+    assert uneven.roles.loc["mover", "random_answer"] == pytest.approx(np.mean(weighted))
 
 
 def test_more_heads_with_a_role_than_without_leave_the_role_without_p():

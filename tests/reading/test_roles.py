@@ -26,6 +26,7 @@ from kcwb.reading.roles import (
 )
 from kcwb.tasks.prompts import Task, encode, make_task
 from kcwb.tasks.relations import Fact, load_relation
+from tests.ensembles import certain, drawn
 from tests.handmade import Handmade, additive, copying_head, key_value_lookup
 from tests.tiny import tiny_hf, tokenizer
 
@@ -194,6 +195,47 @@ def test_with_bos_the_first_word_belongs_to_the_relation(words):
     assert table.set_index("node").loc["a1.h2", "attention_bos"] == pytest.approx(float(bos), abs=1e-5)
 
 
+# --- ensembles ---
+
+
+def test_an_ensemble_of_one_circuit_has_its_roles():
+    found, task = handmade("capital")
+    circuit = Circuit.from_edges(
+        found.model.graph, ["input->a1.h1<v>", "a1.h1->logits", "input->a1.h2<k>", "a1.h2->m1", "m1->logits"]
+    )
+    expected = head_roles(found.model, circuit, task, progress=False)
+    table = head_roles(found.model, certain(circuit), task, progress=False)
+    assert table["to_logits"].tolist() == [1.0, 0.0] and expected["to_logits"].tolist() == [True, False]
+    pd.testing.assert_frame_equal(table.astype({"to_logits": bool}), expected)
+    assert (expected["pi"] == 1).all() and (roles_of("capital")["pi"] == 1).all()
+
+
+def test_every_head_that_some_draw_kept_has_a_role_and_its_pi():
+    found, task = handmade("capital")
+    graph = found.model.graph
+    mover, relation = (["input->a1.h1<v>", "a1.h1->logits"], ["input->a1.h2<k>", "a1.h2->m1", "m1->logits"])
+    draws = [Circuit.from_edges(graph, edges) for edges in (mover, [*mover, *relation], mover, relation)]
+    table = head_roles(found.model, drawn(*draws), task, progress=False).set_index("node")
+    assert table["pi"].to_dict() == {"a1.h1": 0.75, "a1.h2": 0.5}
+    assert table["to_logits"].to_dict() == {"a1.h1": 0.75, "a1.h2": 0.0}
+    same = ["role", "D_S", "D_R", "z", "stability"]
+    pd.testing.assert_frame_equal(table[same], roles_of("capital").loc[table.index, same])
+
+
+def test_an_ensemble_without_heads_or_of_another_model_has_no_roles():
+    found, task = handmade("copying")
+    with pytest.raises(CircuitError, match="no attention head"):
+        alone = certain(Circuit.from_edges(found.model.graph, ["input->logits"]))
+        head_roles(found.model, alone, task, progress=False)
+    with pytest.raises(CircuitError, match="is part of"):
+        other = certain(Circuit.full(handmade("lookup")[0].model.graph))
+        head_roles(found.model, other, task, progress=False)
+    with pytest.raises(CircuitError, match="was found on"):
+        record = {"model": {"name": "other", "digest": "0" * 64}}
+        other = certain(replace(Circuit.full(found.model.graph), provenance=record))
+        head_roles(found.model, other, task, progress=False)
+
+
 # --- agreement ---
 
 
@@ -211,6 +253,23 @@ def test_agreement_counts_named_heads_only():
     assert found.loc["all", "kappa"] == pytest.approx((agreed - chance) / (1 - chance))
     empty = role_agreement(table.iloc[4:])
     assert (empty["heads"] == 0).all() and empty["agree"].isna().all()
+
+
+def test_agreement_weighted_by_pi_is_that_of_heads_that_come_as_often():
+    table = pd.DataFrame(
+        {
+            "role": ["mover", "mover", "relation", "mixture", "other"],
+            "role_attention": ["mover", "mixture", "relation", "relation", "other"],
+            "pi": [1.0, 0.25, 0.75, 0.5, 1.0],
+        }
+    )
+    found = role_agreement(table)
+    often = role_agreement(table.loc[table.index.repeat(table["pi"] * 4)].drop(columns="pi"))
+    assert found["heads"].to_dict() == {"all": 4, "mover": 2, "relation": 1, "mixture": 1}
+    assert found["agree"].to_dict() == pytest.approx(often["agree"].to_dict())
+    assert found.loc["all", "kappa"] == pytest.approx(often.loc["all", "kappa"])
+    assert found.loc["all", "agree"] == 1.75 / 2.5
+    pd.testing.assert_frame_equal(role_agreement(table.assign(pi=1.0)), role_agreement(table.drop(columns="pi")))
 
 
 # --- little to go by ---

@@ -9,7 +9,7 @@ which is the comparison that can fail.
 
 **Ensembles.** Of circuits that were drawn many times (`kcwb.discover_many` on `hops.tasks`), each edge and node counts
 by its pi: two share the smaller of both, so that the Jaccard is `kcwb.circuits.weighted_iou`, and the union of the two
-hops has the larger. Random circuits then have the same pi, dealt out at random.
+hops has the larger. Random circuits then have the same pi, on other edges.
 """
 
 from __future__ import annotations

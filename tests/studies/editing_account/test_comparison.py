@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from kcwb.circuits.ensemble import Ensemble, weighted_iou
 from kcwb.discovery.discover import score_edges
 from kcwb.discovery.selection import matched_circuit
 from kcwb.editing.edit import EditError
@@ -14,8 +16,9 @@ from kcwb.studies.editing_account.comparison import (
     compare_edit,
 )
 from kcwb.studies.editing_account.transport import transport
+from kcwb.studies.fact_circuits import FactDraw
 from kcwb.tasks.prompts import make_task
-from tests.editing.conftest import large_edit
+from tests.editing.conftest import large_edit, same_bits, weights
 from tests.tasks import prompt_ids
 from tests.tiny import tiny_model
 
@@ -136,3 +139,62 @@ def test_movers_are_the_task_s_strongest(model, task):
             strongest_movers(model, task)
     else:
         assert strongest_movers(model, task, 2) == movers[:2]
+
+
+# --- drawn circuits
+
+SMALL = {"movers": ["a0.h1", "a1.h0", "a1.h2"], "draws": 25, "progress": False}
+
+
+def test_draws_that_are_all_the_same_compare_as_the_circuits_do(model, task, found, monkeypatch):
+    once = lambda graph, edges, draws, ablations, seed: [FactDraw(0, edges, False)] * draws  # noqa: E731
+    monkeypatch.setattr("kcwb.studies.editing_account.comparison.fact_draws", once)
+    made = large_edit(model, task.val.facts[0], "w61")
+    drawn = compare_edit(model, made, task, edges=60, circuit_draws=3, **SMALL)
+    for name in ("overlap", "layers", "lens", "roles", "transport"):
+        pd.testing.assert_frame_equal(getattr(drawn, name), getattr(found, name), check_dtype=False)
+    assert drawn.summary == pytest.approx(found.summary, nan_ok=True)
+
+
+def test_drawn_circuits_are_weighed_by_pi(model, task):
+    made, before = large_edit(model, task.val.facts[0], "w61"), weights(model)
+    drawn = compare_edit(model, made, task, edges=40, circuit_draws=6, **SMALL)
+    assert same_bits(model, before)
+    first = drawn.circuits["before"]
+    for name in ("after", "new answer", "paraphrase"):
+        other = drawn.circuits[name]
+        assert isinstance(first, Ensemble) and isinstance(other, Ensemble) and len(other) == 6
+        assert other.provenance["drawn"] == first.provenance["drawn"]  # the same draws of all four
+        assert drawn.overlap.loc[name, "edge_iou"] == pytest.approx(weighted_iou(first, other))
+        assert drawn.overlap.loc[name, "edges"] == pytest.approx(other.size)
+    assert {one["edges"] for one in first.provenance["drawn"]} <= {20, 28, 40, 57, 80}
+    apart = (first.inclusion - drawn.circuits["after"].inclusion).abs()
+    layers = np.array([model.graph.node(name).layer for name in model.graph.node_names])
+    share = np.zeros(4)
+    for row, column in apart.nonzero().tolist():
+        for layer in (layers[row], layers[model.graph.receiver_node[column]]):
+            share[layer + 1] += float(apart[row, column]) / (2 * float(apart.sum()))
+    assert drawn.layers["change"].tolist() == pytest.approx(share[1:3])
+    pi = [one.nodes.set_index("node")["pi"] for one in (first, drawn.circuits["after"])]
+    expected = pd.concat(pi, axis=1).fillna(0.0).max(axis=1)
+    assert drawn.roles.set_index("node")["pi"].to_dict() == pytest.approx(expected[drawn.roles["node"]].to_dict())
+    changed = drawn.roles["role_before"] != drawn.roles["role_after"]
+    assert drawn.summary["roles_changed"] == pytest.approx(np.average(changed, weights=drawn.roles["pi"]))
+    sources = first.sources.set_index("source")
+    assert set(sources.index) == {"setting", "ablation", "everything"} and sources.loc["everything", "edges"] > 0
+
+
+def test_a_draw_is_the_circuit_of_its_scores_size_and_reference_prompts(model, task, found):
+    """The first draw that is against the prompts themselves and by signed score, against a circuit of that size."""
+    made = large_edit(model, task.val.facts[0], "w61")
+    drawn = compare_edit(model, made, task, edges=60, circuit_draws=20, **SMALL).circuits["before"]
+    scores = found.circuits["before"].scores
+    checked = 0
+    for one, kept in zip(drawn.provenance["drawn"], drawn.kept, strict=True):
+        if one["ablation"] == 0:
+            expected = matched_circuit(model.graph, scores.abs() if one["absolute"] else scores, one["edges"])
+            assert drawn.places[kept].tolist() == expected.kept.nonzero().tolist()
+            checked += 1
+    assert checked > 2
+    with pytest.raises(SettingError, match="circuit_draws=1"):
+        compare_edit(model, made, task, circuit_draws=1)

@@ -6,11 +6,14 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.ensemble import weighted_iou
 from kcwb.discovery.baselines import random_circuit
-from kcwb.errors import SettingError
+from kcwb.errors import CircuitError, SettingError
+from kcwb.models.graph import Graph
 from kcwb.studies.two_hop.backwards import both_ways
 from kcwb.studies.two_hop.circuits import hop_circuits
 from kcwb.studies.two_hop.deletion import delete_first_hop
@@ -19,6 +22,7 @@ from kcwb.studies.two_hop.overlap import PARTS, hop_overlap
 from kcwb.tasks.compose import compose
 from kcwb.tasks.hops import ask_hops, make_hops
 from kcwb.tasks.prompts import make_task
+from tests.ensembles import certain, drawn
 from tests.studies.two_hop.conftest import made_by_hand
 
 
@@ -83,6 +87,58 @@ def test_a_draws_random_share_is_that_of_circuits_drawn_one_by_one(planted, hops
     row = table[(table["circuit"] == "hop 1") & (table["part"] == "edges") & (table["level"] == "all facts")].iloc[0]
     error = np.std(expected) * math.sqrt(2 / 30)
     assert row["random"] == pytest.approx(np.mean(expected), abs=4 * error)
+
+
+def test_ensembles_of_one_circuit_overlap_as_it_does(planted, hops):
+    graph = planted.model.graph
+    some = [[random_circuit(graph, 30 + i, seed=10 * j + i) for i in range(3)] for j in range(4)]
+    made = made_by_hand(hops, *some)
+    expected = hop_overlap(made, draws=5, resamples=5, progress=False)
+    for names in (["two-hop", "hop 1", "hop 2", "control"], ["hop 1"], ["two-hop"]):
+        ensembles = {name: certain(made.circuits[name]) for name in names}
+        table = hop_overlap(made, ensembles=ensembles, draws=5, resamples=5, progress=False)
+        ends = ["low", "high", "jaccard_low", "jaccard_high"]  # of resampled draws, which are all alike
+        pd.testing.assert_frame_equal(table.drop(columns=ends), expected.drop(columns=ends))
+        single = table[table["level"] == "one fact"]
+        pd.testing.assert_frame_equal(single, expected[expected["level"] == "one fact"])
+    ensembles = {name: certain(one) for name, one in made.circuits.items() if name != "integrated"}
+    both = hop_overlap(made, ensembles=ensembles, draws=2, resamples=5, progress=False)
+    both = both[both["level"] == "all facts"]
+    assert (both["low"] == both["share"]).all() and (both["jaccard_high"] == both["jaccard"]).all()
+
+
+def test_the_overlap_of_hop_ensembles_is_weighted(planted, hops):
+    graph = planted.model.graph
+    some = [[random_circuit(graph, 30 + i, seed=10 * j + i) for i in range(3)] for j in range(4)]
+    names = ("two-hop", "hop 1", "hop 2", "control")
+    ensembles = {name: drawn(*one) for name, one in zip(names, some, strict=True)}
+    table = hop_overlap(made_by_hand(hops, *some), ensembles=ensembles, draws=20, resamples=40, progress=False)
+    table = table.set_index(["level", "circuit", "part"]).loc["all facts"]
+    pi = {name: one.inclusion for name, one in ensembles.items()}
+    pi["integrated"] = pi["hop 1"].maximum(pi["hop 2"])
+    for name in ("hop 1", "hop 2", "control", "integrated"):
+        row = table.loc[(name, "edges")]
+        both = float(pi["two-hop"].minimum(pi[name]).sum())
+        assert row["share"] == pytest.approx(both / float(pi[name].sum()))
+        assert row["size"] == pytest.approx(float(pi[name].sum()))
+        if name != "integrated":
+            assert row["jaccard"] == pytest.approx(weighted_iou(ensembles["two-hop"], ensembles[name]))
+        assert row["low"] <= row["high"] and 0 < row["random"] < 1 and row["p"] > 0.02
+    a, b = (ensembles[name].nodes.set_index("node") for name in ("two-hop", "hop 1"))
+    pairs = pd.concat([one.loc[one["kind"] == "head", "pi"] for one in (a, b)], axis=1).fillna(0.0)
+    assert table.loc[("hop 1", "heads"), "share"] == pytest.approx(pairs.min(axis=1).sum() / pairs.iloc[:, 1].sum())
+
+
+def test_ensembles_of_something_else_are_refused(found):
+    graph = found.circuits["hop 1"].graph
+    for ensembles, error in [
+        ({"hop 3": certain(found.circuits["hop 1"])}, SettingError),
+        ({"integrated": certain(found.circuits["integrated"])}, SettingError),
+        ({"hop 1": certain(random_circuit(Graph(2, 2), 5, seed=0))}, CircuitError),
+        ({"hop 1": certain(Circuit.empty(graph))}, CircuitError),
+    ]:
+        with pytest.raises(error):
+            hop_overlap(found, ensembles=ensembles, progress=False)
 
 
 def test_controls_are_beside_the_hops(planted, hops):

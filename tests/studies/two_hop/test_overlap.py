@@ -112,7 +112,7 @@ def test_the_overlap_of_hop_ensembles_is_weighted(planted, hops):
     some = [[random_circuit(graph, 30 + i, seed=10 * j + i) for i in range(3)] for j in range(4)]
     names = ("two-hop", "hop 1", "hop 2", "control")
     ensembles = {name: drawn(*one) for name, one in zip(names, some, strict=True)}
-    table = hop_overlap(made_by_hand(hops, *some), ensembles=ensembles, draws=20, resamples=40, progress=False)
+    table = hop_overlap(made_by_hand(hops, *some), ensembles=ensembles, draws=5, resamples=40, progress=False)
     table = table.set_index(["level", "circuit", "part"]).loc["all facts"]
     pi = {name: one.inclusion for name, one in ensembles.items()}
     pi["integrated"] = pi["hop 1"].maximum(pi["hop 2"])

@@ -158,8 +158,9 @@ def circuit_overlap(
     draws
         Random connected circuits for each circuit, with as many edges; of an ensemble, with its pi on them
         (`kcwb.discovery.baselines.random_inclusion`), which is lenient where draws have little in common: all connected
-        circuits like some edges more than others, and pi says which. Random sets of nodes, which are cheap, are drawn 1,000 times, with as many heads and as many MLPs:
-        most circuits hold nearly all MLPs, and overlap in those already by chance.
+        circuits like some edges more than others, and pi says which. Random sets of nodes, which are cheap, are drawn
+        1,000 times, with as many heads and as many MLPs: most circuits hold nearly all MLPs, and overlap in those
+        already by chance.
     seed
         Of the draws.
     progress

@@ -131,7 +131,14 @@ def _is_circuit(path: Path) -> bool:
     return is_ours(path)
 
 
+def _is_ensemble(path: Path) -> bool:
+    from kcwb.circuits.ensemblefile import is_ours
+
+    return is_ours(path)
+
+
 PAGE, PDF, CIRCUIT = Kind("a page", _is_page), Kind("a PDF", _is_pdf), Kind("a circuit", _is_circuit)
+ENSEMBLE = Kind("an ensemble", _is_ensemble)
 
 
 def same_text(text: str) -> Kind:

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from kcwb.errors import CircuitError, SettingError
+from kcwb.workbench.graph.sureness import FAINTEST, with_sureness
 from kcwb.workbench.tables import shorten
 
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
+    from kcwb.circuits.ensemble import Ensemble
 
 ROLES = ("mover", "relation", "mixture", "suppressor")
 """Roles of a head that have a colour; heads of any other role are grey."""
@@ -97,6 +99,7 @@ class Drawing(NamedTuple):
     pitch: float  # the distance of two layers
     tightest: float  # the factor of x at which neighbours would touch
     with_roles: bool
+    sure: bool  # whether opacity is the share of draws that keep an edge
     sides: dict[str, str]  # side -> how the legend names it; empty unless two circuits are compared
 
 
@@ -107,6 +110,7 @@ class Look(NamedTuple):
     max_edges: int
     title: str | None
     details: Mapping[str, str] | None
+    ensemble: Ensemble | None = None
 
 
 def draw(circuit: Circuit, look: Look) -> Drawing:
@@ -117,6 +121,8 @@ def draw(circuit: Circuit, look: Look) -> Drawing:
     largest = float(table["weight"].max()) if len(table) else 0.0
     # without any scores all edges are alike; a circuit whose scores are all 0 is drawn thin
     table["share"] = 0.25 if table["score"].isna().all() else table["weight"] / (largest or 1.0)
+    if look.ensemble is not None:
+        table = with_sureness(table, circuit, look.ensemble)
     return _draw(circuit, table, {}, {}, look)
 
 
@@ -188,10 +194,11 @@ def _draw(circuit: Circuit, table: pd.DataFrame, sides: dict[str, str], held: Ma
         tone = plain if kind == "head" and (plain := role.strip().lower().removesuffix(" head")) in ROLES else kind
         hover = _lines(row, role, words.get(held.get(name, "")), (look.details or {}).get(name))
         nodes.append(Node(name, kind, tone, _label(name), hover, *places[name], held.get(name)))
-    shown = table.head(look.max_edges)
+    sure = "pi" in table
+    shown = table.head(look.max_edges) if sure else table.head(look.max_edges).assign(pi=math.nan, told=None)
     notice = f"showing the {len(shown):,} strongest of {len(table):,} edges" if len(shown) < len(table) else ""
     with_roles, title = any(node.tone in ROLES for node in nodes), shorten(look.title or "", _NAME)
-    return Drawing(title, notice, nodes, _edges(shown, nodes), lines, pitch, tightest, with_roles, sides)
+    return Drawing(title, notice, nodes, _edges(shown, nodes), lines, pitch, tightest, with_roles, sure, sides)
 
 
 def _read_roles(roles: Roles | None) -> dict[str, str]:
@@ -229,9 +236,9 @@ def _edges(table: pd.DataFrame, nodes: Sequence[Node]) -> list[Edge]:
     numbers = {node.name: i for i, node in enumerate(nodes)}
     crowd = min(1.0, len(table) / 1600) ** 0.6  # 0 for few edges, 1 for very many: then weak ones recede
     faint, thin, thick = 0.75 - 0.6 * crowd, 1.2 - 0.6 * crowd, 6.5 - 2.0 * crowd
-    columns = ("sender", "receiver", "side", "weight", "share", "words")
+    columns = ("sender", "receiver", "side", "weight", "share", "words", "pi", "told")
     edges = []
-    for sender, receiver, side, weight, share, words in zip(*(table[column] for column in columns), strict=True):
+    for sender, receiver, side, weight, share, words, pi, told in zip(*(table[one] for one in columns), strict=True):
         node, port = _split(str(receiver))
         for end in (sender, node):
             if end not in numbers:
@@ -239,8 +246,8 @@ def _edges(table: pd.DataFrame, nodes: Sequence[Node]) -> list[Edge]:
         start, end = numbers[sender], numbers[node]
         bend = _bend(nodes[start], nodes[end], port)
         width = round(thin + (thick - thin) * share, 2)
-        strength = round(faint + (1 - faint) * share**0.5, 2)
-        lines = [f"{shorten(sender, _NAME)} → {shorten(receiver, _NAME)}", words]
+        strength = round(max(FAINTEST, pi) if pi == pi else faint + (1 - faint) * share**0.5, 2)
+        lines = [f"{shorten(sender, _NAME)} → {shorten(receiver, _NAME)}", words, *(told or [])]
         edges.append(Edge(start, end, port, side or port, lines, float(weight), width, strength, bend))
     return edges[::-1]
 

@@ -42,6 +42,7 @@ from kcwb.workbench.graph.drawing import COLOURS, DASHES, ROLES, Drawing, Look, 
 
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
+    from kcwb.circuits.ensemble import Ensemble
 
 __all__ = ["ROLES", "GraphView", "compare_view", "graph_view"]
 
@@ -60,7 +61,7 @@ _LOADER[0] = _LOADER[0].replace("__MARK__", PAGE_MARK)
 class GraphView:
     """A drawn circuit: JupyterLab shows it as the value of a cell, ``to_html`` writes it as a page.
 
-    A click on a node posts ``{kcwb: "select", nodes: [names]}`` to the window that holds the page.
+    A click posts ``{kcwb: "select", nodes: [names], edges: [[sender, receiver]]}`` to the window that holds the page.
 
     Attributes
     ----------
@@ -119,6 +120,7 @@ def graph_view(
     height: Count = 640,
     title: str | None = None,
     details: Mapping[str, str] | None = None,
+    ensemble: Ensemble | None = None,
 ) -> GraphView:
     """Draw a circuit.
 
@@ -138,6 +140,9 @@ def graph_view(
         A heading.
     details : mapping of node name to text, optional
         Plain text added to what hovering over a node shows.
+    ensemble : Ensemble, optional
+        Draws of this circuit: an edge is then as opaque as the share of them that keep it, and hovering tells how
+        many do, and which source of chance alone removes it most often.
 
     Returns
     -------
@@ -148,9 +153,9 @@ def graph_view(
     SettingError
         If ``max_edges`` or ``height`` is not positive, or a table of roles lacks its columns.
     CircuitError
-        If an edge names a node that ``circuit.nodes`` lacks.
+        If an edge names a node that ``circuit.nodes`` lacks, or the ensemble is of another graph.
     """
-    return _view(draw(circuit, Look(roles, max_edges, title, details)), height)
+    return _view(draw(circuit, Look(roles, max_edges, title, details, ensemble)), height)
 
 
 @verb
@@ -232,7 +237,7 @@ def script_hashes() -> tuple[str, ...]:
 def _view(drawing: Drawing, height: int) -> GraphView:
     shell = _shell(len(drawing.edges) <= _ARROWS_UP_TO)
     view = {key: getattr(drawing, key) for key in ("title", "notice", "rows", "pitch", "tightest", "sides")}
-    view["withRoles"] = drawing.with_roles
+    view |= {"withRoles": drawing.with_roles, "sure": drawing.sure}
     data = _json({"nodes": _nodes(drawing), "edges": _edges(drawing), "view": view})
     compressor = shell.compressor.copy()
     packed = shell.begun + compressor.compress((data + shell.after).encode("utf-8")) + compressor.flush()

@@ -25,6 +25,7 @@ from kcwb.workbench.graph.drawing import (
 
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
+    from kcwb.circuits.ensemble import Ensemble
 
 _HEIGHT, _ENDS = 21, 150  # of a node; the width of input and logits
 _LEFT, _EDGE, _TOP, _BOTTOM = 44, 16, 40, 34  # margins: layer labels, right, title, legend
@@ -41,6 +42,7 @@ def graph_svg(
     max_edges: Count = 2000,
     title: str | None = None,
     details: Mapping[str, str] | None = None,
+    ensemble: Ensemble | None = None,
     aspect: Positive = 1.6,
     dark: bool = False,
 ) -> str:
@@ -48,7 +50,7 @@ def graph_svg(
 
     Parameters
     ----------
-    circuit, roles, max_edges, title, details
+    circuit, roles, max_edges, title, details, ensemble
         As in `graph_view`; what hovering shows there is the `<title>` of a shape here.
     aspect
         The picture's width over its height, as nearly as columns can be moved without nodes touching.
@@ -65,9 +67,9 @@ def graph_svg(
     SettingError
         If `max_edges` or `aspect` is not positive, or a table of roles lacks its columns.
     CircuitError
-        If an edge names a node that `circuit.nodes` lacks.
+        If an edge names a node that `circuit.nodes` lacks, or the ensemble is of another graph.
     """
-    drawing = draw(circuit, Look(roles, max_edges, title, details))
+    drawing = draw(circuit, Look(roles, max_edges, title, details, ensemble))
     ink = COLOURS["dark" if dark else "light"]
     places = _places(drawing, aspect)
     left = min((x for x, _ in places), default=0) - _ENDS / 2 - _LEFT
@@ -154,6 +156,8 @@ def _add_legend(root: ElementTree.Element, drawing: Drawing, x: float, y: float,
             _add(root, "path", d=f"M{x:.1f} {y - 4:.1f}h18", fill="none", stroke=ink[tone], stroke_width=2.5, **more)
         _add(root, "text", words, x=x + 24, y=y, font_size=12, fill=ink["muted"])
         x += 24 + 6.6 * len(words) + 14
+    if drawing.sure:
+        _add(root, "text", "opacity: share of draws", x=x, y=y, font_size=12, fill=ink["muted"])
 
 
 def _add(

@@ -1,12 +1,13 @@
 """Clicks in a panel's graph, told to Python.
 
-How a click gets here: the graph's frame posts `{kcwb: "select", nodes: [...]}` to the page that holds it; a listener in
-a frame of its own (``listener.html``) takes that message if it comes from this panel's graph, and writes the names into
-a hidden text field, whose value Python sees. What names no node of the model is left alone.
+How a click gets here: the graph's frame posts `{kcwb: "select", nodes: [...], edges: [...]}` to the page that holds
+it; a listener in a frame of its own (``listener.html``) takes that message if it comes from this panel's graph, and
+writes the names into a hidden text field, whose value Python sees. What names nothing of the model is left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import ipywidgets as W
 
+from kcwb.errors import CircuitError
 from kcwb.models.loading import Model
 from kcwb.workbench.panels.widgets import Group
 
@@ -30,7 +32,7 @@ class GraphClicks(Group):
     Parameters
     ----------
     on_click
-        Called with a change of the hidden field; `names` reads it.
+        Called with a change of the hidden field; `names` and `edges` read it.
 
     Attributes
     ----------
@@ -53,10 +55,24 @@ class GraphClicks(Group):
     @staticmethod
     def names(value: str, model: Model) -> tuple[str, ...]:
         """The nodes of the model that a value of the field names; what else it holds is left alone."""
-        try:
-            nodes = json.loads(value)["nodes"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return ()
         known = set(model.graph.node_names)
-        listed = nodes[:_MOST] if isinstance(nodes, list) else []
-        return tuple(dict.fromkeys(name for name in listed if isinstance(name, str) and name in known))
+        return tuple(dict.fromkeys(name for name in _listed(value, "nodes") if isinstance(name, str) and name in known))
+
+    @staticmethod
+    def edges(value: str, model: Model) -> tuple[str, ...]:
+        """The edges of the model that a value of the field names, as `sender->receiver`."""
+        found = []
+        for pair in _listed(value, "edges"):
+            if isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair):
+                with contextlib.suppress(CircuitError):
+                    found.append(model.graph.edge_name(*model.graph.edge_index("->".join(pair))))
+        return tuple(dict.fromkeys(found))
+
+
+def _listed(value: str, name: str) -> list[Any]:
+    """The first entries of a list in a value of the field."""
+    try:
+        listed = json.loads(value)[name]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return []
+    return listed[:_MOST] if isinstance(listed, list) else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.results import Found
 from kcwb.workbench.panels.runner import Job
 from kcwb.workbench.panels.search import Search
-from kcwb.workbench.panels.widgets import button, dropdown, offer, room, wide
+from kcwb.workbench.panels.widgets import button, dropdown, offer, room, the_file, wide
 
 _NODE, _COMPARE = "Node", "Compare runs"
 
@@ -237,14 +236,14 @@ class DiscoveryPanel(Panel):
         """
         if self._shown is None:
             raise SettingError("There is no circuit to save yet: press Run.")
-        target = _file(path)
+        target = the_file(path, "circuit.json")
         check_output(target, CIRCUIT, what="The circuit", force=force)
         self._shown.circuit.save(target, force=force)
         self._say("kc-note", f"Saved to {target.resolve()}")
 
     def load(self, path: str | Path) -> None:
         """Read a circuit from a file, add it to the history and test it; returns at once, see `wait`."""
-        source = _file(path)
+        source = the_file(path, "circuit.json")
 
         def job(progress: ProgressCallback) -> Found:
             self._enter("Reading the circuit", progress)
@@ -304,7 +303,7 @@ class DiscoveryPanel(Panel):
     def _task_of(self, circuit: Circuit, progress: ProgressCallback) -> Task | None:
         """The task that a loaded circuit was found on; None, with a note, if its relation is not at hand."""
         try:
-            return self._search.task_of(circuit, progress)
+            return self._search.task_of(circuit.provenance, progress)
         except (KeyError, TypeError, KcwbError):
             self._say("kc-note", "The relation of this circuit is not at hand in the same words; it is shown untested.")
             return None
@@ -381,9 +380,3 @@ class DiscoveryPanel(Panel):
         """Two runs side by side, once somebody looks."""
         if self._tabs.selected_index == self.pages.index(_COMPARE):
             self._comparison.draw(self.history, self._shown)
-
-
-def _file(path: str | Path) -> Path:
-    if not str(path).strip():
-        raise SettingError("Give the file a name, for example circuit.json.")
-    return Path(os.path.expanduser(path))

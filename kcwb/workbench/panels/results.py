@@ -128,8 +128,8 @@ def pages(found: Found) -> dict[str, str]:
     """Its strongest edges, its nodes, those with the strongest edges first, and its facts, by the titles of tabs."""
     nodes = found.circuit.nodes.sort_values("score", ascending=False, kind="stable")
     return {
-        "Strongest edges": _ranked(found.circuit.edges),
-        "Nodes": _ranked(nodes.drop(columns=["layer", "head"])),
+        "Strongest edges": ranked(found.circuit.edges),
+        "Nodes": ranked(nodes.drop(columns=["layer", "head"])),
         "Facts": facts_table(found.task),
     }
 
@@ -150,7 +150,7 @@ def plain(found: Found, graph: str) -> str:
     )
 
 
-def _ranked(table: pd.DataFrame) -> str:
+def ranked(table: pd.DataFrame) -> str:
     """The first rows of a table of edges or nodes."""
     more = tables.muted(f"The first {_ROWS} of {len(table):,}.") if len(table) > _ROWS else ""
     return more + tables.table(table.head(_ROWS), SCORE, scroll=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.ensemble import Ensemble
 from kcwb.discovery.discover import discover, predict
+from kcwb.discovery.many import discover_many
 from kcwb.discovery.methods import METHODS
 from kcwb.discovery.selection import resize
 from kcwb.errors import SettingError
@@ -54,6 +56,13 @@ class Search:
         self._enter(stage, progress)
         return discover(self._model, task, progress=progress, **how), task
 
+    def discover_many(self, settings: Settings, progress: ProgressCallback) -> tuple[Ensemble, Task]:
+        """Many draws of a circuit, and what they were made on."""
+        task, how = self._prepare(settings, progress)
+        how |= {name: settings[name] for name in ("draws", "vary", "seed")}
+        self._enter(f"Drawing {settings['draws']:,} circuits", progress)
+        return discover_many(self._model, task, progress=progress, **how), task
+
     def predict(self, settings: Settings, progress: ProgressCallback) -> str:
         """How long ACDC takes, in words."""
         task, how = self._prepare(settings, progress)
@@ -62,9 +71,8 @@ class Search:
         took = duration(self._seconds(task, how, progress))
         return f"ACDC over {searched:,} edges and {len(task.val)} facts takes about {took} on this machine."
 
-    def task_of(self, circuit: Circuit, progress: ProgressCallback) -> Task:
-        """The task that a circuit from a file was found on; KeyError if its relation is not at hand."""
-        source = circuit.provenance
+    def task_of(self, source: Mapping[str, Any], progress: ProgressCallback) -> Task:
+        """The task that a provenance from a file tells of; KeyError if its relation is not at hand."""
         named = source["relation"]
         relation = self._read(named["name"])
         if relation.digest != named["digest"]:

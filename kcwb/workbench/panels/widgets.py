@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
@@ -111,3 +113,10 @@ def duration(seconds: float) -> str:
     """Seconds as a person says them."""
     whole = max(1, round(seconds))
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02} s"
+
+
+def the_file(path: str | Path, example: str) -> Path:
+    """A file that a person named; SettingError if they named none."""
+    if not str(path).strip():
+        raise SettingError(f"Give the file a name, for example {example}.")
+    return Path(os.path.expanduser(path))

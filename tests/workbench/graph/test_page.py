@@ -399,7 +399,7 @@ def test_search_selects_a_node_and_tells_the_parent(show: Any) -> None:
     page.fill("#kc-search", name)
     page.keyboard.press("Enter")
     page.wait_for_function("window.told")
-    assert page.evaluate("window.told") == {"kcwb": "select", "nodes": [name]}
+    assert page.evaluate("window.told") == {"kcwb": "select", "nodes": [name], "edges": []}
     assert page.evaluate("network.getSelectedNodes().map((id) => nodes.get(id).name)") == [name]
     page.fill("#kc-search", "nothing like it")
     page.keyboard.press("Enter")

@@ -20,6 +20,7 @@ from kcwb.workbench.panels import life, search
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.discovery import DiscoveryPanel
 from kcwb.workbench.panels.edit import EditPanel
+from kcwb.workbench.panels.ensemble import EnsemblePanel
 from kcwb.workbench.panels.hallucination import HallucinationPanel
 from kcwb.workbench.panels.in_context import ContextPanel
 from kcwb.workbench.panels.nodes import NodePanel
@@ -27,10 +28,11 @@ from kcwb.workbench.panels.two_hop import HopPanel
 from tests.editing.conftest import same_bits, weights
 from tests.tasks import known_relation
 from tests.tiny import tiny_model
+from tests.workbench.ensembles import KEPT, TWINS, ensemble_of
 
 SOON = 60.0
 QUICK = {"rome": {"steps": 2, "prefixes": 2, "covariance": "identity", "bound": 99.0}}
-NAMES = ("discovery", "node", "edit", "context", "hallucination", "hop")
+NAMES = ("discovery", "ensemble", "node", "edit", "context", "hallucination", "hop")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,13 @@ def make(model, relation) -> dict[str, Callable[[], Panel]]:
         panel.wait(SOON)
         return panel
 
+    def ensemble() -> Panel:
+        made = ensemble_of(KEPT, TWINS, model.graph)
+        panel = EnsemblePanel(model, relation, edges=60, ensemble=made)
+        panel.select("input->m1")
+        panel.wait(SOON)
+        return panel
+
     def node() -> Panel:
         task = make_task(model, relation, n=4, progress=False)
         panel = NodePanel(model, kcwb.discover(model, task, edges=40, progress=False), task, node="a1.h0")
@@ -70,6 +79,7 @@ def make(model, relation) -> dict[str, Callable[[], Panel]]:
 
     return {
         "discovery": discovery,
+        "ensemble": ensemble,
         "node": node,
         "edit": editing,
         "context": lambda: ContextPanel(model, relation, k=2, edges=40),
@@ -125,6 +135,8 @@ def test_of_many_dropped_panels_none_is_left(model, relation) -> None:
     [
         lambda model, relation: DiscoveryPanel(model, relation, template=99),
         lambda model, relation: DiscoveryPanel(model, relation, method="acd"),
+        lambda model, relation: EnsemblePanel(model, relation, edges=60, vary=["fact"]),
+        lambda model, relation: EnsemblePanel(model, relation, edges=60, ensemble=ensemble_of(KEPT, TWINS)),
         lambda model, relation: EditPanel(model, relation, subject="nobody"),
         lambda model, relation: EditPanel(model, relation, template=99),
         lambda model, relation: EditPanel(model, relation, layer=99),

@@ -107,7 +107,7 @@ def test_what_goes_wrong_in_it_is_said(model) -> None:
 
 
 def test_every_panel_of_the_package_has_a_name() -> None:
-    names = {"context", "discovery", "edit", "hallucination", "hop", "node"}
+    names = {"context", "discovery", "edit", "ensemble", "hallucination", "hop", "node"}
     assert names <= set(PANELS)
     for name in names:
         assert PANELS[name] == f"kcwb.workbench.panels:{name.capitalize()}Panel"

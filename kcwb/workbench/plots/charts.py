@@ -1,15 +1,7 @@
-"""Plots in seaborn on Figures of their own: one look, nothing global, nothing printed, no pyplot.
-
-Text from outside (tokens, facts, names) is drawn as it is: a `$` begins no formula, what cannot be seen is written as
-its escape.
-"""
+"""Plots of what the package's tables hold, one function for each kind of table."""
 
 from __future__ import annotations
 
-import io
-import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,42 +9,16 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from kcwb.errors import SettingError
-from kcwb.workbench.tables import shorten
+from kcwb.workbench.plots.figure import INK, MUTED, Plot, band, finish, heat_map, need, palette_of, panes, plain
 
-_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e6ea"}
-INK, MUTED = "#1f2328", "#656d76"
 _RUNS = {"full model": MUTED, "circuit": "#0072b2", "empty circuit": "#e69f00", "random circuits": "#cc79a7"}
 _QUANTITIES = {"rank": "rank (geometric mean)", "probability": "probability", "hit_10": "Hit@10"}
-# control characters, marks that turn the direction of writing, characters without width, halves of characters
-_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _MOST_CELLS_WITH_NUMBERS = 150
-
-
-class Plot(Figure):
-    """A Figure that a notebook draws when it is the value of a cell, whatever matplotlib's backend is."""
-
-    def _repr_png_(self) -> tuple[bytes, dict[str, Any]]:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=144)
-        return buffer.getvalue(), {"width": round(100 * self.get_figwidth())}
-
-    def draw(self, renderer: Any) -> None:
-        """Draw without remarks on letters that the font lacks: they are drawn as boxes."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from")
-            super().draw(renderer)
-
-
-def plain(text: object, longest: int = 60) -> str:
-    """Any text as matplotlib draws it verbatim: one line, no formulas, shortened."""
-    shown = _UNSEEN.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), str(text))
-    return shorten(shown, longest).replace("$", r"\$")
 
 
 def plot_knowledge(table: pd.DataFrame) -> Plot:
@@ -63,7 +29,7 @@ def plot_knowledge(table: pd.DataFrame) -> Plot:
     ordered = table.sort_values(["category", "hit_10"], ascending=[True, False], kind="stable")
     names = [f"{plain(row.relation)}  ({row.answers})" for row in ordered.itertuples()]
     ordered = ordered.assign(name=names)
-    colours = _palette(ordered["category"])
+    colours = palette_of(ordered["category"])
     figure, (axes,) = panes(1, 8.5, 1.1 + 0.235 * len(ordered))
     common = {"data": ordered, "y": "name", "hue": "category", "palette": colours, "legend": False, "ax": axes}
     sns.barplot(x="hit_10", alpha=0.35, width=0.74, **common)
@@ -114,11 +80,11 @@ def plot_lens(
     SettingError
         If the table lacks a column or a quantity.
     """
-    _need(table, ("layer", "quantity", "who", "value", "low", "high"))
+    need(table, ("layer", "quantity", "who", "value", "low", "high"))
     found = list(dict.fromkeys(table["quantity"]))
     if not quantities or not set(quantities) <= set(found):
         raise SettingError(f"quantities={list(quantities)}: the table has {', '.join(map(str, found)) or 'none'}.")
-    palette = _palette(table["who"])
+    palette = palette_of(table["who"])
     figure, drawn = panes(len(quantities), 4.6, 3.2, sharey=False)
     for axes, quantity in zip(drawn, quantities, strict=True):
         draw_curves(axes, table[table["quantity"] == quantity], quantity, palette)
@@ -143,7 +109,7 @@ def plot_heads(table: pd.DataFrame, value: str, *, title: str | None = None, lab
     SettingError
         If a column is missing, a head is named twice, or nothing is left to draw.
     """
-    _need(table, (value,))
+    need(table, (value,))
     table = _with_places(table).dropna(subset=[value])
     if table.empty or bool(table.duplicated(["layer", "head"]).any()):
         twice = table[table.duplicated(["layer", "head"])].head(1)
@@ -157,7 +123,7 @@ def plot_heads(table: pd.DataFrame, value: str, *, title: str | None = None, lab
     signed = bool((grid < 0).any().any())
     colours = {"cmap": "vlag", "vmin": -largest, "vmax": largest} if signed else {"cmap": "Blues", "vmin": 0}
     size = (1.8 + 0.42 * grid.shape[1], 1.2 + 0.22 * grid.shape[0])
-    figure, axes = _map(grid, size, plain(label or value), ("head", "layer"), **colours)
+    figure, axes = heat_map(grid, size, plain(label or value), ("head", "layer"), **colours)
     axes.set_facecolor("#d5d9de")
     axes.tick_params(rotation=0)
     finish(figure, [], title)
@@ -187,7 +153,7 @@ def plot_attention(pattern: pd.DataFrame, *, title: str | None = None) -> Plot:
     later = np.arange(n_keys)[None, :] > np.arange(n_queries)[:, None] + n_keys - n_queries
     hidden = later & bool((values[later] == 0).all())
     rows, columns = ([plain(label, 24) for label in labels] for labels in (pattern.index, pattern.columns))
-    figure, axes = _map(
+    figure, axes = heat_map(
         pd.DataFrame(values), (2.4 + 0.34 * n_keys, 1.6 + 0.3 * n_queries), "attention", ("to", "from"),
         mask=hidden, vmin=0, vmax=1, cmap="Blues", xticklabels=False, yticklabels=False,
         annot=values.size <= _MOST_CELLS_WITH_NUMBERS, fmt=".2f", annot_kws={"fontsize": 6.5},
@@ -218,13 +184,13 @@ def plot_faithfulness(curves: pd.DataFrame | Mapping[str, pd.DataFrame], *, titl
     if not named:
         raise SettingError("There is no faithfulness curve to draw.")
     for table in named.values():
-        _need(table, ("fraction", "faithfulness", "low", "high"))
-    palette = _palette(pd.Series(list(named)))
+        need(table, ("fraction", "faithfulness", "low", "high"))
+    palette = palette_of(pd.Series(list(named)))
     figure, (axes,) = panes(1, 7, 3.4)
     for level in (0, 1):  # the empty circuit, the full model
         axes.axhline(level, color=MUTED, linewidth=0.8, linestyle="--", zorder=1)
     for name, table in named.items():
-        _band(axes, table["fraction"], table, "faithfulness", palette[name], marker="o")
+        band(axes, table["fraction"], table, "faithfulness", palette[name], marker="o")
     fractions = pd.concat([table["fraction"] for table in named.values()])
     if (fractions == 0).any():
         axes.set_xscale("symlog", linthresh=float(fractions[fractions > 0].min()))
@@ -271,7 +237,7 @@ def plot_bars(
         If a column is missing, or two rows are one bar.
     """
     keys = [name for name in (x, hue, column) if name is not None]
-    _need(table, (*keys, y, low, high))
+    need(table, (*keys, y, low, high))
     if table.empty or bool(table.duplicated(keys).any()):
         raise SettingError(f"Bars need one row for each {' and '.join(keys)}; take means first.")
     kinds = list(dict.fromkeys(table[hue])) if hue else [None]
@@ -283,18 +249,11 @@ def plot_bars(
 # --- shared ---
 
 
-def panes(count: int, width: float, height: float, *, sharey: bool = True) -> tuple[Plot, list[Axes]]:
-    """A figure of axes side by side, each of a width and a height in inches."""
-    with sns.axes_style("white", _STYLE):
-        figure = Plot(figsize=(width * count, height), layout="constrained")
-        return figure, list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
-
-
 def draw_curves(axes: Axes, table: pd.DataFrame, quantity: str, palette: Mapping[Any, Any]) -> None:
     """Draw `value` over `layer`, a line for each `who`; ranks on a logarithmic axis, the best at the top."""
     for who, curve in table.groupby("who", sort=False):
         curve = curve.sort_values("layer")
-        _band(axes, curve["layer"], curve, "value", palette[who])
+        band(axes, curve["layer"], curve, "value", palette[who])
     axes.set(xlabel="after layer", ylabel=_QUANTITIES.get(quantity, plain(quantity)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if quantity == "rank":
@@ -302,18 +261,6 @@ def draw_curves(axes: Axes, table: pd.DataFrame, quantity: str, palette: Mapping
         axes.invert_yaxis()
     else:
         axes.set_ylim(bottom=0)
-
-
-def finish(figure: Plot, handles: Sequence[Any], title: str | None, legend_at: str = "lower") -> None:
-    """Title and legend; the figure grows by the lines that the legend takes."""
-    if handles:
-        longest = max(len(handle.get_label()) for handle in handles)
-        columns = max(1, min(len(handles), int(11 * figure.get_figwidth() / (longest + 6))))
-        figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(handles) / columns) - 0.22)
-        place: Any = f"outside {legend_at} center"
-        figure.legend(handles=handles, loc=place, ncols=columns, frameon=False, fontsize=9)
-    if title:
-        figure.suptitle(plain(title, 90), fontsize=11)
 
 
 def _bars(
@@ -351,44 +298,11 @@ def _bars(
     return figure
 
 
-def _map(
-    grid: pd.DataFrame, size: tuple[float, float], label: str, names: tuple[str, str], **more: Any
-) -> tuple[Plot, Axes]:
-    """Cells in colour, with a bar that says what the colours are; `names` are of the axes x and y."""
-    with sns.axes_style("white"):
-        figure = Plot(figsize=size, layout="constrained")
-        axes = figure.subplots()
-    sns.heatmap(grid, ax=axes, cbar_kws={"label": label}, linewidths=0.5, linecolor="white", **more)
-    axes.set(xlabel=names[0], ylabel=names[1])
-    axes.tick_params(length=0, labelsize=8)
-    return figure, axes
-
-
-def _need(table: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = [name for name in columns if name not in table]
-    if missing:
-        raise SettingError(
-            f"The table has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns)) or 'none'}."
-        )
-
-
 def _with_places(table: pd.DataFrame) -> pd.DataFrame:
     """The heads of a table with whole numbers for `layer` and `head`, read from `node` if it lacks them."""
     if not {"layer", "head"} <= set(table):
-        _need(table, ("node",))
+        need(table, ("node",))
         places = table["node"].astype(str).str.extract(r"^a(?P<layer>\d+)\.h(?P<head>\d+)$")
         table = table.drop(columns=["layer", "head"], errors="ignore").join(places).dropna(subset=["layer", "head"])
     heads = table[table["head"].astype(int) >= 0]  # an MLP has none
     return heads.astype({"layer": int, "head": int})
-
-
-def _band(axes: Axes, x: pd.Series, table: pd.DataFrame, y: str, colour: Any, **line: Any) -> None:
-    """A line and its interval."""
-    sns.lineplot(x=x, y=table[y], color=colour, errorbar=None, ax=axes, zorder=3, **line)
-    axes.fill_between(x, table["low"], table["high"], color=colour, alpha=0.15, linewidth=0)
-
-
-def _palette(names: pd.Series) -> dict[Any, Any]:
-    """A colour per name, safe for colour blindness, in the order of first mention."""
-    found = list(dict.fromkeys(names))
-    return dict(zip(found, sns.color_palette("colorblind", len(found)), strict=True))

@@ -1,0 +1,350 @@
+"""How sure is each edge: draw a circuit many times, with widgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as W
+import pandas as pd
+
+from kcwb.circuits.ablation import AblationKind, ablation_kind
+from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.ensemble import Ensemble
+from kcwb.circuits.run import check_same_model
+from kcwb.discovery.draws import SOURCES
+from kcwb.discovery.methods import METHODS, check_method
+from kcwb.errors import CircuitError, DataError, KcwbError, SettingError, choose
+from kcwb.evaluation.confidence import confidence_curve
+from kcwb.models.loading import Model
+from kcwb.outputs import ENSEMBLE, check_output
+from kcwb.progress import ProgressCallback
+from kcwb.tasks.prompts import Task, check_same_weights
+from kcwb.tasks.relations import Relation
+from kcwb.workbench import tables
+from kcwb.workbench.graph.page import graph_view
+from kcwb.workbench.panels import sureness
+from kcwb.workbench.panels.base import Panel
+from kcwb.workbench.panels.clicks import GRAPH_CLASS, GraphClicks
+from kcwb.workbench.panels.controls import Controls
+from kcwb.workbench.panels.picker import Picker
+from kcwb.workbench.panels.results import title
+from kcwb.workbench.panels.runner import Job
+from kcwb.workbench.panels.search import Search
+from kcwb.workbench.panels.widgets import button, room, the_file, wide
+
+_MOST_OFFERED = 500  # edges, as one types
+_TIPS = {
+    "facts": "Other facts: a bootstrap resample",
+    "template": "Other wordings of the relation",
+    "setting": "Other settings of the method, as how many edges",
+    "ablation": "What is left to chance in the ablation",
+    "order": "Another order in which heads are visited",
+}
+
+
+class EnsemblePanel(Panel):
+    """Draw a circuit many times, and look at the edges by how sure they are.
+
+    Parameters
+    ----------
+    model, relation
+        As in `Panel` and `Picker`.
+    method, ablation, metric, edges, tau, within, n, template
+        As in `DiscoveryPanel`.
+    draws, vary
+        As in `kcwb.discover_many`; None varies all that can be.
+    seed
+        Of the facts, and of the draws.
+    confidence
+        At which the consensus is drawn.
+    ensemble, task
+        One to start with, and what it was made on; without a task it is made from what the ensemble says.
+    height
+        Of the graph, in pixels.
+
+    Attributes
+    ----------
+    ensemble, task
+        What is on screen.
+    circuit
+        Its consensus at the confidence on screen.
+    curve
+        `kcwb.Ensemble.curve` of it; None until that is computed.
+    chosen
+        The edge (`sender->receiver`) or node that was clicked or chosen.
+
+    Examples
+    --------
+    >>> panel = EnsemblePanel(model, "country_capital", draws=40)  # doctest: +SKIP
+    >>> panel.run(); panel.wait(); panel.show(0.9); panel.circuit  # doctest: +SKIP
+    """
+
+    pages = ("How sure?", "Confidence curve", "By layer", "Edges", "Nodes")
+
+    def __init__(
+        self,
+        model: Model,
+        relation: Relation | str | Path = "country_capital",
+        *,
+        method: str = "eap-ig",
+        ablation: str | AblationKind | None = None,
+        metric: str = "nll",
+        edges: int = 300,
+        tau: float = 0.01,
+        within: int | None = None,
+        n: int = 16,
+        seed: int = 0,
+        template: int | str = 0,
+        draws: int = 100,
+        vary: Sequence[str] | None = None,
+        confidence: float = 0.5,
+        ensemble: Ensemble | None = None,
+        task: Task | None = None,
+        height: int = 560,
+    ) -> None:
+        for name in vary or ():
+            choose("The source of variation", name, SOURCES)
+        if draws < 2 or not 0 < confidence <= 1:
+            raise SettingError(
+                f"draws={draws}, confidence={confidence}: ask for at least 2 draws, and a share above 0, at most 1."
+            )
+        if ensemble is not None:
+            check_same_model(model, ensemble.consensus(1.0))
+        if task is not None:
+            check_same_weights(model, task)
+        super().__init__(model, button("Run", "play", button_style="primary"))
+        self.picker = Picker(self, relation, template=template)
+        self.controls = Controls(
+            model, method=method, ablation=ablation, metric=metric, edges=edges, tau=tau, within=within, n=n, seed=seed
+        )
+        self.ensemble: Ensemble | None = None
+        self.task: Task | None = None
+        self.circuit: Circuit | None = None
+        self.curve: pd.DataFrame | None = None
+        self.chosen: str | None = None
+        self._height, self._search = height, Search(model, self.picker.read, self._enter)
+        self._draws = W.BoundedIntText(draws, min=2, max=100_000, description="Draws", layout=W.Layout(width="180px"))
+        self._sources = {
+            name: W.Checkbox(vary is None or name in vary, description=name, indent=False, tooltip=_TIPS[name],
+                             layout=W.Layout(width="auto", margin="0 10px 0 0"))
+            for name in SOURCES
+        }  # fmt: skip
+        self._run_button.layout.margin = "2px 2px 2px 90px"
+        testing = "Test the consensus at each confidence, on facts that no draw has seen"
+        self._test_button = self._button("Test", "check", self.test, tooltip=testing)
+        self._confidence = W.FloatSlider(
+            confidence, min=0.01, max=1, step=0.01, description="Confidence", readout_format=".2f",
+            continuous_update=False, layout=room(320),
+        )  # fmt: skip
+        words = {"description": "Edge", "placeholder": "click one in the graph, or type sender->receiver"}
+        self._edge = W.Combobox(ensure_option=False, continuous_update=False, layout=room(320), **words)
+        self._graph, self._card = wide(), wide()
+        self._graph.add_class(GRAPH_CLASS)
+        self.clicks = GraphClicks(self._guarded(self._on_click))
+        self._path = W.Text("ensemble.json", description="File", layout=room(320))
+        self._save_button = self._button("Save", "download", lambda: self.save(self._path.value))
+        self._load_button = self._button("Load", "upload", lambda: self.load(self._path.value))
+        self._on(self.controls.method, lambda _: self._offer())
+        self._on(self.controls.ablation, lambda _: self._offer())
+        self._on(self._confidence, lambda _: self._redraw())
+        self._on(self._edge, lambda _: self._look())
+        self._offer()
+        varied = W.HBox(
+            [W.Label("Vary", layout=W.Layout(width="84px", justify_content="flex-end")), *self._sources.values()],
+            layout=W.Layout(flex_flow="row wrap", align_items="center", grid_gap="0 6px"),
+        )
+        self._lay_out(
+            [self.picker.relation, self.picker.template],
+            *self.controls.rows,
+            [self._draws, varied],
+            buttons=(self._test_button,),
+            above=([self._confidence, self._edge],),
+            below=(self._graph, self.clicks.widget, self._card),
+            last=([self._path, self._save_button, self._load_button],),
+        )
+        if ensemble is not None:
+            self._show_result((ensemble, task))
+
+    # --- in a script ---
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What Run would run; `vary` as in `kcwb.discover_many`, and `within` as a number of edges, or None."""
+        ticked = [name for name, box in self._sources.items() if box.value and not box.disabled]
+        everything = all(box.value for box in self._sources.values() if not box.disabled)
+        chosen = {"draws": self._draws.value, "vary": None if everything else ticked}
+        picker = self.picker
+        names = {"relation": picker.relation.value, "template": picker.template.value}
+        return {**names, **self.controls.settings, **chosen}
+
+    def show(self, confidence: float) -> None:
+        """Draw the consensus at another confidence."""
+        if self.ensemble is None:
+            raise SettingError("There is no ensemble yet: press Run.")
+        circuit, graph, told = self._at(self.ensemble, confidence)
+        with self._silently():
+            self.circuit, self._graph.value, self._summary.value = circuit, graph, told
+            self._confidence.value = confidence
+
+    def select(self, name: str) -> None:
+        """Look at an edge, `sender->receiver`, or at a node.
+
+        Raises
+        ------
+        CircuitError
+            If the model has none of that name.
+        """
+        if self.ensemble is None:
+            raise SettingError("There is no ensemble yet: press Run.")
+        graph = self.model.graph
+        (graph.edge_index if "->" in name else graph.node)(name)
+        drawn = tables.styled(sureness.card(self.ensemble, name))
+        with self._silently():
+            self.chosen, self._card.value, self._message.value = name, drawn, ""
+            self._edge.value = name
+
+    def test(self) -> None:
+        """Compute the confidence curve; returns at once, see `wait`."""
+        ensemble, task = self.ensemble, self.task
+        if ensemble is None:
+            raise SettingError("There is no ensemble yet: press Run.")
+
+        def job(progress: ProgressCallback) -> tuple[Task | None, pd.DataFrame | str]:
+            known = task or self._task_of(ensemble, progress)
+            if known is None:
+                return None, "The facts that this ensemble was made on are not at hand, so that it cannot be tested."
+            self._enter("Testing the consensus at each confidence", progress)
+            try:
+                return known, confidence_curve(self.model, ensemble, known, progress=progress)
+            except DataError as error:
+                return known, str(error)
+
+        def done(result: tuple[Task | None, pd.DataFrame | str]) -> None:
+            known, found = result
+            drawn = tables.muted(found) if isinstance(found, str) else sureness.curve(found)
+            with self._lock:
+                if self.ensemble is ensemble:
+                    self.task, self.curve = known, None if isinstance(found, str) else found
+                    self._fill({"Confidence curve": drawn})
+
+        self._start("test", job, done)
+
+    def cancel(self) -> None:
+        """Stop what is running at its next report; what is on screen stays."""
+        stopped = self._runner.job
+        super().cancel()
+        if stopped == "run":
+            self._say(
+                "kc-note", "Stopped. Runs that were finished are kept: Run with these settings goes on from there."
+            )
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the ensemble to a file; one that is there is overwritten if it is an ensemble, or with `force`.
+
+        Raises
+        ------
+        SettingError
+            If there is no ensemble yet, or the file cannot or must not be written.
+        """
+        if self.ensemble is None:
+            raise SettingError("There is no ensemble to save yet: press Run.")
+        target = the_file(path, "ensemble.json")
+        check_output(target, ENSEMBLE, what="The ensemble", force=force)
+        self.ensemble.save(target, force=force)
+        self._say("kc-note", f"Saved to {target.resolve()}")
+
+    def load(self, path: str | Path) -> None:
+        """Read an ensemble from a file, show it and test it; returns at once, see `wait`."""
+        source = the_file(path, "ensemble.json")
+
+        def job(progress: ProgressCallback) -> tuple[Ensemble, None]:
+            self._enter("Reading the ensemble", progress)
+            ensemble = Ensemble.load(source)
+            check_same_model(self.model, ensemble.consensus(1.0))
+            return ensemble, None
+
+        self._begin("load", job, self._show_result)
+
+    def to_html(self) -> str:
+        """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
+        if self.ensemble is None or self.circuit is None:
+            return self._settings_html()
+        parts = [part for name in self.pages for part in (tables.heading(name), self._pages[name].value)]
+        told = (self._summary.value, self._graph.value, self._card.value, *parts)
+        return tables.styled(self._message.value, sureness.plain(self.ensemble, self.circuit, *told))
+
+    def _told_settings(self) -> dict[str, Any]:
+        told = {name: "all" if value is None else value for name, value in self.settings.items()}
+        varied = "all that can be" if self.settings["vary"] is None else ", ".join(self.settings["vary"])
+        return told | {"ablation": self.settings["ablation"] or "usual for the method", "vary": varied}
+
+    # --- events ---
+
+    def _offer(self) -> None:
+        """The sizes and the sources of chance that the method and the ablation have."""
+        self.controls.offer_size()
+        method = METHODS[str(self.controls.method.value)]
+        kind = ablation_kind(self.controls.ablation.value or method.ablation)
+        chance = type(kind).drawn_again is not AblationKind.drawn_again or hasattr(kind, "seed")
+        has = {"order": "order" in method.own, "ablation": chance, "setting": method.scores or bool(method.varied)}
+        for name, box in self._sources.items():
+            box.disabled = not has.get(name, True)
+
+    def _redraw(self) -> None:
+        """Follow the slider."""
+        if self.ensemble is not None:
+            self.show(self._confidence.value)
+
+    def _look(self) -> None:
+        """Follow the field of edges; it is emptied to type another name."""
+        if self._edge.value.strip():
+            self.select(self._edge.value.strip())
+
+    def _on_click(self, change: Any) -> None:
+        names = self.clicks.edges(change["new"], self.model) or self.clicks.names(change["new"], self.model)
+        if names and self.ensemble is not None:
+            self.select(names[0])
+
+    # --- work; on the worker ---
+
+    def _job(self) -> Job:
+        settings = self.settings
+        check_method(settings["method"], settings["metric"], settings["ablation"])
+        return lambda progress: self._search.discover_many(settings, progress)
+
+    def _task_of(self, ensemble: Ensemble, progress: ProgressCallback) -> Task | None:
+        """The task that an ensemble was made on; None if its relation is not at hand in the same words."""
+        try:
+            return self._search.task_of(ensemble.provenance, progress)
+        except (KeyError, TypeError, KcwbError):
+            return None
+
+    # --- drawing ---
+
+    def _take(self, result: tuple[Ensemble, Task | None]) -> dict[str, str]:
+        ensemble, task = result
+        try:
+            circuit, graph, told = self._at(ensemble, self._confidence.value)
+            drawn = sureness.pages(ensemble)
+            sureness.plain(ensemble, circuit)
+        except Exception as error:  # of a file that holds what no run writes
+            raise CircuitError(
+                "This ensemble cannot be shown: its provenance holds something that no discovery writes, as after an "
+                "edit by hand. Its edges can still be read: kcwb.Ensemble.load(path).edges."
+            ) from error
+        with self._silently():
+            self.ensemble, self.task, self.curve, self.chosen = ensemble, task, None, None
+            self.circuit, self._graph.value, self._summary.value = circuit, graph, told
+            named = ensemble.edges.head(_MOST_OFFERED)
+            self._edge.options = [f"{a}->{b}" for a, b in zip(named["sender"], named["receiver"], strict=True)]
+            self._edge.value = self._card.value = ""
+        self.test()
+        return drawn
+
+    def _at(self, ensemble: Ensemble, confidence: float) -> tuple[Circuit, str, str]:
+        """The consensus at a confidence, its graph, and the lines above it."""
+        circuit = ensemble.consensus(confidence)
+        graph = graph_view(circuit, ensemble=ensemble, height=self._height, title=title(circuit))._repr_html_()
+        return circuit, graph, tables.styled(sureness.summary(ensemble, circuit, confidence))

@@ -1,0 +1,5 @@
+"""Plots in seaborn on Figures of their own."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

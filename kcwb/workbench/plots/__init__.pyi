@@ -1,0 +1,12 @@
+from .figure import INK as INK, MUTED as MUTED, Plot as Plot, finish as finish, panes as panes, plain as plain
+from .charts import (
+    draw_curves as draw_curves,
+    plot_attention as plot_attention,
+    plot_bars as plot_bars,
+    plot_completeness as plot_completeness,
+    plot_faithfulness as plot_faithfulness,
+    plot_heads as plot_heads,
+    plot_knowledge as plot_knowledge,
+    plot_lens as plot_lens,
+)
+from .sureness import plot_confidence as plot_confidence, plot_inclusion as plot_inclusion, plot_sources as plot_sources

@@ -382,14 +382,13 @@ def test_a_source_with_one_value_is_said(panel):
         panel.wait(SOON)
 
 
-def test_what_cannot_be_varied_is_left_out_with_a_note(panel):
+def test_what_cannot_be_varied_is_left_out_and_said(panel):
     for box in panel._sources.values():
         box.value = True
     panel.run()
     panel.wait(SOON)
-    assert "does not vary the template" in panel._message.value
     assert list(panel.ensemble.twins) == ["facts", "setting", "ablation"]
-    assert "Not varied: " in panel._pages["How sure?"].value
+    assert "Not varied: template: " in panel._pages["How sure?"].value
 
 
 def test_a_ready_ensemble_is_opened_with_its_task_and_one_of_another_model_refused(found, model, relation, tiny):

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -314,8 +315,15 @@ def node_inclusion(one: Circuit | Ensemble) -> Float[np.ndarray, " nodes"]:
 def _estimates(kept: Bool[Tensor, "K X"]) -> dict[str, np.ndarray]:
     """The share of draws, with its interval, and their number, of each column."""
     draws, counts = len(kept), kept.sum(0).numpy()
-    bounds = np.array([proportion_interval(np.arange(draws) < count) for count in range(draws + 1)])
-    return {"pi": counts / draws, "low": bounds[counts, 0], "high": bounds[counts, 1], "draws": counts}
+    found, places = np.unique(counts, return_inverse=True)
+    bounds = np.array([_interval(int(count), draws) for count in found]).reshape(-1, 2)[places]
+    return {"pi": counts / draws, "low": bounds[:, 0], "high": bounds[:, 1], "draws": counts}
+
+
+@lru_cache(maxsize=4096)
+def _interval(count: int, draws: int) -> tuple[float, float]:
+    """The interval of a share of draws; of the same few numbers again and again while a slider is moved."""
+    return proportion_interval(np.arange(draws) < count)
 
 
 def _distance(left: Tensor, right: Tensor) -> np.ndarray:

@@ -121,8 +121,6 @@ def draw(circuit: Circuit, look: Look) -> Drawing:
     largest = float(table["weight"].max()) if len(table) else 0.0
     # without any scores all edges are alike; a circuit whose scores are all 0 is drawn thin
     table["share"] = 0.25 if table["score"].isna().all() else table["weight"] / (largest or 1.0)
-    if look.ensemble is not None:
-        table = with_sureness(table, circuit, look.ensemble)
     return _draw(circuit, table, {}, {}, look)
 
 
@@ -194,11 +192,13 @@ def _draw(circuit: Circuit, table: pd.DataFrame, sides: dict[str, str], held: Ma
         tone = plain if kind == "head" and (plain := role.strip().lower().removesuffix(" head")) in ROLES else kind
         hover = _lines(row, role, words.get(held.get(name, "")), (look.details or {}).get(name))
         nodes.append(Node(name, kind, tone, _label(name), hover, *places[name], held.get(name)))
-    sure = "pi" in table
-    shown = table.head(look.max_edges) if sure else table.head(look.max_edges).assign(pi=math.nan, told=None)
+    shown, sure = table.head(look.max_edges), look.ensemble
+    shown = shown.assign(pi=math.nan, told=None) if sure is None else with_sureness(shown, circuit, sure)
     notice = f"showing the {len(shown):,} strongest of {len(table):,} edges" if len(shown) < len(table) else ""
     with_roles, title = any(node.tone in ROLES for node in nodes), shorten(look.title or "", _NAME)
-    return Drawing(title, notice, nodes, _edges(shown, nodes), lines, pitch, tightest, with_roles, sure, sides)
+    return Drawing(
+        title, notice, nodes, _edges(shown, nodes), lines, pitch, tightest, with_roles, sure is not None, sides
+    )
 
 
 def _read_roles(roles: Roles | None) -> dict[str, str]:

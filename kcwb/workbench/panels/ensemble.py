@@ -138,7 +138,7 @@ class EnsemblePanel(Panel):
             confidence, min=0.01, max=1, step=0.01, description="Confidence", readout_format=".2f",
             continuous_update=False, layout=room(320),
         )  # fmt: skip
-        words = {"description": "Edge", "placeholder": "click one in the graph, or type sender->receiver"}
+        words = {"description": "Edge", "placeholder": "click one in the graph, or type it"}
         self._edge = W.Combobox(ensure_option=False, continuous_update=False, layout=room(320), **words)
         self._graph, self._card = wide(), wide()
         self._graph.add_class(GRAPH_CLASS)

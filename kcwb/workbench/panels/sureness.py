@@ -40,7 +40,9 @@ def summary(ensemble: Ensemble, circuit: Circuit, confidence: float) -> str:
     kept = ensemble.kept.double().mean(0)
     drawn = f"{len(ensemble)} draws of {ensemble.size:,.0f} edges in the mean"
     sure = f"{int((kept >= 0.9 - 1e-9).sum()):,} edges in nine of ten draws, {len(kept):,} in some"
+    nowhere = int((kept >= confidence - 1e-9).sum()) - circuit.n_edges
     at = f"{circuit.n_edges:,} edges, {circuit.n_nodes:,} of {ensemble.graph.n_senders - 1:,} heads and MLPs"
+    at += f" · {nowhere:,} more edges lead nowhere" if nowhere else ""
     return tables.summary(f"{drawn}: {sure}") + tables.summary(f"At confidence {confidence:.2f}: {at}")
 
 

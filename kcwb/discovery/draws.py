@@ -126,6 +126,8 @@ def make_plan(
     for name in wanted:
         if name in values.left_out and vary is not None:
             raise SettingError(f"{name} cannot be varied: {values.left_out[name]}.")
+    if vary is None and values.refused:  # that there is nothing to vary is no news, but that there could be is
+        warnings.warn(f"This ensemble does not vary the template: {values.left_out['template']}.", stacklevel=5)
     return values.plan(draws, twins, halves, shuffled)
 
 
@@ -137,6 +139,7 @@ class _Values:
     ) -> None:
         self.model, self.settled, self.seed, self.levels = model, settled, seed, levels
         self.left_out: dict[str, str] = {}
+        self.refused = False
         tasks, rows = self._templates(task, "template" in wanted)
         self.cells = [self._ablations(one, rows, "ablation" in wanted) for one in tasks]
         self.settings = self._settings() if "setting" in wanted else [{}]
@@ -154,9 +157,10 @@ class _Values:
         """The task in each wording, and the rows of D_val that all of them can be asked for."""
         usable = ablation_kind(self.settled.ablation).paired
         tasks, rows, reasons = [task], _asked(task, range(len(task.val)), usable), []
-        for text in task.relation.prompt_templates_zs if wanted else ():
-            if text == task.template or len(tasks) == self.levels:
-                continue
+        others = [text for text in task.relation.prompt_templates_zs if text != task.template]
+        for text in others if wanted else ():
+            if len(tasks) == self.levels:
+                break
             try:
                 other = in_other_words(self.model, task, text)
             except DataError as error:
@@ -170,7 +174,9 @@ class _Values:
                 reasons.append(f"in {text!r:.80} it knows {len(left)} of the {len(rows)} facts")
         if wanted and len(tasks) == 1:
             why = f"there is no other wording in which {self.model.name} knows enough ({'; '.join(reasons[:2])})"
-            self.left_out["template"] = why if reasons else f"{task.relation.name} has a single template"
+            none = "levels=1 is the task's own" if others else f"{task.relation.name} has a single template"
+            self.left_out["template"] = why if reasons else none
+            self.refused = bool(reasons)
         return tasks, rows
 
     def _ablations(self, task: Task, rows: Sequence[int], wanted: bool) -> list[Condition]:
@@ -178,6 +184,8 @@ class _Values:
         task = replace(task, val=task.val.select(rows), test=task.test.select([]))
         kind = ablation_kind(self.settled.ablation)
         found = [Condition(task, str(kind))]
+        if wanted and self.levels == 1:
+            self.left_out["ablation"] = "levels=1 is the ablation as it is"
         for level in range(1, self.levels if wanted else 1):
             drawn = kind.drawn_again(task, _number(self.seed, "ablation", level))
             if drawn is None:
@@ -254,12 +262,6 @@ class _Values:
         if "order" in self.wanted:
             settings["order"] = one["order"]
         return Draw(one["template"] * len(self.cells[0]) + one["ablation"], one["facts"], settings)
-
-
-def warn_of(plan: Plan, task: Task) -> None:
-    """Say that wordings are not varied where there are some: that there is nothing to vary is no news."""
-    if "template" in plan.left_out and len(task.relation.prompt_templates_zs) > 1:
-        warnings.warn(f"This ensemble does not vary the template: {plan.left_out['template']}.", stacklevel=4)
 
 
 def shares(counts: Sequence[int]) -> Int[Tensor, " N"]:

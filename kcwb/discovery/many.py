@@ -32,7 +32,7 @@ from kcwb.circuits.ensemble import Ensemble
 from kcwb.circuits.provenance import origin, record
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.checkpoint import add_tensor, checkpoint_folder
-from kcwb.discovery.draws import Condition, Draw, Plan, make_plan, shares, warn_of
+from kcwb.discovery.draws import Condition, Draw, Plan, make_plan, shares
 from kcwb.discovery.methods import METHODS, check_method, check_size
 from kcwb.discovery.registry import Method, Settled, register_method
 from kcwb.discovery.selection import select_edges
@@ -136,8 +136,6 @@ def discover_many(
         shuffled=shuffled,
         seed=seed,
     )
-    if vary is None:
-        warn_of(plan, task)
     runs = _runs(plan, settled, metric)
     kept_runs = _Finished(checkpoint, [run.key(model) for run in runs])
     found: dict[Draw, Tensor] = {}

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 #: Confidences that tables and curves take where nothing else is said.
 CONFIDENCES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+#: What a twin's source cannot be called: columns of tables, and fields of the file.
+_TAKEN = ("edge", "kept", "sender", "receiver", "pi", "low", "high", "draws", "score", "everything")
 _PAIRS = 500  # of draws, that a mean overlap is taken over
 
 
@@ -95,12 +97,24 @@ class Ensemble:
         for name, shape in shapes.items():
             if tuple(shape) != (n_edges,):
                 raise CircuitError(f"An ensemble of {n_edges} edges has {name} of shape {tuple(shape)}.")
-        if draws < 2 or any(len(twin) > draws for twin in self.twins.values()):
+        if draws < 2 or any(not 1 <= len(twin) <= draws for twin in self.twins.values()):
             raise CircuitError(f"An ensemble needs at least 2 draws, and no more twins than draws; it has {draws}.")
+        for name in self.twins:
+            if name in _TAKEN:
+                raise CircuitError(f"A source of an ensemble cannot be called {name!r}.")
+        masks = (self.kept, *self.twins.values())
+        if any(one.dtype != torch.bool for one in masks) or self.places.dtype != torch.long:
+            raise CircuitError("An ensemble's draws are boolean, and the places of its edges whole numbers (int64).")
+        if len(self.halves) not in (0, 2) or any(half.graph != self.graph for half in self.halves):
+            raise CircuitError(
+                f"An ensemble has two halves of its own graph, or none; this one has {len(self.halves)}."
+            )
         inside = self.places.shape[1:] == (2,) and bool((self.places >= 0).all())
         sizes = torch.tensor(self.graph.exists.shape)
         if not inside or not bool((self.places < sizes).all()) or not bool(self.graph.exists[*self.places.T].all()):
             raise CircuitError(f"An ensemble's edges are not all of {self.graph}.")
+        if len(self.places.unique(dim=0)) < n_edges:
+            raise CircuitError("An ensemble has an edge twice.")
 
     def __len__(self) -> int:
         """How many draws there are."""

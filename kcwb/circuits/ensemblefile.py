@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "kcwb-ensemble/1"
 _OURS = re.compile(rb'"format"\s*:\s*"kcwb-ensemble/')
+_DIGITS = re.compile("[0-9a-f]*")
 _MOST_DRAWS = 10**6
 
 
@@ -122,7 +123,7 @@ def _bits(rows: list[str], draws: int) -> Tensor:
     if type(draws) is not int or not 0 <= draws <= _MOST_DRAWS:
         raise CircuitError(f"{draws!r:.60} is no number of draws.")
     width = -(-draws // 4)
-    if any(len(row) != width for row in rows):
+    if any(len(row) != width or not _DIGITS.fullmatch(row) for row in rows):  # int() takes signs and spaces, too
         raise CircuitError(f"an edge's draws are not {width} hexadecimal digits.")
     found = [[bit == "1" for bit in f"{int(row or '0', 16):0{4 * width}b}"[:draws]] for row in rows]
     return torch.tensor(found, dtype=torch.bool).reshape(len(rows), draws).T.contiguous()

@@ -143,6 +143,8 @@ def _facts_of_halves(ensemble: Ensemble, task: Task) -> tuple[Prompts, Prompts]:
     facts, halves = ensemble.provenance.get("facts"), ensemble.provenance.get("halves")
     try:
         found = [[rows[tuple(facts[i])] for i in half] for half in halves]  # type: ignore[index, union-attr]
+        if len(found) != 2 or not all(found) or set(found[0]) & set(found[1]):
+            raise ValueError("its halves are none")
         return task.val.select(found[0]), task.val.select(found[1])
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise DataError(

@@ -46,10 +46,16 @@ def in_other_words(model: Model, task: Task, template: str) -> Task:
 
 
 def with_other_partners(task: Task, seed: int) -> Task:
-    """The task with the corrupted partners of D_val drawn anew, from all of its prompts that are as long."""
-    pool = [row for prompts in (task.val, task.test, task.reference) for row in zip(*_tokens(prompts), strict=True)]
-    prompts, first = [prompt for prompt, _ in pool], [answer[0] for _, answer in pool]
-    drawn = draw_partners([len(prompt) for prompt in prompts], first, random.Random(seed))[: len(task.val)]
+    """The task with the corrupted partners of D_val drawn anew.
+
+    They are drawn from all of its prompts that are as long and begin alike up to the subject: after the same
+    demonstrations, where there are any.
+    """
+    parts = (task.val, task.test, task.reference)
+    pool = [row for part in parts for row in zip(*_tokens(part), part.subject_start.tolist(), strict=True)]
+    prompts, first = [prompt for prompt, _, _ in pool], [answer[0] for _, answer, _ in pool]
+    alike = [(len(prompt), prompt[:start]) for prompt, _, start in pool]
+    drawn = draw_partners(alike, first, random.Random(seed))[: len(task.val)]
     old = _corrupted(task.val)
     partners = [old[i] if partner is None else prompts[partner] for i, partner in enumerate(drawn)]
     paired = [one is not None for one in partners]

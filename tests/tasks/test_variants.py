@@ -59,6 +59,18 @@ def test_other_partners_are_as_long_and_answer_otherwise(model, task):
     assert torch.equal(with_other_partners(task, 3).val.corrupted, drawn[3].val.corrupted)
 
 
+def test_other_partners_stand_after_the_same_demonstrations(model):
+    shots = make_shots(model, known_relation(model, 40), 1, n=10)
+    contexts = shots.context_of(shots.val)
+    assert len(set(contexts)) == 2
+    for seed in range(4):
+        val = with_other_partners(shots, seed).val
+        for i, place in enumerate(contexts):
+            length, before = int(val.lengths[i]), prompt_ids(model, shots.contexts[place].text)
+            assert val.corrupted[i, : len(before)].tolist() == before == val.tokens[i, : len(before)].tolist()
+            assert not bool(val.paired[i]) or val.corrupted[i, :length].tolist() != val.tokens[i, :length].tolist()
+
+
 def test_shuffled_answers_are_those_of_others(model, task):
     for seed in range(6):
         dealt = with_shuffled_answers(model, task, seed).val

@@ -126,8 +126,8 @@ def hop_overlap(
         keys = (weights[level, one].tobytes() for one in ("two-hop", name))
         pairs = zip(*(random[pool] for pool in zip((False, True), keys, strict=True)), strict=True)
         edges = np.array([float(torch.minimum(a, b).sum()) for a, b in pairs])
-        nodes = [_nodes(graph, parts[level][one], sizes[level, one]) for one in ("two-hop", name)]
-        chance = _chance((left, right), edges, *nodes, np.random.default_rng(seed + len(rows)))
+        one, other = (_nodes(graph, parts[level][key], sizes[level, key]) for key in ("two-hop", name))
+        chance = _chance((left, right), edges, one, other, np.random.default_rng(seed + len(rows)))
         for i, part in enumerate(PARTS):
             row: dict[str, Any] = {"level": level, "circuit": name, "part": part}
             for j, (measure, prefix) in enumerate((("share", ""), ("jaccard", "jaccard_"))):

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they and what they start share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+import gc
 import signal
 import time
 from collections.abc import Iterator
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         values = getattr(item, "callspec", None)
         if function in slow or (values and not others.isdisjoint(v for v in values.params.values() if type(v) is str)):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage among what tests make, and not each time among all that is imported and collected."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -276,6 +276,7 @@ def test_an_ensemble_goes_on_from_what_was_finished(model, task, method, size, t
         ({"vary": ["template"]}, "template cannot be varied: .* a single template"),
         ({"vary": ["order"]}, "order cannot be varied: eap looks at all edges at once"),
         ({"vary": ["ablation"], "ablation": "zero"}, "ablation cannot be varied: nothing in zero ablation"),
+        ({"vary": ["ablation"], "levels": 1}, "ablation cannot be varied: levels=1"),
         ({"vary": []}, "name what is left to chance"),
         ({"vary": ["fact"]}, "facts"),
         ({"draws": 1}, "draws=1 is not a whole number of at least 2"),

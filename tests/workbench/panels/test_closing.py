@@ -45,6 +45,16 @@ def relation(model):
     return known_relation(model, 16, unknown=6)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _freeze(model, relation):
+    """What was there before is no garbage; to look through it, five times a test, would take most of the time."""
+    make_task(model, relation, n=4)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def make(model, relation) -> dict[str, Callable[[], Panel]]:
     """One of every class; those that are quick in the state in which they hold most."""

@@ -141,17 +141,17 @@ class _Values:
         self.left_out: dict[str, str] = {}
         self.refused = False
         tasks, rows = self._templates(task, "template" in wanted)
-        self.cells = [self._ablations(one, rows, "ablation" in wanted) for one in tasks]
-        self.settings = self._settings() if "setting" in wanted else [{}]
-        if "order" in wanted and "order" not in settled.method.own:
-            self.left_out["order"] = f"{settled.method.name} looks at all edges at once, in no order"
-        self.wanted = [name for name in wanted if name not in self.left_out]
         self.n_facts = len(rows)
         if self.n_facts < FEWEST_FACTS:
             raise DataError(
                 f"An ensemble needs at least {FEWEST_FACTS} facts that the model knows and the ablation is defined on; "
                 f"{task.relation.name} in {task.template!r} has {self.n_facts} in D_val. Make the task with a larger n."
             )
+        self.cells = [self._ablations(one, rows, "ablation" in wanted) for one in tasks]
+        self.settings = self._settings() if "setting" in wanted else [{}]
+        if "order" in wanted and "order" not in settled.method.own:
+            self.left_out["order"] = f"{settled.method.name} looks at all edges at once, in no order"
+        self.wanted = [name for name in wanted if name not in self.left_out]
 
     def _templates(self, task: Task, wanted: bool) -> tuple[list[Task], list[int]]:
         """The task in each wording, and the rows of D_val that all of them can be asked for."""

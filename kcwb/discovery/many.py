@@ -181,6 +181,15 @@ class _Run:
             pruned = settled.run(model, loss, cuts, progress)
             return {"kept": pruned.kept.cpu(), "scores": pruned.scores.float().cpu()}
 
+    def gives(self, model: Model, output: dict[str, Tensor]) -> bool:
+        """Whether an output, read from a file, is one of such a run."""
+        exists = model.graph.exists
+        scores, kept = output.get("scores"), output.get("kept", exists)
+        if scores is None or kept.shape != exists.shape or kept.dtype != torch.bool or bool((kept & ~exists).any()):
+            return False
+        facts = () if "kept" in output else (len(self.condition.task.val),)
+        return METHODS[self.method].scores == ("kept" not in output) and scores.shape == (*facts, *exists.shape)
+
     def key(self, model: Model) -> str:
         """SHA-256 of all that determines what it computes."""
         prompts, reference = self.condition.task.val, self.condition.task.reference
@@ -276,7 +285,7 @@ def _outputs(
     missing = []
     for number in range(len(runs)):
         before = kept.read(number)
-        if before is None:
+        if before is None or not runs[number].gives(model, before):
             missing.append(number)
         else:
             yield number, before

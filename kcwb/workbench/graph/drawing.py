@@ -113,8 +113,12 @@ class Look(NamedTuple):
     ensemble: Ensemble | None = None
 
 
-def draw(circuit: Circuit, look: Look) -> Drawing:
-    """Lay out a circuit."""
+def draw(circuit: Circuit | Ensemble, look: Look) -> Drawing:
+    """Lay out a circuit; of an ensemble its consensus at one half."""
+    from kcwb.circuits.ensemble import Ensemble
+
+    if isinstance(circuit, Ensemble):
+        circuit, look = circuit.consensus(), look._replace(ensemble=circuit)
     table = circuit.edges.assign(side=None)
     table["weight"] = table["score"].abs().fillna(0.0)
     table["words"] = [_score_words(score) for score in table["score"]]

@@ -113,7 +113,7 @@ class GraphView:
 
 @verb
 def graph_view(
-    circuit: Circuit,
+    circuit: Circuit | Ensemble,
     *,
     roles: Roles | None = None,
     max_edges: Count = 2000,
@@ -126,8 +126,8 @@ def graph_view(
 
     Parameters
     ----------
-    circuit : Circuit
-        Its ``edges`` and ``nodes`` are drawn.
+    circuit : Circuit or Ensemble
+        Its ``edges`` and ``nodes`` are drawn; of an ensemble its consensus at one half, with its own draws.
     roles : mapping of node name to role, or DataFrame, optional
         ``"mover"``, ``"relation"``, ``"mixture"`` and ``"suppressor"`` colour a head; any other role is only
         named. Names that are not in the circuit are ignored. A table has the column ``role`` and either ``node`` or

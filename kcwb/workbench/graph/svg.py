@@ -36,7 +36,7 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif"
 
 @verb
 def graph_svg(
-    circuit: Circuit,
+    circuit: Circuit | Ensemble,
     *,
     roles: Roles | None = None,
     max_edges: Count = 2000,

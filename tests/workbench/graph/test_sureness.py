@@ -59,6 +59,13 @@ def test_hovering_tells_in_how_many_draws_and_which_source_removes_it_most() -> 
     assert told["input->a0.h1<v>"][3] == "no source of chance removes it alone"
 
 
+def test_an_ensemble_is_drawn_as_its_consensus_at_one_half() -> None:
+    ensemble = ensemble_of(KEPT, TWINS)
+    half = ensemble.consensus(0.5)
+    assert graph_view(ensemble) == graph_view(half, ensemble=ensemble)
+    assert graph_svg(ensemble) == graph_svg(half, ensemble=ensemble)
+
+
 def test_with_fewer_twins_than_draws_the_share_is_of_those() -> None:
     ensemble = ensemble_of(
         {"input->m0": "1101", "m0->logits": "1111"}, {"order": {"input->m0": "10", "m0->logits": "11"}}

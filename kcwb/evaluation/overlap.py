@@ -10,6 +10,7 @@ distribution is the Poisson binomial.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import combinations, product
 
@@ -157,8 +158,7 @@ def circuit_overlap(
         Relation -> circuit or ensemble, all of one graph and none of them empty.
     draws
         Random connected circuits for each circuit, with as many edges; of an ensemble, with its pi on them
-        (`kcwb.discovery.baselines.random_inclusion`), which is lenient where draws have little in common: all connected
-        circuits like some edges more than others, and pi says which. Random sets of nodes, which are cheap, are drawn
+        (`kcwb.discovery.baselines.random_inclusion`). Random sets of nodes, which are cheap, are drawn
         1,000 times, with as many heads and as many MLPs: most circuits hold nearly all MLPs, and overlap in those
         already by chance.
     seed
@@ -171,7 +171,9 @@ def circuit_overlap(
     DataFrame
         One row per pair: `left`, `right`; for edges, nodes and heads the Jaccard (those of both over those of either)
         as `edges`, `nodes`, `heads`; `random_...`, the mean of the same between random ones; and `p_...`, the share of
-        draws (the pair itself counted in) in which it is at least as large.
+        draws (the pair itself counted in) in which it is at least as large. An ensemble whose draws differ has no
+        `p_edges` (NaN): all connected circuits like some edges more than others, and its pi says which, so that
+        unrelated ensembles would seem to share more than chance.
 
     Raises
     ------
@@ -201,6 +203,8 @@ def circuit_overlap(
         pairs = zip(random[left], random[right], strict=True)
         chance = np.array([float(torch.minimum(a, b).sum()) / float(torch.maximum(a, b).sum()) for a, b in pairs])
         row |= _beside("edges", weighted_iou(circuits[left], circuits[right]), chance)
+        if any(bool((pi[one] < 1).any()) for one in (left, right)):
+            row["p_edges"] = math.nan
         both = {kind: (nodes[left][kind], nodes[right][kind]) for kind in ("head", "mlp")}
         drawn = {kind: shared_by_chance(*pair, _NODE_DRAWS, generator) for kind, pair in both.items()}
         for what, kinds in {"nodes": ("head", "mlp"), "heads": ("head",)}.items():

@@ -15,6 +15,7 @@ hops has the larger. Random circuits then have the same pi, on other edges.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,7 +72,8 @@ def hop_overlap(
 
         - `share`, |two-hop and circuit| / |circuit|, with its 95% interval `low`, `high`;
         - `random`, the mean of the same between random ones, and `p`, the share of random pairs (itself counted in) in
-          which it is at least as large: one pair each, so that p is cautious where `share` is a mean over chains;
+          which it is at least as large: one pair each, so that p is cautious where `share` is a mean over chains. The
+          edges of ensembles whose draws differ have none (NaN), as in `kcwb.evaluation.circuit_overlap`;
         - `jaccard`, those of both over those of either, and `jaccard_low`, `jaccard_high`, `random_jaccard`;
         - `size_two_hop`, `size`: how many parts they have (means, at the level of facts and of ensembles); `facts`.
 
@@ -138,7 +140,8 @@ def hop_overlap(
                 )
                 row |= {measure: float(own[:, i, j].mean()), f"{prefix}low": ends[0], f"{prefix}high": ends[1]}
             share, jaccard = chance[part]
-            row |= {"random": float(share.mean()), "p": p_value(row["share"], share)}
+            blurred = part == "edges" and any((weights[level, one] < 1).any() for one in ("two-hop", name))
+            row |= {"random": float(share.mean()), "p": math.nan if blurred else p_value(row["share"], share)}
             row |= {"random_jaccard": float(jaccard.mean()), "size_two_hop": left[i], "size": right[i]}
             rows.append({**row, "facts": n_facts})
     return pd.DataFrame(rows)

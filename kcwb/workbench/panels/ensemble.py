@@ -59,8 +59,8 @@ class EnsemblePanel(Panel):
         Of the facts, and of the draws.
     confidence
         At which the consensus is drawn.
-    ensemble, task
-        One to start with, and what it was made on; without a task it is made from what the ensemble says.
+    ensemble, task, curve
+        One to start with, what it was made on (made from what the ensemble says where it is not given), and its curve.
     height
         Of the graph, in pixels.
 
@@ -71,7 +71,7 @@ class EnsemblePanel(Panel):
     circuit
         Its consensus at the confidence on screen.
     curve
-        `kcwb.Ensemble.curve` of it; None until that is computed.
+        `kcwb.Ensemble.curve` of it; None until that is computed, which takes a minute or so: see `test`.
     chosen
         The edge (`sender->receiver`) or node that was clicked or chosen.
 
@@ -102,6 +102,7 @@ class EnsemblePanel(Panel):
         confidence: float = 0.5,
         ensemble: Ensemble | None = None,
         task: Task | None = None,
+        curve: pd.DataFrame | None = None,
         height: int = 560,
     ) -> None:
         for name in vary or ():
@@ -166,6 +167,9 @@ class EnsemblePanel(Panel):
         )
         if ensemble is not None:
             self._show_result((ensemble, task))
+            if curve is not None:
+                self.curve = curve
+                self._fill({"Confidence curve": sureness.curve(curve)})
 
     # --- in a script ---
 
@@ -256,7 +260,7 @@ class EnsemblePanel(Panel):
         self._say("kc-note", f"Saved to {target.resolve()}")
 
     def load(self, path: str | Path) -> None:
-        """Read an ensemble from a file, show it and test it; returns at once, see `wait`."""
+        """Read an ensemble from a file and show it; returns at once, see `wait`."""
         source = the_file(path, "ensemble.json")
 
         def job(progress: ProgressCallback) -> tuple[Ensemble, None]:
@@ -340,7 +344,6 @@ class EnsemblePanel(Panel):
             named = ensemble.edges.head(_MOST_OFFERED)
             self._edge.options = [f"{a}->{b}" for a, b in zip(named["sender"], named["receiver"], strict=True)]
             self._edge.value = self._card.value = ""
-        self.test()
         return drawn
 
     def _at(self, ensemble: Ensemble, confidence: float) -> tuple[Circuit, str, str]:

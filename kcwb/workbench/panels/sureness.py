@@ -15,7 +15,7 @@ from kcwb.workbench.panels.results import SCORE, ranked, settings_of
 from kcwb.workbench.panels.widgets import picture
 from kcwb.workbench.plots import plot_confidence, plot_inclusion, plot_sources
 
-UNTESTED = "The consensus is tested at each confidence after a run; Test does it again if that was stopped."
+UNTESTED = "Press Test, and the consensus at each confidence is run on facts that no draw has seen; a minute or so."
 _FLEX = "display:flex;flex-wrap:wrap;gap:4px 32px;align-items:flex-start"
 _SHARE = tables.number
 

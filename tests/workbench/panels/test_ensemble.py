@@ -66,8 +66,10 @@ def panel(model, relation) -> Iterator[EnsemblePanel]:
 
 @pytest.fixture
 def found(panel) -> EnsemblePanel:
-    panel.run()
-    panel.wait(SOON)
+    """After a run and a test."""
+    for step in (panel.run, panel.test):
+        step()
+        panel.wait(SOON)
     return panel
 
 
@@ -132,7 +134,7 @@ def test_every_control_reaches_the_function(panel, model, relation):
     how |= {"tau": 0.02, "within": within, "draws": 4, "vary": ["facts", "order"], "seed": 3}
     alone = kcwb.discover_many(model, task, "acdc", progress=False, **how)
     pd.testing.assert_frame_equal(panel.ensemble.edges, alone.edges)
-    assert "no halves" in panel._pages["Confidence curve"].value or panel.curve is not None
+    assert panel.curve is None and "Press Test" in panel._pages["Confidence curve"].value
 
 
 def test_sources_that_a_method_or_an_ablation_lacks_cannot_be_ticked(model, relation):
@@ -242,13 +244,16 @@ def test_save_and_load_through_the_buttons(found, model, relation, tmp_path):
     assert "Saved to" in found._message.value
     with EnsemblePanel(model, relation, edges=40) as other:
         other._path.value = str(tmp_path / "found.json")
-        other._load_button.click()
-        other.wait(SOON)
+        for step in (other._load_button, other._test_button):
+            step.click()
+            other.wait(SOON)
         pd.testing.assert_frame_equal(other.ensemble.edges, found.ensemble.edges)
         pd.testing.assert_frame_equal(other.curve, found.curve)
         assert other.task.val.facts == found.task.val.facts
     with EnsemblePanel(model, "country_capital", edges=40) as stranger:
         stranger.load(tmp_path / "found.json")
+        stranger.wait(SOON)
+        stranger.test()
         stranger.wait(SOON)
         assert stranger.curve is None and "not at hand" in stranger._pages["Confidence curve"].value
         assert opacities(stranger) == opacities(found)
@@ -351,8 +356,9 @@ def test_a_test_that_was_stopped_can_be_done_again(found, monkeypatch):
 
     monkeypatch.setattr(panels, "confidence_curve", stopped)
     found._show_result((found.ensemble, found.task))
+    found.test()
     found._runner.wait(SOON)
-    assert found.curve is None and "Test does it again" in found._pages["Confidence curve"].value
+    assert found.curve is None and "Press Test" in found._pages["Confidence curve"].value
     monkeypatch.setattr(panels, "confidence_curve", again)
     found._test_button.click()
     found.wait(SOON)
@@ -392,11 +398,12 @@ def test_what_cannot_be_varied_is_left_out_and_said(panel):
 
 
 def test_a_ready_ensemble_is_opened_with_its_task_and_one_of_another_model_refused(found, model, relation, tiny):
-    with EnsemblePanel(model, relation, edges=40, ensemble=found.ensemble, task=found.task, confidence=0.9) as ready:
+    given = {"ensemble": found.ensemble, "task": found.task, "curve": found.curve}
+    with EnsemblePanel(model, relation, edges=40, confidence=0.9, **given) as ready:
         assert ready.circuit.digest == found.ensemble.consensus(0.9).digest  # at once
         ready.wait(SOON)
         assert ready.task is found.task
-        pd.testing.assert_frame_equal(ready.curve, found.curve)
+        assert ready.curve is found.curve and "<img" in ready._pages["Confidence curve"].value
     for wrong in (
         {"ensemble": ensemble_of(KEPT, TWINS)},
         {"ensemble": hand_made(tiny("gpt2"))},
@@ -426,8 +433,9 @@ def test_an_ensemble_without_twins_or_scores_is_drawn(model):
 
 def test_the_panel_is_drawn_without_widgets(panel):
     assert "Settings" in panel.to_html() and "all that can be" not in panel.to_html()
-    panel.run()
-    panel.wait(SOON)
+    for step in (panel.run, panel.test):
+        step()
+        panel.wait(SOON)
     panel.select("input->m0")
     page = panel.to_html()
     for words in ("12 draws", "facts, setting", "What it depends on", "How many may be false", "input → m0", "gone: "):

@@ -15,7 +15,7 @@ import torch
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
-from kcwb.discovery import many as module
+from kcwb.discovery import runs as module
 from kcwb.discovery.discover import discover
 from kcwb.discovery.draws import GRID, make_plan
 from kcwb.discovery.many import discover_many
@@ -245,7 +245,7 @@ def test_an_ensemble_goes_on_from_what_was_finished(model, task, method, size, t
     settings = {"draws": 4, "twins": 0, "checkpoint": tmp_path / "kept", **size}
     whole = discover_many(model, task, method, **{**settings, **QUIET})
     computed: list[int] = []
-    compute = module._Run.compute
+    compute = module.Run.compute
 
     def counted(run: Any, *args: Any) -> Any:
         output = compute(run, *args)
@@ -256,7 +256,7 @@ def test_an_ensemble_goes_on_from_what_was_finished(model, task, method, size, t
         if done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Run, "compute", counted)
+    monkeypatch.setattr(module.Run, "compute", counted)
     with pytest.raises(KeyboardInterrupt):
         discover_many(model, task, method, progress=stop, **settings)
     assert len(computed) == 2 and len([*(tmp_path / "kept").iterdir()]) == 2

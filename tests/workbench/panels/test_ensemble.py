@@ -14,7 +14,7 @@ import pytest
 
 import kcwb
 from kcwb.circuits.ensemble import Ensemble
-from kcwb.discovery import many
+from kcwb.discovery import runs as discovery_runs
 from kcwb.errors import CircuitError, DataError, KcwbError, SettingError
 from kcwb.tasks.relations import Relation
 from kcwb.workbench.panels import ensemble as panels
@@ -325,7 +325,7 @@ def test_a_cancelled_run_goes_on_from_what_was_finished(model, relation, monkeyp
     whole = EnsemblePanel(model, relation, **settings)
     whole.run()
     whole.wait(SOON)
-    compute, runs = many._Run.compute, []
+    compute, runs = discovery_runs.Run.compute, []
     panel = EnsemblePanel(model, relation, **settings)
 
     def counted(run: Any, *args: Any, **more: Any) -> Any:
@@ -334,7 +334,7 @@ def test_a_cancelled_run_goes_on_from_what_was_finished(model, relation, monkeyp
             panel.cancel()
         return compute(run, *args, **more)
 
-    monkeypatch.setattr(many._Run, "compute", counted)
+    monkeypatch.setattr(discovery_runs.Run, "compute", counted)
     panel.run()
     panel._runner.wait(SOON)
     assert panel.state == "idle" and panel.ensemble is None and len(runs) == 2

@@ -14,15 +14,16 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import run_circuit
 from kcwb.cli import main
 from kcwb.discovery.discover import discover, predict, score_edges
+from kcwb.discovery.many import discover_many
 from kcwb.errors import SettingError
 from kcwb.evaluation.completeness import completeness
 from kcwb.evaluation.faithfulness import faithfulness_curve
-from kcwb.evaluation.stability import bootstrap_stability
 from kcwb.models.loading import load_model
 from kcwb.sweep.what import read_sweep_file, sweep
 from kcwb.tasks.prompts import make_task
 from kcwb.workbench.panels.controls import Controls
 from tests.gaussian import GaussianNoise
+from tests.tasks import known_relation
 from tests.tiny import tiny_hf, tokenizer
 
 NOISE = GaussianNoise(scale=0.5, seed=3)
@@ -121,11 +122,13 @@ def test_a_circuit_found_with_it_is_saved_loaded_and_evaluated_under_it_again(mo
     assert table.equals(same) and not np.allclose(table["nll"], other["nll"])
 
 
-def test_scores_curves_stability_and_predictions_take_it(model, task):
+def test_scores_curves_ensembles_and_predictions_take_it(model, task):
     scores = score_edges(model, task, ablation=NOISE, progress=False)
     curve = faithfulness_curve(model, task, scores, ablation=NOISE, fractions=(0.1, 1.0), progress=False)
     assert curve["faithfulness"].iloc[-1] == pytest.approx(1.0, abs=1e-3)
-    assert len(bootstrap_stability(model, task, "eap", ablation=TEXT, edges=40, draws=2, progress=False)) == 3
+    larger = make_task(model, known_relation(model, 12), n=4)
+    drawn = discover_many(model, larger, "eap", ablation=TEXT, edges=40, draws=3, checkpoint=False, progress=False)
+    assert "ablation" in drawn.twins  # whose seed is drawn
     assert predict(model, task, ablation=NOISE) > 0
 
 

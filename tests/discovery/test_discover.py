@@ -14,10 +14,10 @@ import torch
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery.discover import discover, score_edges, tau_from_kc, tau_path
+from kcwb.discovery.many import discover_many
 from kcwb.discovery.methods import METHODS, check_method
 from kcwb.discovery.selection import resize
 from kcwb.errors import DataError, SettingError
-from kcwb.evaluation.stability import bootstrap_stability, template_stability
 from kcwb.models.loading import Model
 from kcwb.progress import cancellable
 from kcwb.tasks.metrics import make_loss
@@ -149,16 +149,15 @@ def test_senseless_settings_are_refused_before_any_compute(
 @pytest.mark.parametrize(
     ("method", "steps"), [("eap", None), ("eap", 5), ("eap-ig", 1)], ids=["eap", "eap with steps", "a single step"]
 )
-def test_kl_has_no_gradient_at_the_full_model_and_every_verb_says_so(model, task, words, monkeypatch, method, steps):
+def test_kl_has_no_gradient_at_the_full_model_and_every_verb_says_so(model, task, monkeypatch, method, steps):
     """KL is at its minimum there: what is left are rounding errors, and their largest make a circuit like any other."""
-    for place in ("discovery.discover", "evaluation.stability", "studies.two_hop.circuits"):
+    for place in ("discovery.discover", "discovery.runs", "studies.two_hop.circuits"):
         monkeypatch.setattr(f"kcwb.{place}.make_ablation", lambda *_: pytest.fail("computed"))
     more = {"metric": "kl", "steps": steps, "progress": False}
     calls = [
         lambda: discover(model, task, method, **more),
         lambda: score_edges(model, task, method, **more),
-        lambda: bootstrap_stability(model, task, method, **more),
-        lambda: template_stability(model, words, method, **more),
+        lambda: discover_many(model, task, method, **more),
     ]
     for call in calls:
         with pytest.raises(SettingError, match="where that of kl is zero"):

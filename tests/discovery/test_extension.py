@@ -14,17 +14,18 @@ from kcwb.circuits.ablation import ABLATIONS
 from kcwb.circuits.circuit import Circuit
 from kcwb.cli import main
 from kcwb.discovery.discover import discover, predict, score_edges
+from kcwb.discovery.many import discover_many
 from kcwb.discovery.methods import METHODS
 from kcwb.discovery.registry import Method, register_method
 from kcwb.discovery.selection import resize
 from kcwb.errors import CircuitError, SettingError
-from kcwb.evaluation.stability import bootstrap_stability
 from kcwb.models.loading import load_model
 from kcwb.sweep.what import sweep
 from kcwb.tasks.prompts import make_task
 from kcwb.workbench.panels.controls import Controls
 from tests import ownmethods
 from tests.gaussian import GaussianNoise
+from tests.tasks import known_relation
 from tests.tiny import tiny_hf, tokenizer
 
 ABLATIONS.pop("gaussian-noise", None)
@@ -66,7 +67,8 @@ def test_a_method_that_scores_takes_what_all_such_methods_take_and_its_own(model
     exists = model.graph.exists
     assert found.scores is not None and torch.equal(scores[exists], found.scores[exists])
     assert torch.equal(resize(found, edges=20).kept, found.kept)
-    assert len(bootstrap_stability(model, task, "toy-scores", edges=20, draws=2, seed=1, progress=False)) == 3
+    larger = make_task(model, known_relation(model, 12), n=4)
+    assert len(discover_many(model, larger, "toy-scores", edges=20, draws=3, checkpoint=False, progress=False)) == 3
 
 
 def test_a_method_that_prunes_says_what_is_kept_and_what_is_recorded(model, task):

@@ -35,7 +35,8 @@ def public() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stub in (Path(kcwb.__file__).parent).rglob("__init__.pyi"):
         room = ".".join(("kcwb", *stub.relative_to(Path(kcwb.__file__).parent).parent.parts))
-        if room != "kcwb.workbench.panels":  # whose classes take widgets' values, and give them to verbs
+        # panels take widgets' values and give them to verbs; plots draw the tables that verbs made
+        if room not in ("kcwb.workbench.panels", "kcwb.workbench.plots"):
             module = importlib.import_module(room)
             found |= {
                 key: one for name in module.__all__ for key, one in callables(name, getattr(module, name)).items()

@@ -139,7 +139,8 @@ def covariances(
     wanted = max(TOKENS_PER_DIMENSION * width, 2 * _LENGTH) if tokens is None else tokens
     if wanted < 2 * _LENGTH:
         raise SettingError(f"tokens={tokens}: a covariance needs at least {2 * _LENGTH}.")
-    about = (_VERSION, model.digest, str(model.dtype), writer(model), wanted, seed)
+    short = (model.network.n_ctx,) if model.network.n_ctx < _LENGTH else ()  # the same weights may read less
+    about = (_VERSION, model.digest, str(model.dtype), writer(model), wanted, seed, *short)
     name = hashlib.sha256(repr(about).encode()).hexdigest()[:24]
     folder = covariance_folder() / name if cache is True else Path(cache) / name if cache else None
     found = {layer: _read(folder, layer, width) for layer in layers}

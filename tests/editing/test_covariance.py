@@ -102,3 +102,11 @@ def test_a_narrow_mlp_and_a_short_context_have_a_covariance(tmp_path):
     model = load_model(tiny_hf("gpt2", n_positions=4), tokenizer(), device="cpu")
     assert covariance(model, 0, cache=tmp_path).n_tokens >= 128
     assert all(len(text) <= 4 for text in sample_texts(model, ["w1", "w2 w3 w4 w5 w6"], 10, 0))
+
+
+def test_the_same_weights_with_a_shorter_context_have_texts_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("KCWB_CACHE", str(tmp_path))
+    long, short = (load_model(tiny_hf("gptj", n_positions=n), tokenizer(), device="cpu") for n in (64, 8))
+    assert long.digest == short.digest
+    whole = covariance(long, 0)
+    assert covariance(short, 0).n_tokens != whole.n_tokens

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.circuits.ablation import ablation_kind
@@ -264,7 +264,7 @@ class _Values:
         return Draw(one["template"] * len(self.cells[0]) + one["ablation"], one["facts"], settings)
 
 
-def shares(counts: Sequence[int]) -> Int[Tensor, " N"]:
+def shares(counts: Sequence[int]) -> Float[Tensor, " N"]:
     """What each fact counts for in the mean over a draw's facts."""
     weights = torch.tensor(counts, dtype=torch.float32)
     return weights / weights.sum()

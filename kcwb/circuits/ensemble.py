@@ -174,8 +174,8 @@ class Ensemble:
 
         `edges`, by how many edges a draw and its twin differ, in the mean (`everything`: two independent draws);
         `iou`, the edges of both over those of either; `alone` and `total`, each with `low` and `high`, as this module
-        defines them. Intervals are bootstrap intervals over draws, as if those were apart that share one (draw k + 1 is also
-        the next draw k); an index may fall below 0 by chance.
+        defines them. Intervals are bootstrap intervals over draws, taken to be independent, though two pairs
+        that follow each other share a draw; an index may fall below 0 by chance.
         """
         rows = []
         for source, twin in self.twins.items():

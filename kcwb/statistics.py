@@ -148,15 +148,17 @@ def chance_range(chance: npt.ArrayLike) -> tuple[float, float, float]:
 def shared_by_chance(
     left: npt.ArrayLike, right: npt.ArrayLike, draws: int, generator: np.random.Generator
 ) -> npt.NDArray[np.number]:
-    """How much of some things two sides share when the right one's weights are dealt out at random, `[draws]`.
+    """How much of some heads two sides share when the right one's weights are dealt out at random, `[draws]`.
 
-    Shared is the smaller of both weights of each thing, summed. Weights of 1 and 0 alone are sets, of which this is
-    the number of common members.
+    Both are `[layers, heads]`, and a weight stays in its layer: connected circuits of whatever task like some layers
+    more than others. Shared is the smaller of both weights of each head, summed. Weights of 1 and 0 alone are sets, of
+    which this is the number of common members.
     """
     a, b = np.asarray(left, dtype=float), np.asarray(right, dtype=float)
     if np.isin([a, b], (0.0, 1.0)).all():
-        return generator.hypergeometric(int(a.sum()), len(a) - int(a.sum()), int(b.sum()), draws)
-    return np.minimum(a, generator.permuted(np.tile(b, (draws, 1)), axis=1)).sum(1)
+        counts = a.sum(1).astype(int), (1 - a).sum(1).astype(int), b.sum(1).astype(int)
+        return generator.hypergeometric(*counts, (draws, len(a))).sum(1)
+    return np.minimum(a, generator.permuted(np.tile(b, (draws, 1, 1)), axis=2)).sum((1, 2))
 
 
 def matched_head_sets(

@@ -148,17 +148,31 @@ def test_resamples_without_the_statistic_are_left_out():
 
 
 def test_what_two_sides_share_by_chance_is_what_all_ways_to_deal_one_out_give():
-    left, right = [1.0, 0.5, 0.0, 0.25], [0.75, 0.0, 0.5, 0.0]
-    every = [np.minimum(left, dealt).sum() for dealt in permutations(right)]
+    left, right = np.array([[1.0, 0.5, 0.0], [0.25, 0.5, 0.0]]), np.array([[0.75, 0.0, 0.5], [0.0, 1.0, 0.0]])
+    ways = product(*map(permutations, right))
+    every = [np.minimum(left, dealt).sum() for dealt in ways]
     found = shared_by_chance(left, right, 4000, np.random.default_rng(0))
     assert set(found.round(9)) == set(np.round(every, 9))
     assert found.mean() == pytest.approx(np.mean(every), abs=4 * np.std(every) / math.sqrt(4000))
 
 
 def test_sets_share_as_many_as_the_hypergeometric_distribution_says():
-    left, right = np.arange(9) < 4, np.arange(9) % 3 == 0
-    found = shared_by_chance(left, right, 50, np.random.default_rng(3))
-    assert found.tolist() == np.random.default_rng(3).hypergeometric(4, 5, 3, 50).tolist()
+    left, right = np.array([[1, 1, 1, 0], [0, 0, 1, 1]]), np.array([[0, 0, 1, 1], [0, 0, 0, 1]])
+    found = shared_by_chance(left, right, 4000, np.random.default_rng(3))
+    first, second = stats.hypergeom(4, 3, 2), stats.hypergeom(4, 2, 1)
+    for shared in range(4):
+        expected = sum(first.pmf(i) * second.pmf(shared - i) for i in range(shared + 1))
+        assert np.mean(found == shared) == pytest.approx(expected, abs=0.03)
+
+
+def test_what_is_alike_by_layers_alone_is_not_called_shared():
+    generator = np.random.default_rng(0)
+    busy = np.array([0.1, 0.9])[:, None]  # two circuits that both like the late layer
+    values = []
+    for _ in range(300):
+        left, right = generator.random((2, 2, 8)) < busy
+        values.append(p_value(float((left & right).sum()), shared_by_chance(left, right, 99, generator)))
+    assert np.mean(np.array(values) <= 0.1) <= 0.13
 
 
 # --- p ---

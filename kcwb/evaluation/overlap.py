@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
@@ -158,9 +160,9 @@ def circuit_overlap(
         Relation -> circuit or ensemble, all of one graph and none of them empty.
     draws
         Random connected circuits for each circuit, with as many edges; of an ensemble, with its pi on them
-        (`kcwb.discovery.baselines.random_inclusion`). Random sets of nodes, which are cheap, are drawn
-        1,000 times, with as many heads and as many MLPs: most circuits hold nearly all MLPs, and overlap in those
-        already by chance.
+        (`kcwb.discovery.baselines.random_inclusion`). Random sets of nodes, which are cheap, are drawn 1,000 times:
+        each head of the right circuit becomes another of its layer, the MLPs stay. Circuits of whatever relation hold
+        nearly all MLPs and more of some layers' heads than of others', and overlap in those already by chance.
     seed
         Of the draws.
     progress
@@ -195,7 +197,7 @@ def circuit_overlap(
         for number, (name, _) in enumerate(product(circuits, range(draws))):
             random[name].append(random_inclusion(graph, pi[name], seed + number))
             step()
-    nodes = {name: _nodes(graph, circuit) for name, circuit in circuits.items()}
+    nodes = {name: node_grid(graph, circuit) for name, circuit in circuits.items()}
     generator = np.random.default_rng(seed)
     rows = []
     for left, right in combinations(circuits, 2):
@@ -205,29 +207,42 @@ def circuit_overlap(
         row |= _beside("edges", weighted_iou(circuits[left], circuits[right]), chance)
         if any(bool((pi[one] < 1).any()) for one in (left, right)):
             row["p_edges"] = math.nan
-        both = {kind: (nodes[left][kind], nodes[right][kind]) for kind in ("head", "mlp")}
-        drawn = {kind: shared_by_chance(*pair, _NODE_DRAWS, generator) for kind, pair in both.items()}
-        for what, kinds in {"nodes": ("head", "mlp"), "heads": ("head",)}.items():
-            sizes = [sum(float(both[kind][side].sum()) for kind in kinds) for side in (0, 1)]
-            shared = np.array([sum(float(np.minimum(*both[kind]).sum()) for kind in kinds)])
-            chance = _jaccard(np.sum([drawn[kind] for kind in kinds], axis=0), *sizes)
-            row |= _beside(what, float(_jaccard(shared, *sizes)[0]), chance)
+        one, other = nodes[left], nodes[right]
+        drawn = random_shared_nodes(one, other, NODE_DRAWS, generator)
+        for what, part in (("nodes", slice(None)), ("heads", slice(-1))):
+            sizes = float(one[:, part].sum()), float(other[:, part].sum())
+            shared = np.minimum(one[:, part], other[:, part]).sum()
+            row |= _beside(what, float(_jaccard(shared, *sizes)), _jaccard(drawn[what], *sizes))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-_NODE_DRAWS = 1000
+#: Random sets of nodes beside each pair.
+NODE_DRAWS = 1000
 
 
-def _nodes(graph: Graph, circuit: Circuit | Ensemble) -> dict[str, np.ndarray]:
-    """How sure each head, and each MLP, of the graph is."""
-    kinds, pi = np.array([graph.node(name).kind for name in graph.node_names]), node_inclusion(circuit)
-    return {kind: pi[kinds == kind] for kind in ("head", "mlp")}
+def node_grid(graph: Graph, circuit: Circuit | Ensemble) -> Float[np.ndarray, "layers nodes"]:
+    """How sure each head of a layer is, and in the last column its MLP."""
+    return node_inclusion(circuit)[1:-1].reshape(graph.n_layers, graph.n_heads + 1)
 
 
-def _jaccard(both: np.ndarray, left: float, right: float) -> np.ndarray:
+def random_shared_nodes(
+    left: Float[np.ndarray, "layers nodes"],
+    right: Float[np.ndarray, "layers nodes"],
+    draws: int,
+    generator: np.random.Generator,
+) -> dict[str, Float[np.ndarray, " draws"]]:
+    """How many `nodes`, and `heads` among them, are shared when the right one's heads are others of their layers.
+
+    The MLPs are those that they are: a layer has one.
+    """
+    heads = shared_by_chance(left[:, :-1], right[:, :-1], draws, generator)
+    return {"heads": heads, "nodes": heads + np.minimum(left[:, -1], right[:, -1]).sum()}
+
+
+def _jaccard(both: Any, left: float, right: float) -> Any:
     """Shared over either; 1 for two empty sets."""
-    return both / (left + right - both) if left + right else np.ones(both.shape)
+    return both / (left + right - both) if left + right else np.ones(np.shape(both))
 
 
 def _beside(what: str, own: float, chance: np.ndarray) -> dict[str, float]:

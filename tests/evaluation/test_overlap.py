@@ -135,7 +135,7 @@ def test_a_circuit_overlaps_with_itself_entirely_and_with_chance_by_chance():
         assert ac[column] == bc[column] and ac[f"p_{column}"] > 0.02
 
 
-def test_random_overlap_of_nodes_is_that_of_sets_of_the_same_sizes():
+def test_random_overlap_of_nodes_is_that_of_other_heads_of_the_same_layers():
     graph = Graph(6, 8)
     left, right = random_circuit(graph, 30, seed=1), random_circuit(graph, 60, seed=2)
     row = circuit_overlap({"l": left, "r": right}, draws=3, progress=False).iloc[0]
@@ -143,11 +143,22 @@ def test_random_overlap_of_nodes_is_that_of_sets_of_the_same_sizes():
     assert row["heads"] == pytest.approx(len(heads[0] & heads[1]) / len(heads[0] | heads[1]))
     draw, values = np.random.default_rng(5), []
     for _ in range(1000):
-        a, b = (set(draw.choice(48, len(side), replace=False)) for side in heads)
-        values.append(len(a & b) / len(a | b))
+        others: set[str] = set()
+        for layer in range(6):
+            here = sum(name.startswith(f"a{layer}.") for name in heads[1])
+            others |= {f"a{layer}.h{head}" for head in draw.choice(8, here, replace=False)}
+        values.append(len(heads[0] & others) / len(heads[0] | others))
     assert row["random_heads"] == pytest.approx(np.mean(values), abs=0.02)
     nodes = [set(c.nodes.loc[c.nodes["kind"].isin(["head", "mlp"]), "node"]) for c in (left, right)]
     assert row["nodes"] == pytest.approx(len(nodes[0] & nodes[1]) / len(nodes[0] | nodes[1]))
+
+
+def test_heads_of_unrelated_circuits_are_not_called_shared():
+    graph = Graph(6, 8)
+    for size in (30, 150):
+        circuits = {f"{i}": random_circuit(graph, size, seed=i) for i in range(16)}
+        overlap = circuit_overlap(circuits, draws=1, progress=False)
+        assert (overlap["p_heads"] <= 0.1).mean() <= 0.15, size
 
 
 def test_an_ensemble_of_one_circuit_overlaps_as_that_circuit_does():

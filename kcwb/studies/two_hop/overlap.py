@@ -3,7 +3,7 @@
 Knowledge Circuits (arXiv 2405.17969) compares the circuit of a two-hop question with those of its hops by the share
 |two-hop and single| / |single| of nodes and of edges. Here the circuits of hop 1, hop 2 and the two-hop question are
 cut at the same size, each on the same chains; **integrated** is the union of the two hops' circuits. Such a share says
-nothing alone. Beside it stand random connected circuits of the same size (nodes: as many heads and as many MLPs), which
+nothing alone. Beside it stand random connected circuits of the same size (nodes: other heads of the same layers), which
 any two real circuits beat, since all pass through the same late layers; and the circuits of other tasks (`controls`),
 which is the comparison that can fail.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,17 +29,17 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble, inclusion, node_inclusion
 from kcwb.discovery.baselines import random_inclusion
 from kcwb.errors import CircuitError, choose
+from kcwb.evaluation.overlap import NODE_DRAWS, random_shared_nodes
 from kcwb.models.graph import Graph
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
-from kcwb.statistics import mean_interval, p_value, resample_counts, shared_by_chance
+from kcwb.statistics import mean_interval, p_value, resample_counts
 from kcwb.studies.fact_circuits import resampled_circuit, resampled_weights
 from kcwb.studies.two_hop.circuits import INTEGRATED, HopCircuits
 from kcwb.tasks.hops import HOPS
 from kcwb.verbs import verb
 
 PARTS = ("edges", "nodes", "heads")
-_NODE_DRAWS = 1000
 
 
 @verb
@@ -60,8 +60,8 @@ def hop_overlap(
         Of some of the circuits, by name (`two-hop`, `hop 1`, `hop 2`, a control's), an ensemble that stands for it at
         the level of all facts.
     draws
-        Pairs of random connected circuits of the same two sizes. Random sets of nodes, with as many heads and as many
-        MLPs, are drawn 1,000 times.
+        Pairs of random connected circuits of the same two sizes. Random sets of nodes, in which
+        the heads are others of their layers and the MLPs stay, are drawn 1,000 times.
     resamples
         Bootstrap resamples of the chains, or of an ensemble's draws, for the interval of all facts together.
 
@@ -128,8 +128,8 @@ def hop_overlap(
         keys = (weights[level, one].tobytes() for one in ("two-hop", name))
         pairs = zip(*(random[pool] for pool in zip((False, True), keys, strict=True)), strict=True)
         edges = np.array([float(torch.minimum(a, b).sum()) for a, b in pairs])
-        one, other = (_nodes(graph, parts[level][key], sizes[level, key]) for key in ("two-hop", name))
-        chance = _chance((left, right), edges, one, other, np.random.default_rng(seed + len(rows)))
+        both = list(zip(parts[level]["two-hop"], parts[level][name], strict=True))
+        chance = _chance(edges, (left[0], right[0]), both, np.random.default_rng(seed + len(rows)))
         for i, part in enumerate(PARTS):
             row: dict[str, Any] = {"level": level, "circuit": name, "part": part}
             for j, (measure, prefix) in enumerate((("share", ""), ("jaccard", "jaccard_"))):
@@ -166,13 +166,8 @@ def _parts(one: Circuit | Ensemble) -> _Parts:
 
 
 def _of_nodes(graph: Graph, edges: np.ndarray, nodes: np.ndarray) -> _Parts:
-    nodes = nodes[1:-1]  # without input and logits
-    return {"edges": edges, "nodes": nodes, "heads": np.where(_is_head(graph), nodes, 0)}
-
-
-def _is_head(graph: Graph) -> np.ndarray:
-    """Which of a graph's heads and MLPs are heads."""
-    return np.arange(graph.n_senders - 1) % (graph.n_heads + 1) < graph.n_heads
+    grid = nodes[1:-1].reshape(graph.n_layers, graph.n_heads + 1)  # without input and logits; the last are MLPs
+    return {"edges": edges, "nodes": grid, "heads": grid[:, :-1]}
 
 
 def _above_0(pi: np.ndarray) -> np.ndarray:
@@ -216,26 +211,22 @@ def _overlap(two_hop: _Parts, single: _Parts) -> list[tuple[float, float]]:
     return found
 
 
-def _nodes(graph: Graph, some: list[_Parts], size: np.ndarray) -> dict[str, np.ndarray]:
-    """How sure the heads and the MLPs are; of several circuits as many sure ones as they have in the mean."""
-    if len(some) == 1:
-        heads = _is_head(graph)
-        return {"heads": some[0]["nodes"][heads], "mlps": some[0]["nodes"][~heads]}
-    counts = {"heads": (graph.n_layers * graph.n_heads, size[2]), "mlps": (graph.n_layers, size[1] - size[2])}
-    return {kind: (np.arange(total) < round(float(n))).astype(float) for kind, (total, n) in counts.items()}
-
-
 def _chance(
-    sizes: tuple[np.ndarray, np.ndarray],
-    edges: np.ndarray,
-    left: dict[str, np.ndarray],
-    right: dict[str, np.ndarray],
-    generator: np.random.Generator,
+    edges: np.ndarray, size: tuple[float, float], pairs: Sequence[tuple[_Parts, _Parts]], generator: np.random.Generator
 ) -> dict[str, Float[np.ndarray, "2 draws"]]:
-    """Share and Jaccard of each part between random circuits like two of these sizes, which share so much of edges."""
-    heads, mlps = (shared_by_chance(left[kind], right[kind], _NODE_DRAWS, generator) for kind in ("heads", "mlps"))
-    found = {}
-    for part, both, a, b in zip(PARTS, (edges, heads + mlps, heads), *sizes, strict=True):
-        whole = np.maximum([[b], [a + b]] - np.array([0, 1])[:, None] * both, np.maximum(both, 1e-9))
-        found[part] = both / whole  # sizes are means: what two rounded ones share may be a little more
-    return found
+    """Share and Jaccard of each part: of random circuits of these sizes that share so many edges, and of `pairs`.
+
+    Of nodes each pair gives as many draws, with other heads of its layers.
+    """
+    found: dict[str, list[np.ndarray]] = {"edges": [_of_shared(edges, *size)], "nodes": [], "heads": []}
+    for pair in pairs:
+        left, right = (one["nodes"] for one in pair)
+        drawn = random_shared_nodes(left, right, math.ceil(NODE_DRAWS / len(pairs)), generator)
+        for part, both in drawn.items():
+            found[part].append(_of_shared(both, *(float(one[part].sum()) for one in pair)))
+    return {part: np.concatenate(some, axis=1) for part, some in found.items()}
+
+
+def _of_shared(both: np.ndarray, left: float, right: float) -> Float[np.ndarray, "2 draws"]:
+    """Share and Jaccard of what two circuits of some sizes have in common."""
+    return np.stack([both / (right or 1), both / np.maximum(left + right - both, 1e-9)])

@@ -97,6 +97,19 @@ def number(value: Any) -> str:
     return f"{int(value):,}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3g}".replace("-", "\u2212")
 
 
+def decimal(value: float, digits: int = 2) -> str:
+    """A number of some decimals without the zero before the point, as statistics are written: .93, −.04, 1.20."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.{digits}f}".replace("-", "\u2212").replace("\u22120.", "\u2212.").removeprefix("0")
+
+
+def interval(value: float, low: float, high: float, digits: int = 2) -> str:
+    """A number with its interval, if it has one: .93 [.88, .97]."""
+    ends = "" if pd.isna(low) or pd.isna(high) else f" [{decimal(low, digits)}, {decimal(high, digits)}]"
+    return decimal(value, digits) + ends
+
+
 def completeness_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """The long table of `kcwb.completeness` with one row per run, as it reads best."""
     known = frame[frame["split"] == "D_test, known"]["n"].max()

@@ -10,3 +10,11 @@ from .charts import (
     plot_lens as plot_lens,
 )
 from .sureness import plot_confidence as plot_confidence, plot_inclusion as plot_inclusion, plot_sources as plot_sources
+from .referee import (
+    matrix_sentence as matrix_sentence,
+    minimality_sentence as minimality_sentence,
+    plot_matrix as plot_matrix,
+    plot_minimality as plot_minimality,
+    plot_rivals as plot_rivals,
+    rivals_sentence as rivals_sentence,
+)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -106,3 +108,21 @@ def matrix(levels: tuple[str, ...] = ("edges", "nodes")) -> dict[tuple[str, str,
         for found in KINDS
         for tested in KINDS
     }
+
+
+def hostile(judgement: Judgement, texts: list[str]) -> Judgement:
+    """The same with every name and word in it replaced by one of these, in turn; verdicts stay."""
+    told = itertools.cycle(texts)
+
+    def words(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: words(one) for name, one in value.items()}
+        return next(told) if isinstance(value, str) else value
+
+    def table(frame: pd.DataFrame) -> pd.DataFrame:
+        others = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
+        names = [name for name in others if name not in ("verdict", "of")]
+        return frame.assign(**{name: [next(told) for _ in range(len(frame))] for name in names})
+
+    tables = {name: table(getattr(judgement, name)) for name in ("questions", "edges", "elsewhere")}
+    return replace(judgement, **tables, provenance=words(dict(judgement.provenance)) | {"ablation": next(told)})

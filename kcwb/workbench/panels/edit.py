@@ -28,8 +28,8 @@ from kcwb.workbench.graph.page import GraphView, graph_view
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.runner import Job
-from kcwb.workbench.panels.widgets import button, dropdown, picture, room
-from kcwb.workbench.plots import plot_lens
+from kcwb.workbench.panels.widgets import button, dropdown, room
+from kcwb.workbench.plots import picture, plot_lens
 
 _NEIGHBOURS = 3  # other subjects whose continuations are shown
 

@@ -23,8 +23,8 @@ from kcwb.workbench import tables
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.runner import Job
-from kcwb.workbench.panels.widgets import button, picture, room
-from kcwb.workbench.plots import MUTED, Plot, draw_curves, finish, panes, plain
+from kcwb.workbench.panels.widgets import button, room
+from kcwb.workbench.plots import MUTED, Plot, draw_curves, finish, panes, picture, plain
 
 _COLOURS = ("#0072b2", "#d55e00")  # the right answer, its rival
 _MOST_HEADS = 12

@@ -24,8 +24,8 @@ from kcwb.workbench.graph.page import compare_view
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.runner import Job
-from kcwb.workbench.panels.widgets import button, check_edges, dropdown, picture, room
-from kcwb.workbench.plots import Plot, plot_bars
+from kcwb.workbench.panels.widgets import button, check_edges, dropdown, room
+from kcwb.workbench.plots import Plot, picture, plot_bars
 
 _MOST_SHOTS = 16
 _READS = ("object", "subject", "separator", "words", "first", "question")

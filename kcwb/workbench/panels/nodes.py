@@ -27,8 +27,8 @@ from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.clicks import GRAPH_CLASS, GraphClicks
 from kcwb.workbench.panels.results import SCORE, title
 from kcwb.workbench.panels.runner import Job, Latest
-from kcwb.workbench.panels.widgets import brief, button, dropdown, numbered, picture, room, rows, wide
-from kcwb.workbench.plots import plot_attention, plot_bars
+from kcwb.workbench.panels.widgets import brief, button, dropdown, numbered, room, rows, wide
+from kcwb.workbench.plots import picture, plot_attention, plot_bars
 
 _MOST_TOKENS = 40  # of a prompt, in a picture of attention
 _CIRCUIT, _MODEL = "circuit", "model"

@@ -12,8 +12,7 @@ from kcwb.circuits.provenance import part
 from kcwb.workbench import tables
 from kcwb.workbench.graph.sureness import alone
 from kcwb.workbench.panels.results import SCORE, ranked, settings_of
-from kcwb.workbench.panels.widgets import picture
-from kcwb.workbench.plots import plot_confidence, plot_inclusion, plot_sources
+from kcwb.workbench.plots import picture, plot_confidence, plot_inclusion, plot_sources
 
 UNTESTED = "Press Test, and the consensus at each confidence is run on facts that no draw has seen; a minute or so."
 _FLEX = "display:flex;flex-wrap:wrap;gap:4px 32px;align-items:flex-start"

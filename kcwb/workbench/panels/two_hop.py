@@ -30,8 +30,8 @@ from kcwb.workbench.graph.page import compare_view
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.picker import ChainPicker
 from kcwb.workbench.panels.runner import Job
-from kcwb.workbench.panels.widgets import button, dropdown, numbered, offer, picture, room
-from kcwb.workbench.plots import plot_bars, plot_lens
+from kcwb.workbench.panels.widgets import button, dropdown, numbered, offer, room
+from kcwb.workbench.plots import picture, plot_bars, plot_lens
 
 _RIGHT = [("rank 1", 1), ("rank 10 or better", 10)]
 _SHORTCUTS = [("dropped at rank 1", 1), ("dropped at rank 10 or better", 10), ("kept", 0)]

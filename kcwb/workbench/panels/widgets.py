@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from kcwb.workbench import tables
 
 if TYPE_CHECKING:
     from kcwb.models.loading import Model
-    from kcwb.workbench.plots import Plot
 
 ROW = {
     "flex_flow": "row wrap",
@@ -92,16 +90,6 @@ def offer(menu: W.Dropdown, options: Sequence[tuple[str, Any]], value: Any = Non
     """Give a menu other options, and choose a value, by default the first."""
     menu.options = options
     menu.value = options[0][1] if value is None and options else value
-
-
-def picture(plot: Plot, words: str) -> str:
-    """A plot as an image in HTML, described by `words`."""
-    png, size = plot._repr_png_()
-    source = base64.b64encode(png).decode("ascii")
-    return (
-        f'<img class="kc-picture" alt="{tables.text(words, 1000)}" width="{size["width"]}" '
-        f'style="max-width:100%;border-radius:4px" src="data:image/png;base64,{source}">'
-    )
 
 
 def brief(words: str, most: int = 120) -> str:

@@ -1,4 +1,12 @@
-from .figure import INK as INK, MUTED as MUTED, Plot as Plot, finish as finish, panes as panes, plain as plain
+from .figure import (
+    INK as INK,
+    MUTED as MUTED,
+    Plot as Plot,
+    finish as finish,
+    panes as panes,
+    picture as picture,
+    plain as plain,
+)
 from .charts import (
     draw_curves as draw_curves,
     plot_attention as plot_attention,

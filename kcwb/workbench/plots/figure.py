@@ -6,6 +6,7 @@ its escape.
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import re
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 
 from kcwb.errors import SettingError
 from kcwb.workbench.tables import shorten
+from kcwb.workbench.tables import text as escaped
 
 _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e6ea"}
 INK, MUTED = "#1f2328", "#656d76"
@@ -40,6 +42,16 @@ class Plot(Figure):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             super().draw(renderer)
+
+
+def picture(plot: Plot, words: str) -> str:
+    """A plot as an image in HTML, described by `words`."""
+    png, size = plot._repr_png_()
+    source = base64.b64encode(png).decode("ascii")
+    return (
+        f'<img class="kc-picture" alt="{escaped(words, 1000)}" width="{size["width"]}" '
+        f'style="max-width:100%;border-radius:4px" src="data:image/png;base64,{source}">'
+    )
 
 
 def plain(text: object, longest: int = 60) -> str:

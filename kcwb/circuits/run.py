@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.masked import MaskedRuns
 from kcwb.circuits.provenance import part
 from kcwb.errors import CircuitError
 from kcwb.models.forward import forward, prompt_chunks
@@ -63,11 +64,12 @@ def run_circuit(
     logits = []
     for rows in prompt_chunks(model.network, prompts.tokens):
         part = prompts.select(range(len(prompts))[rows])
-        ablated = None if kept is None else ablation.values(part)
-        residual = forward(model.network, part.tokens, kept=kept, ablated=ablated).residual
-        part_logits = model.network.logits(at_answers(residual, part))
-        missing = prompts.answers.shape[1] - part_logits.shape[1]
-        logits.append(torch.nn.functional.pad(part_logits, (0, 0, 0, missing)))
+        if kept is None:
+            of_part = model.network.logits(at_answers(forward(model.network, part.tokens).residual, part))
+        else:
+            of_part = MaskedRuns(model.network, part, ablation.values(part)).logits(kept)
+        missing = prompts.answers.shape[1] - of_part.shape[1]
+        logits.append(torch.nn.functional.pad(of_part, (0, 0, 0, missing)))
     return torch.cat(logits)
 
 

@@ -1,0 +1,174 @@
+"""Many circuits on the same prompts, each in the time that its own nodes take.
+
+It is the masked pass of `kcwb.models.forward`, which is what this is tested against, without what no answer feels:
+
+1. A node is computed only if its output reaches the answers along kept edges, and only where that matters (`Need`): the
+   late ones at the positions of the answers alone.
+2. A receiver reads `base + sum of its kept senders' differences` or `everything - sum of its cut senders'`, whichever
+   has fewer terms, so that a circuit of few edges, and what is left without it, cost few.
+3. What does not depend on the circuit (what cut edges deliver, and its sum before each receiver) is computed once.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kcwb.circuits.plan import Need
+from kcwb.models.network import Network
+from kcwb.tasks.prompts import Prompts
+
+
+def needs(network: Network, kept: Bool[Tensor, "S R"]) -> Int[Tensor, " S"]:
+    """Where each sender's output matters to the answers, as `Need`; the heads that share a norm alike."""
+    graph = network.graph
+    of_column = torch.zeros(graph.n_receivers, dtype=torch.long)
+    of_column[-1] = Need.ANSWERS
+    found = torch.zeros(graph.n_senders, dtype=torch.long)
+
+    def settle(rows: slice) -> Tensor:
+        found[rows] = (kept[rows] * of_column).amax(1)
+        return found[rows]
+
+    for layer in reversed(range(graph.n_layers)):
+        mlp, heads = graph.mlp_sender(layer), graph.head_senders(layer)
+        of_column[graph.mlp_receiver(layer)] = settle(slice(mlp, mlp + 1))[0]
+        own = settle(heads)
+        if network.post_norms:
+            own = found[heads] = own.max().expand(graph.n_heads)
+        alike = torch.where(own > 0, Need.EVERYWHERE, Need.NOWHERE)
+        of_column[graph.attention_receivers(layer)] = torch.cat([own, alike, alike])
+    settle(slice(0, 1))
+    return found
+
+
+class MaskedRuns:
+    """The logits of any circuits on some prompts.
+
+    Parameters
+    ----------
+    network, prompts
+        The transformer, and what it is asked.
+    ablated
+        What cut edges deliver, `[S, N, T, D]`; None for zero.
+    """
+
+    def __init__(self, network: Network, prompts: Prompts, ablated: Float[Tensor, "S N T D"] | None) -> None:
+        self.network, self.prompts, self._ablated = network, prompts, ablated
+        self._rows = torch.arange(len(prompts), device=network.device)[:, None]
+        self._embedding = network.embed(prompts.tokens)
+        self._bases = self._sums_of_ablated()
+
+    @torch.no_grad()
+    def _sums_of_ablated(self) -> list[Float[Tensor, "N T D"]]:
+        """What heads and MLP of each layer, and at last the unembedding, read with all edges cut."""
+        graph, x = self.network.graph, torch.zeros_like(self._embedding)
+
+        def after(rows: slice, x: Tensor) -> Tensor:
+            return x if self._ablated is None else x + self._ablated[rows].sum(0)
+
+        x, found = after(slice(0, 1), x), []
+        for layer in range(graph.n_layers):
+            written = after(graph.head_senders(layer), x) + self.network.constant(layer)
+            found += [x, x if graph.parallel else written]
+            mlp = graph.mlp_sender(layer)
+            x = after(slice(mlp, mlp + 1), written)
+        return [*found, x]
+
+    def at(self, x: Float[Tensor, "... N T D"], everywhere: bool) -> Float[Tensor, "... N P D"]:
+        """All positions, or those of the answers."""
+        return x if everywhere else x[..., self._rows, self.prompts.positions, :]
+
+    @torch.no_grad()
+    def logits(self, kept: Bool[Tensor, "S R"]) -> Float[Tensor, "N A V"]:
+        """Logits at the positions that predict the answers; 0 where an answer has fewer tokens."""
+        network, graph = self.network, self.network.graph
+        kept = kept.cpu() & graph.exists
+        found = needs(network, kept)
+        stream = _Stream(self, kept, found)
+        if found[0]:
+            stream.write([0], self._embedding[None])
+        for layer in range(graph.n_layers):
+            for need in (Need.EVERYWHERE, Need.ANSWERS):
+                first = graph.head_senders(layer).start
+                heads = [h for h in range(graph.n_heads) if found[first + h] == need]
+                if heads:
+                    self._heads(stream, layer, heads, need is Need.EVERYWHERE)
+            need = Need(int(found[graph.mlp_sender(layer)]))
+            if need:
+                y = stream.read(2 * layer + 1, [graph.mlp_receiver(layer)], need is Need.EVERYWHERE)[0]
+                stream.write([graph.mlp_sender(layer)], network.mlp(layer, y)[None])
+        residual, real = stream.read(2 * graph.n_layers, [graph.n_receivers - 1], False)[0], self.prompts.answer_mask
+        logits = network.logits(residual[real])
+        return logits.new_zeros(*real.shape, logits.shape[-1]).masked_scatter_(real[..., None], logits)
+
+    def _heads(self, stream: _Stream, layer: int, heads: list[int], everywhere: bool) -> None:
+        network, graph = self.network, self.network.graph
+        first, column = graph.head_senders(layer).start, graph.attention_receivers(layer).start
+        index = torch.tensor(heads, device=network.device)
+        positions = None if everywhere else self.prompts.positions
+
+        def read(kind: int, where: bool) -> Float[Tensor, "h N P D"]:
+            return stream.read(2 * layer, [column + kind * graph.n_heads + head for head in heads], where)
+
+        q = network.queries(layer, read(0, everywhere), index, positions)
+        k, v = network.keys(layer, read(1, True), index), network.values(layer, read(2, True), index)
+        results = network.head_results(layer, q, k, v, index, positions)
+        written = network.head_shares(layer, results) if len(heads) == graph.n_heads else results
+        stream.write([first + head for head in heads], written)
+
+
+class _Stream:
+    """What has been written in a run so far, as differences from what cut edges deliver, and what receivers read of it.
+
+    The differences of senders that matter everywhere are stacked at all positions, those of all senders at the
+    answers'.
+    """
+
+    def __init__(self, runs: MaskedRuns, kept: Bool[Tensor, "S R"], found: Int[Tensor, " S"]) -> None:
+        self._runs, self._kept, self._found = runs, kept, found
+        shape = runs._embedding.shape
+        self._rows: dict[bool, list[int]] = {True: [], False: []}
+        self._stacks = {
+            everywhere: runs._embedding.new_empty(count, *size)
+            for everywhere, count, size in (
+                (True, int((found == Need.EVERYWHERE).sum()), shape),
+                (False, int((found > 0).sum()), (*runs.prompts.positions.shape, shape[-1])),
+            )
+        }
+        self._totals: dict[bool, Tensor | float] = {True: 0.0, False: 0.0}
+
+    def write(self, rows: list[int], outputs: Float[Tensor, "s N P D"]) -> None:
+        """Take in the outputs of some senders that matter at the same positions."""
+        everywhere = bool(self._found[rows[0]] == Need.EVERYWHERE)
+        if self._runs._ablated is not None:
+            outputs = outputs - self._runs.at(self._runs._ablated[rows], everywhere)
+        if everywhere:
+            self._add(True, rows, outputs)
+            outputs = self._runs.at(outputs, False)
+        self._add(False, rows, outputs)
+
+    def _add(self, everywhere: bool, rows: list[int], outputs: Tensor) -> None:
+        start = len(self._rows[everywhere])
+        self._stacks[everywhere][start : start + len(rows)] = outputs
+        self._rows[everywhere] += rows
+        self._totals[everywhere] = self._totals[everywhere] + outputs.sum(0)
+
+    def read(self, place: int, columns: list[int], everywhere: bool) -> Float[Tensor, "r N P D"]:
+        """What some receivers of a place in the model read; one for all of them, if all read the same."""
+        rows, stack = self._rows[everywhere], self._stacks[everywhere]
+        keeps = self._kept[rows][:, columns]
+        if len(columns) > 1 and bool((keeps == keeps[:, :1]).all()):
+            keeps = keeps[:, :1]
+        some, lacking = keeps.any(1), ~keeps.all(1)
+        x = self._runs.at(self._runs._bases[place], everywhere)
+        if some.sum() <= lacking.sum():
+            chosen, weights = some.nonzero()[:, 0], keeps.to(stack.dtype)
+        else:
+            chosen, weights = lacking.nonzero()[:, 0], -(~keeps).to(stack.dtype)
+            x = x + self._totals[everywhere]
+        if 2 * len(chosen) < len(rows):  # else a copy of them costs more than terms that are 0
+            weights, stack = weights[chosen], stack[chosen.to(stack.device)]
+        product = weights.T.to(stack.device) @ stack[: len(weights)].flatten(1)
+        return x + product.unflatten(1, x.shape)

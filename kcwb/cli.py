@@ -1,4 +1,4 @@
-"""The command line: parses, runs one of `kcwb.commands`, and says what went wrong in one line.
+"""The command line: parses, runs a command (`kcwb.commands`), and says what went wrong in one line.
 
 The result goes to stdout; progress, warnings and errors go to stderr. Exit codes: 0; 2 after one line on bad input; 130
 after Ctrl-C.
@@ -17,8 +17,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-import kcwb
-from kcwb.commands import _COMMANDS, command, option, say
+import kcwb.commands
+import kcwb.commands_referee
+from kcwb.console import COMMANDS, command, option, say
 from kcwb.errors import KcwbError, SettingError, choose
 from kcwb.workbench.report.run import take_parameters
 
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kcwb", description="Knowledge Circuits Workbench.")
     parser.add_argument("--version", action="version", version=f"kcwb {kcwb.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (run, options) in _COMMANDS.items():
+    for name, (run, options) in COMMANDS.items():
         words = run.__doc__ or name
         one = commands.add_parser(name, help=words.splitlines()[0].replace("%", "%%"), description=words)
         one.set_defaults(run=run)
@@ -64,7 +65,7 @@ def _calm() -> Iterator[None]:
 def _run(argv: Sequence[str]) -> int:
     named = next((word for word in argv if not word.startswith("-")), None)
     if named is not None:
-        choose("The command", named, _COMMANDS)
+        choose("The command", named, COMMANDS)
     try:
         argv, parameters = take_parameters(argv) if named == "report" else (argv, [])
         args = _parser().parse_args(argv)

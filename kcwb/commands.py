@@ -1,33 +1,37 @@
 """The commands: `kcwb relations`, `models`, `discover`, `completeness`, `sweep`, `report`, `world`.
 
-A command is one function from parsed arguments to what `--json` prints and to the text that is printed otherwise. Its
-name and docstring are its help; `@command(...)` lists its arguments.
-
-Nothing heavy is imported before a command needs it, so that `--help` is immediate.
+`kcwb.console` says what a command is; `kcwb referee` is in `kcwb.commands_referee`. Nothing heavy is imported before a
+command needs it, so that `--help` is immediate.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import io
-import sys
-from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import kcwb
-from kcwb.errors import CircuitError, DataError, SettingError, choose
+from kcwb.console import (
+    FORCE,
+    RUNNING,
+    as_table,
+    command,
+    given_of,
+    hushed,
+    load,
+    option,
+    records,
+    remade,
+    say,
+    template_of,
+)
+from kcwb.errors import DataError, SettingError, choose
 from kcwb.outputs import CIRCUIT, check_output, same_text, settle
-from kcwb.tasks.relations import Relation, load_relation, relation_files
+from kcwb.tasks.relations import load_relation, relation_files
 from kcwb.workbench.report.run import read_parameters
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from kcwb.models.loading import Model
 
 _SELF_CHECK = (
     "self-check at load: every head and MLP computes what it does in Hugging Face's own code; the residual stream is "
@@ -36,40 +40,6 @@ _SELF_CHECK = (
 )
 _WORKS = ("edges", "nodes", "roles", "editing")
 _STRONGEST = 10
-
-Command = Callable[[argparse.Namespace], tuple[Any, str]]
-_COMMANDS: dict[str, tuple[Command, tuple[Any, ...]]] = {}
-
-
-def say(words: str) -> None:
-    """Tell something on stderr, in one line."""
-    print("kcwb:", " ".join(words.splitlines()), file=sys.stderr)
-
-
-def option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """What `add_argument` is to be called with."""
-    return names, settings
-
-
-def command(*options: Any) -> Callable[[Command], Command]:
-    """Make a function a command with these options, and with `--json`."""
-
-    def register(run: Command) -> Command:
-        _COMMANDS[run.__name__] = run, (*options, option("--json", action="store_true", help="print JSON"))
-        return run
-
-    return register
-
-
-def _template(text: str) -> int | str:
-    return int(text) if text.removeprefix("-").isdecimal() else text
-
-
-_RUNNING = (
-    option("--device", default="auto", help="auto (CUDA if there is one, else CPU), cpu, cuda, cuda:1, ..."),
-    option("--quiet", action="store_true", help="show no progress on stderr"),
-)
-_FORCE = option("--force", action="store_true", help="overwrite also a file that kcwb did not write")
 
 
 @command(option("--folder", type=Path, help="a folder of relation files of your own, in the LRE format"))
@@ -88,7 +58,7 @@ def relations(args: argparse.Namespace) -> tuple[Any, str]:
         data[-1] |= {"templates": list(one.prompt_templates_zs), "file": str(path)}
     rows = [list((row | {"templates": f"{len(row['templates'])}: {row['templates'][0]}"}).values()) for row in data]
     headers = ("name", "type", "facts", "zero-shot templates", "file")
-    return data, _table(headers if args.folder else headers[:-1], rows)
+    return data, as_table(headers if args.folder else headers[:-1], rows)
 
 
 @command()
@@ -108,7 +78,7 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
         (row["family"], *("yes" if row[key] else "no" for key in _WORKS), row["checked"], ", ".join(row["examples"]))
         for row in families
     ]
-    table = _table(("family", *_WORKS, "tested on a", "examples, by their names on the Hugging Face hub"), rows)
+    table = as_table(("family", *_WORKS, "tested on a", "examples, by their names on the Hugging Face hub"), rows)
     notes: dict[str, list[str]] = {}
     for row in families:
         notes.setdefault(row["note"], []).append(row["family"])
@@ -134,11 +104,13 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     option("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a method's own setting"),
     option("--facts", type=int, default=8, help="known facts to discover on (default: %(default)s)"),
     option("--seed", type=int, default=0, help="of the draw of facts (default: %(default)s)"),
-    option("--template", type=_template, default=0, help="a zero-shot template's number, or text with {} (default: 0)"),
+    option(
+        "--template", type=template_of, default=0, help="a zero-shot template's number (default: 0), or text with {}"
+    ),
     option("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)"),
     option("--out", type=Path, help="write the circuit to this .json file, and all scores beside it"),
-    _FORCE,
-    *_RUNNING,
+    FORCE,
+    *RUNNING,
 )
 def discover(args: argparse.Namespace) -> tuple[Any, str]:
     """Find the circuit with which a model answers facts of a relation."""
@@ -157,7 +129,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
 
     load_extensions()
     # Misspelt names are told before a model is loaded; discover checks the rest.
-    given = _given(args, "ablation", "edges", "threshold", "select", "steps", "tau", "absolute")
+    given = given_of(args, "ablation", "edges", "threshold", "select", "steps", "tau", "absolute")
     given |= {"method": args.method or "eap-ig", "metric": args.metric or "nll"} | dict(read_parameters(args.set))
     if args.within is not None:
         given["within"] = kcwb.Circuit.load(args.within)
@@ -165,7 +137,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
         if name in given:
             choose(f"--{name}", given[name].partition("(")[0], known)
     check_method(**given)
-    model = _load_model(args, args.model, args.dtype)
+    model = load(args, args.model, args.dtype)
     task = make_task(model, relation, n=args.facts, seed=args.seed, template=args.template)
     circuit = discover(model, task, progress=not args.quiet, **given)
     if args.out is not None:
@@ -173,10 +145,10 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
         circuit.save(args.out, force=args.force)
     if not circuit.n_edges:
         say("warning: the circuit is empty: no chosen edge is on a path from input to logits. Ask for more edges.")
-    origin, edges = circuit.provenance, _records(circuit.edges)
+    origin, edges = circuit.provenance, records(circuit.edges)
     data = {"n_edges": circuit.n_edges, "n_nodes": circuit.n_nodes, "out": args.out and str(args.out)}
     data |= {"provenance": origin, "edges": edges}
-    table = _table(("sender", "receiver", "score"), [list(edge.values()) for edge in edges[:_STRONGEST]], digits=4)
+    table = as_table(("sender", "receiver", "score"), [list(edge.values()) for edge in edges[:_STRONGEST]], digits=4)
     where = "Not written to a file; --out circuit.json does." if args.out is None else f"Written to {args.out}"
     return data, f"{circuit} in {model.name}, {origin['seconds']:.1f} s\n\n{table}\n\n{where}"
 
@@ -190,9 +162,9 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     option("--ablation", help="what a cut edge delivers: zero, mean, resample, or name(setting=value)"),
     option("--facts", type=int, help="facts in D_val"),
     option("--seed", type=int, help="of the draw of facts, the random circuits and the intervals"),
-    option("--template", type=_template, help="a zero-shot template's number, or text with {}"),
+    option("--template", type=template_of, help="a zero-shot template's number, or text with {}"),
     option("--dtype", help="float32, bfloat16 or float16"),
-    *_RUNNING,
+    *RUNNING,
 )
 def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     """Run a circuit alone, beside the full model, the empty circuit and random circuits.
@@ -200,26 +172,20 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     Hit@k and its 95% interval (Wilson's, of the share of facts; of random circuits the bootstrap's, of the mean), on
     the facts that the circuit was found on (D_val) and on others (D_test).
     """
-    from kcwb.circuits.provenance import remade_from
     from kcwb.discovery.methods import load_extensions
     from kcwb.evaluation.completeness import completeness
     from kcwb.tasks.prompts import make_task
 
     load_extensions()
     circuit = kcwb.Circuit.load(args.circuit)
-    said = {"dtype": "float32", "prepend_bos": None, "facts": 8, "seed": 0, "template": 0}
-    said |= remade_from(circuit.provenance, args.circuit)
-    relation = _relation(said, args)
-    said |= _given(args, "model", "dtype", "facts", "seed", "template")
-    if "model" not in said:
-        raise CircuitError(f"{args.circuit} does not say which model it is of. Name it with --model.")
-    model = _load_model(args, said["model"], said["dtype"], said["prepend_bos"])
+    relation, said = remade(circuit.provenance, args.circuit, args)
+    model = load(args, said["model"], said["dtype"], said["prepend_bos"])
     task = make_task(model, relation, n=said["facts"], seed=said["seed"], template=said["template"])
     more = {"ablation": args.ablation, "k": args.k, "draws": args.draws, "seed": said["seed"]}
-    data = _records(completeness(model, circuit, task, progress=not args.quiet, **more))
+    data = records(completeness(model, circuit, task, progress=not args.quiet, **more))
     keys = ("run", "split", "edges", "nodes", "n", "hit", "low", "high", "nll")
     rows = [[round(row[key]) if key == "nodes" else row[key] for key in keys] for row in data]
-    table = _table((*keys[:4], "facts", f"Hit@{args.k}", *keys[6:]), rows)
+    table = as_table((*keys[:4], "facts", f"Hit@{args.k}", *keys[6:]), rows)
     return data, f"{circuit} in {model.name}: {task.template}\n\n{table}"
 
 
@@ -230,7 +196,7 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     option("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of the notebook"),
     option("--pdf", action="store_true", help="also write a PDF, with Chromium"),
     option("--hide-code", action="store_true", help="leave the code out"),
-    _FORCE,
+    FORCE,
     option("--quiet", action="store_true", help="no progress bar"),
 )
 def report(args: argparse.Namespace) -> tuple[Any, str]:
@@ -272,13 +238,13 @@ def sweep(args: argparse.Namespace) -> tuple[Any, str]:
 
     load_extensions()
     settings = read_sweep_file(args.file)
-    with contextlib.ExitStack() as stack, _hushed(args):
+    with contextlib.ExitStack() as stack, hushed(args):
         table = sweep(**settings, executor=_executor(args, stack), progress=not args.quiet)
-    data = _records(table)
+    data = records(table)
     failed = [row for row in data if row["status"] == "failed"]
     keys = ("model", "relation", "method", "ablation", "tau", "status", "n_edges", "hit_val", "hit_test", "seconds")
     rows = [[int(row[key]) if key == "n_edges" and row[key] is not None else row[key] for key in keys] for row in data]
-    text = f"{len(data) - len(failed)} of {len(data)} cells are done, in {settings['store']}\n\n{_table(keys, rows)}"
+    text = f"{len(data) - len(failed)} of {len(data)} cells are done, in {settings['store']}\n\n{as_table(keys, rows)}"
     for row in failed:
         text += f"\n\n{row['model']}, {row['relation']}, {row['method']} failed on {row['worker']}: {row['error']}"
     return data, text
@@ -289,7 +255,7 @@ def sweep(args: argparse.Namespace) -> tuple[Any, str]:
     option("--seed", type=int, default=0, help="of the world, the first weights and the batches (default: 0)"),
     option("--steps", type=int, help="updates of each model's weights (default: enough to know the facts)"),
     option("--relations", type=Path, metavar="FOLDER", help="also write the world's relations to files in this folder"),
-    _FORCE,
+    FORCE,
     option("--quiet", action="store_true", help="show no progress on stderr"),
 )
 def world(args: argparse.Namespace) -> tuple[Any, str]:
@@ -314,9 +280,9 @@ def world(args: argparse.Namespace) -> tuple[Any, str]:
     data = []
     for name, folder in folders.items():
         known = world_knowledge(load_world(folder, device="cpu"), facts, seed=args.seed)
-        data.append({"architecture": name, "folder": str(folder), "known": _records(known)})
+        data.append({"architecture": name, "folder": str(folder), "known": records(known)})
     rows = [[one["architecture"], *(kind["known"] for kind in one["known"]), one["folder"]] for one in data]
-    table = _table(("model", *(kind["kind"] for kind in data[0]["known"]), "folder"), rows)
+    table = as_table(("model", *(kind["kind"] for kind in data[0]["known"]), "folder"), rows)
     count = sum(len(relation.facts) for relation in facts.relations.values())
     return data, f"{count} facts, {len(facts.sentences)} sentences. Answers that are the first choice:\n\n{table}"
 
@@ -333,61 +299,3 @@ def _executor(args: argparse.Namespace, stack: contextlib.ExitStack) -> Any:
         workers = ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), initializer=leave_with_parent)
         return stack.enter_context(workers)
     return None
-
-
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of the named arguments that were given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def _relation(said: dict[str, Any], args: argparse.Namespace) -> Relation:
-    """The relation that a circuit was found on, or the one that was asked for instead."""
-    found_on = f"{args.circuit} was found on the relation {said.get('relation')!r}"
-    name = args.relation or said.get("relation")
-    if name is None:
-        raise CircuitError(f"{args.circuit} does not say which relation it was found on. Name it with --relation.")
-    if not (args.relation or name in relation_files()):
-        raise CircuitError(f"{found_on}, which does not come with the package. Give its file: --relation PATH.json.")
-    relation = load_relation(name)
-    if said.get("digest", relation.digest) != relation.digest:
-        if args.relation is None:
-            raise CircuitError(
-                f"{found_on} with other contents than the one that comes with the package. Give its file, --relation "
-                f"PATH.json, or ask for the package's, --relation {name}."
-            )
-        say(f"warning: {found_on} with other contents than {args.relation}.")
-    return relation
-
-
-def _hushed(args: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
-    """Keep off stderr what libraries show there, if that is asked for."""
-    return contextlib.redirect_stderr(io.StringIO()) if args.quiet else contextlib.nullcontext()
-
-
-def _load_model(args: argparse.Namespace, name: str, dtype: str, prepend_bos: bool | None = None) -> Model:
-    from kcwb.models.loading import load_model
-
-    with _hushed(args):
-        return load_model(name, device=args.device, dtype=dtype, prepend_bos=prepend_bos)
-
-
-def _records(frame: pd.DataFrame) -> list[dict[Any, Any]]:
-    """The rows of a table, ready for JSON: what is not a number becomes None."""
-    return [{key: None if value != value else value for key, value in row.items()} for row in frame.to_dict("records")]
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]], digits: int = 2) -> str:
-    """As many columns of text as there are headers; those of numbers are flush right."""
-    columns = []
-    for header, *values in zip(headers, *rows, strict=False):
-        cells = [header, *(_cell(value, digits) for value in values)]
-        width = max(map(len, cells))
-        left = any(isinstance(value, str | Path) for value in values)
-        columns.append([cell.ljust(width) if left else cell.rjust(width) for cell in cells])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
-
-
-def _cell(value: Any, digits: int) -> str:
-    if isinstance(value, float):
-        return f"{value:,.{digits}f}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -542,7 +542,7 @@ def noisy(args):
 
 
 def test_the_chatter_of_libraries_is_silent_and_comes_back_afterwards(run, monkeypatch, caplog) -> None:
-    monkeypatch.setitem(cli._COMMANDS, "models", (noisy, (cli.option("--json"),)))
+    monkeypatch.setitem(cli.COMMANDS, "models", (noisy, (cli.option("--json"),)))
     assert run("models") == SimpleNamespace(code=0, out="result\n", err="")
     assert not caplog.records
     logging.getLogger("library").warning("heard again")
@@ -550,7 +550,7 @@ def test_the_chatter_of_libraries_is_silent_and_comes_back_afterwards(run, monke
 
 
 def test_a_command_is_one_function(run, monkeypatch) -> None:
-    monkeypatch.setitem(cli._COMMANDS, "greet", cli._COMMANDS["models"])  # and to be gone afterwards
+    monkeypatch.setitem(cli.COMMANDS, "greet", cli.COMMANDS["models"])  # and to be gone afterwards
 
     @cli.command(cli.option("--times", type=int, default=1))
     def greet(args):

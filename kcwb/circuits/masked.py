@@ -88,7 +88,7 @@ class MaskedRuns:
         found = needs(network, kept)
         stream = _Stream(self, kept, found)
         if found[0]:
-            stream.write([0], self._embedding[None])
+            stream.write([0], self.at(self._embedding, bool(found[0] == Need.EVERYWHERE))[None])
         for layer in range(graph.n_layers):
             for need in (Need.EVERYWHERE, Need.ANSWERS):
                 first = graph.head_senders(layer).start

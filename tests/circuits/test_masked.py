@@ -34,7 +34,8 @@ def test_logits_are_those_of_the_pass_that_computes_everything(model, ablation):
     runs = MaskedRuns(network, prompts, ablated)
     masks = [with_share(graph, share, seed) for seed, share in enumerate((0.02, 0.1, 0.5, 0.9, 0.99))]
     masks += [random_circuit(graph, 12, 0).kept, random_circuit(graph, 12, 1).complement().kept]
-    masks += [graph.exists, torch.zeros_like(graph.exists)]
+    masks += [graph.exists, torch.zeros_like(graph.exists), torch.zeros_like(graph.exists)]
+    masks[-1][graph.edge_index("input->logits")] = True
     for kept in masks:
         residual = forward(network, prompts.tokens, kept=kept, ablated=ablated).residual
         expected = network.logits(at_answers(residual, prompts))

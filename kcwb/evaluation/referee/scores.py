@@ -1,0 +1,84 @@
+"""What any circuits answer on the same facts: losses and hits of each fact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kcwb.circuits.ablation import Ablation
+from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.masked import MaskedRuns
+from kcwb.errors import KcwbError
+from kcwb.models.forward import prompt_chunks
+from kcwb.models.loading import Model
+from kcwb.tasks.metrics import answer_ranks, make_loss
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts
+
+
+class Answered(NamedTuple):
+    """Of each fact: its loss in each metric, and whether its answer is among the first ten."""
+
+    losses: dict[str, Float[np.ndarray, " N"]]
+    hits: Bool[np.ndarray, " N"]
+
+
+def metrics_of(prompts: Prompts) -> tuple[str, ...]:
+    """The metrics that are defined on all of some prompts: `logit_diff` needs another answer for each."""
+    return ("nll", "logit_diff") if bool((prompts.foils >= 0).all()) else ("nll",)
+
+
+class Scores:
+    """Circuits on some prompts under an ablation; one that comes again is not run again."""
+
+    def __init__(self, model: Model, prompts: Prompts, ablation: Ablation, metrics: Sequence[str]) -> None:
+        self.model, self.prompts, self.metrics = model, prompts, tuple(metrics)
+        self._parts = []
+        for rows in prompt_chunks(model.network, prompts.tokens):
+            part = prompts.select(range(len(prompts))[rows])
+            runs = MaskedRuns(model.network, part, ablation.values(part))
+            self._parts.append((runs, [make_loss(model, part, metric) for metric in metrics]))
+        self._known: dict[bytes, Answered] = {}
+
+    def __call__(self, circuit: Circuit | Bool[Tensor, "S R"]) -> Answered:
+        """What a circuit answers, run alone."""
+        kept = circuit.kept if isinstance(circuit, Circuit) else circuit
+        key = np.packbits(kept.numpy()).tobytes()
+        if key not in self._known:
+            self._known[key] = self._run(kept)
+        return self._known[key]
+
+    @property
+    def model_alone(self) -> Answered:
+        """The whole model: every edge is kept."""
+        return self(self.model.graph.exists)
+
+    @property
+    def empty(self) -> Answered:
+        """Nothing: every edge is cut."""
+        return self(torch.zeros_like(self.model.graph.exists))
+
+    def recovered(self, circuit: Circuit | Bool[Tensor, "S R"], metric: str) -> Float[np.ndarray, " N"]:
+        """How much of what the model gains over nothing the circuit gains on each fact; the mean is faithfulness.
+
+        A fact's gain over the facts' mean gain of the model: what a single fact gains may be about 0.
+        """
+        empty, full = self.empty.losses[metric], self.model_alone.losses[metric]
+        return (empty - self(circuit).losses[metric]) / (empty - full).mean()
+
+    def _run(self, kept: Bool[Tensor, "S R"]) -> Answered:
+        losses: dict[str, list[np.ndarray]] = {metric: [] for metric in self.metrics}
+        hits = []
+        for runs, of_part in self._parts:
+            logits = runs.logits(kept)
+            for metric, loss in zip(self.metrics, of_part, strict=True):
+                losses[metric].append(loss.per_prompt(logits).double().cpu().numpy())
+            hits.append((answer_ranks(logits, runs.prompts) <= KNOWN_RANK).cpu().numpy())
+        found = Answered({metric: np.concatenate(some) for metric, some in losses.items()}, np.concatenate(hits))
+        if not all(np.isfinite(some).all() for some in found.losses.values()):
+            raise KcwbError("The logits of a run are not numbers: they overflow. Use float32.")
+        return found

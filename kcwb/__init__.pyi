@@ -48,7 +48,10 @@ from .circuits.run import run_circuit as run_circuit
 
 # Is it the model
 from .evaluation.completeness import completeness as completeness
-from .evaluation.faithfulness import faithfulness_curve as faithfulness_curve, minimality as minimality
+from .evaluation.faithfulness import faithfulness_curve as faithfulness_curve
+from .evaluation.referee.minimality import minimality as minimality
+from .evaluation.referee.judgement import Judgement as Judgement
+from .evaluation.referee.referee import referee as referee
 from .evaluation.compare import compare_circuits as compare_circuits
 from .evaluation.knowledge import knowledge_table as knowledge_table
 

@@ -1,0 +1,193 @@
+"""The same circuit under other ablations, on other prompts and beside other circuits.
+
+- **Across ablations** (Miller et al., arXiv 2407.08734): a circuit that was found while cut edges deliver one thing may
+  be none where they deliver another; nor is one of edges a good one of nodes.
+- **Elsewhere**: facts that it was not found on, other templates of the relation, other relations.
+- **Rivals**: the best circuits of its size without its strongest edges. If they do as well, it is one of many.
+
+All compare shares of what the model gains over nothing (`Scores.recovered`), whose mean over facts is faithfulness.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kcwb.circuits.ablation import AblationKind, make_ablation
+from kcwb.circuits.circuit import Circuit
+from kcwb.discovery.discover import score_edges
+from kcwb.discovery.methods import scoring
+from kcwb.discovery.selection import matched_circuit
+from kcwb.errors import DataError, SettingError
+from kcwb.evaluation.faithfulness import recovered_share
+from kcwb.evaluation.referee.scores import Scores
+from kcwb.models.loading import Model
+from kcwb.statistics import statistic_interval
+from kcwb.tasks.prompts import Task, make_task
+from kcwb.tasks.relations import Relation, load_relation, relation_files
+
+ABLATIONS = ("zero", "mean", "resample")
+_FALLBACK = "eap-ig"
+_KNOWN = 8  # facts of another relation that a model must know for the circuit to be tried on it
+_TRIED = 40  # facts that it is asked
+#: Nats of a mean gain over nothing below which no share of it means anything.
+_LEAST_GAIN = 0.05
+
+Step = Callable[..., None]
+
+
+def measured(scores: Scores, circuit: Circuit, metric: str, seed: int) -> dict[str, Any]:
+    """One row: how well the circuit does on some prompts, beside the model and nothing."""
+    own, full, empty = scores(circuit), scores.model_alone, scores.empty
+    gained, possible = empty.losses[metric] - own.losses[metric], empty.losses[metric] - full.losses[metric]
+    low, high = statistic_interval([gained, possible], recovered_share, seed)
+    return {
+        "n": len(own.hits),
+        "hit_model": float(full.hits.mean()),
+        "hit": float(own.hits.mean()),
+        "nll_model": float(full.losses["nll"].mean()),
+        "nll": float(own.losses["nll"].mean()),
+        "nll_empty": float(empty.losses["nll"].mean()),
+        "faithfulness": float(recovered_share(gained, possible)) if tells(scores, metric) else np.nan,
+        "low": low if tells(scores, metric) else np.nan,
+        "high": high if tells(scores, metric) else np.nan,
+    }
+
+
+def tells(scores: Scores, metric: str) -> bool:
+    """Whether the model gains anything over nothing on these prompts, of which a circuit could have a share."""
+    return float((scores.empty.losses[metric] - scores.model_alone.losses[metric]).mean()) > _LEAST_GAIN
+
+
+# --- other prompts ---
+
+
+def other_templates(task: Task, most: int) -> list[str]:
+    """Zero-shot templates of the relation that are not the task's."""
+    return [template for template in task.relation.prompt_templates_zs if template != task.template][:most]
+
+
+def other_relations(task: Task, given: int | Sequence[Relation | str], seed: int) -> Iterable[Relation]:
+    """Relations to try the circuit on: those that are given, or those that come with the package, in random order."""
+    if not isinstance(given, int):
+        yield from (load_relation(one) if isinstance(one, str) else one for one in given)
+        return
+    generator, names = np.random.default_rng(seed), [name for name in relation_files() if name != task.relation.name]
+    for name in generator.permutation(names) if given else []:
+        relation = load_relation(str(name))
+        chosen = generator.permutation(len(relation.facts))[:_TRIED]
+        yield replace(relation, facts=tuple(relation.facts[i] for i in sorted(chosen)))
+
+
+def task_elsewhere(
+    model: Model, relation: Relation, template: int | str, n: int, seed: int, without: Iterable[str] = ()
+) -> Task | None:
+    """Facts that the model knows, none of them about some subjects; None if it knows too few."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # facts that cannot be told apart are of no interest here
+        try:
+            task = make_task(model, relation, n=2 * n, seed=seed, template=template, n_test=0)
+        except DataError:
+            return None
+    excluded = set(without)
+    rows = [i for i, fact in enumerate(task.val.facts) if fact.subject not in excluded][:n]
+    return replace(task, val=task.val.select(rows)) if len(rows) >= min(_KNOWN, len(relation.facts) // 2) else None
+
+
+# --- other ablations ---
+
+
+def found_under(model: Model, task: Task, circuit: Circuit, own: str, step: Step) -> dict[str, Circuit]:
+    """Ablation -> the circuit of this size that the same method finds under it; its own stays what it is.
+
+    For a method that does not score edges, or is not known, EAP-IG stands in.
+    """
+    found: dict[str, Circuit] = {}
+    for ablation in ABLATIONS:
+        if ablation == own:
+            found[ablation] = circuit
+        elif ablation != "resample" or bool(task.val.paired.any()):
+            scores = edge_scores(model, task, circuit, ablation)
+            found[ablation] = matched_circuit(model.graph, scores, circuit.n_edges)
+        step()
+    if own not in found:
+        found = {own: circuit, **found}
+    return found
+
+
+def edge_scores(
+    model: Model, task: Task, circuit: Circuit, ablation: str | AblationKind, metric: str | None = None
+) -> Float[Tensor, "S R"]:
+    """Scores of all edges on D_val by the method, and in the metric, that the circuit was found with."""
+    recorded = circuit.provenance
+    method = str(recorded.get("method"))
+    method = method if method in scoring() else _FALLBACK
+    given = recorded.get("parameters")
+    steps = given.get("steps") if isinstance(given, dict) and method == recorded.get("method") else None
+    metric = metric or str(recorded.get("metric", "nll"))
+    try:
+        return score_edges(model, task, method, metric=metric, ablation=ablation, steps=steps, progress=False)
+    except SettingError:  # a metric, or a setting, of another version
+        return score_edges(model, task, _FALLBACK, ablation=ablation, progress=False)
+
+
+def of_nodes(circuit: Circuit) -> Circuit:
+    """The circuit of all edges between the nodes that a circuit keeps: what cutting whole nodes leaves."""
+    graph, matrix = circuit.graph, circuit.node_matrix
+    inside = torch.from_numpy(matrix.sum(0) + matrix.sum(1) > 0)
+    return Circuit(graph, graph.exists & inside[:-1, None] & inside[graph.receiver_node][None])
+
+
+def across(
+    found: dict[str, Circuit], tested: dict[str, Scores], metric: str, seed: int, step: Step
+) -> list[dict[str, Any]]:
+    """The rows of `Judgement.matrix`."""
+    rows = []
+    for under, circuit in found.items():
+        for level, one in {"edges": circuit, "nodes": of_nodes(circuit)}.items():
+            for ablation, scores in tested.items():
+                row = measured(scores, one, metric, seed)
+                kept = {key: row[key] for key in ("faithfulness", "low", "high", "n")}
+                rows.append({"found": under, "tested": ablation, "level": level, "edges": one.n_edges, **kept})
+                step()
+    return rows
+
+
+def scores_under(model: Model, task: Task, scores: Scores, own: str) -> dict[str, Scores]:
+    """Ablation -> scores of the same facts under it; the own one first."""
+    found = {own: scores}
+    for ablation in ABLATIONS:
+        if ablation not in found and (ablation != "resample" or bool(scores.prompts.paired.all())):
+            cuts = make_ablation(model, task, ablation)
+            found[ablation] = Scores(model, scores.prompts, cuts, scores.metrics)
+    return found
+
+
+# --- other circuits ---
+
+
+def rivals(
+    circuit: Circuit, edge_scores: Float[Tensor, "S R"], without: Sequence[int]
+) -> dict[int, tuple[Circuit, int]]:
+    """How many of the circuit's strongest edges are barred -> the best circuit of its size, and how many they share."""
+    graph, found = circuit.graph, {}
+    strength = edge_scores if circuit.scores is None else circuit.scores.nan_to_num(0.0)
+    rows, columns = circuit.kept.nonzero(as_tuple=True)
+    order = strength[rows, columns].abs().argsort(descending=True, stable=True)
+    lowest = float(edge_scores[graph.exists].min()) - 1.0
+    for k in without:
+        barred = edge_scores.clone()
+        barred[rows[order[:k]], columns[order[:k]]] = lowest
+        rival = matched_circuit(graph, barred, circuit.n_edges)
+        kept = rival.kept.clone()
+        kept[rows[order[:k]], columns[order[:k]]] = False
+        rival = Circuit(graph, kept).without_dangling()
+        found[k] = rival, (rival & circuit).n_edges
+    return found

@@ -1,0 +1,153 @@
+"""The referee: is this a circuit? Every question that can be asked of one, on facts that it was not found on.
+
+Each question is a claim that a paper would make of its circuit. A test in each direction answers it (`hypotheses`), and
+Holm's correction over all of them together keeps the chance of any wrong answer at 5%. What the tests are of:
+
+- the circuit and the model (equivalence), what is left without the circuit and the model (independence);
+- random connected circuits of its size (sufficiency), and what is left without such ones (partial necessity);
+- edges of random paths (minimality);
+- other ablations, facts, templates, relations, and other circuits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from kcwb.circuits.ablation import AblationKind, make_ablation
+from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.ensemble import Ensemble
+from kcwb.circuits.run import check_same_model
+from kcwb.errors import CircuitError, DataError, choose
+from kcwb.evaluation.referee.hearing import Effort, Hearing
+from kcwb.evaluation.referee.judgement import Judgement
+from kcwb.files import write_text
+from kcwb.models.loading import Model
+from kcwb.progress import Progress
+from kcwb.settings import Count, Natural, Seed, Share
+from kcwb.tasks.metrics import METRICS
+from kcwb.tasks.prompts import Task, check_same_weights
+from kcwb.tasks.relations import Relation
+from kcwb.verbs import verb
+
+_VERSION = 1  # of what is asked; a kept judgement of another one is not read
+
+
+FULL = Effort()
+QUICK = Effort(24, 50, 50, 50, 60, 1, 1, 12)
+
+
+@verb
+def referee(
+    model: Model,
+    circuit: Circuit | Ensemble,
+    task: Task,
+    *,
+    ablation: str | AblationKind | None = None,
+    metric: str = "nll",
+    confidence: Share = 0.5,
+    quick: bool = False,
+    facts: Count | None = None,
+    draws: Count | None = None,
+    relations: Natural | Sequence[Relation | str] | None = None,
+    exclude: Sequence[str] = (),
+    seed: Seed = 0,
+    cache: bool = True,
+    progress: Progress = True,
+) -> Judgement:
+    """Judge a circuit: does it answer as the model does, alone, without idle edges, and elsewhere too.
+
+    Parameters
+    ----------
+    model, circuit, task
+        A circuit of the model, from wherever; of an ensemble its consensus. It is judged on the facts of the task's
+        relation that the model knows and that it was not found on, in the task's template.
+    ablation
+        What cut edges deliver; None for what the circuit was found with (`zero` if that is not known).
+    metric
+        The loss that the shares in `matrix`, `elsewhere` and `rivals` are of, and the cost of edges: `nll` or
+        `logit_diff`. The questions of arXiv 2410.13032 are asked in both.
+    confidence
+        Of an ensemble: the least pi of an edge.
+    quick
+        Fewer facts and draws: a look, with less power.
+    facts, draws
+        At most how many facts (100; quick: 24), and how many random circuits, complements and paths each (100; quick:
+        50).
+    relations
+        How many other relations of those that come with the package are tried (3; quick: 1), or which.
+    exclude
+        Subjects of further facts that it is not to be judged on.
+    seed
+        Of all draws.
+    cache
+        Keep the judgement in the user's cache, and read it from there if the same was asked before.
+    progress
+        Reported per run of a circuit; may cancel there.
+
+    Returns
+    -------
+    Judgement
+        Tables, and a sentence for each question.
+
+    Raises
+    ------
+    CircuitError
+        If the circuit is empty or whole, or belongs to another model.
+    DataError
+        If there are fewer than 4 facts to judge it on, or nothing to be gained on them.
+    """
+    if isinstance(circuit, Ensemble):
+        circuit = circuit.consensus(confidence)
+    choose("The metric", metric, [one for one in METRICS if one != "kl"])
+    check_same_model(model, circuit)
+    check_same_weights(model, task)
+    if not 0 < circuit.n_edges < model.graph.n_edges:
+        raise CircuitError(f"{circuit!r} has {'no' if not circuit.n_edges else 'every'} edge: nothing to judge.")
+    effort = QUICK if quick else FULL
+    effort = replace(effort, facts=facts or effort.facts)
+    if draws:
+        effort = replace(effort, paths=draws, circuits=draws, complements=draws)
+    others = effort.relations if relations is None else relations
+    cuts = make_ablation(model, task, ablation or circuit.ablation)
+    settings = {"ablation": str(cuts.kind), "metric": metric, "seed": seed, **vars(effort)}
+    path = _kept_at(model, circuit, task, settings, others, exclude) if cache else None
+    if path is not None and path.is_file():
+        try:
+            return Judgement.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, DataError, UnicodeDecodeError):  # damaged: it is made anew
+            pass
+    found = Hearing(model, circuit, task, cuts, metric, effort, others, exclude, seed).judge(progress, settings)
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, found.to_json())
+        except OSError as error:
+            warnings.warn(f"The judgement cannot be kept as {path} ({error.strerror}).", stacklevel=2)
+    return found
+
+
+def _kept_at(
+    model: Model, circuit: Circuit, task: Task, settings: Mapping[str, Any], others: Any, exclude: Sequence[str]
+) -> Path:
+    """Where a judgement is kept, by what determines it."""
+    root = os.environ.get("KCWB_CACHE")
+    folder = (Path(root).expanduser() if root else user_cache_path("kcwb")) / "judgements"
+    names = others if isinstance(others, int) else [one if isinstance(one, str) else one.digest for one in others]
+    scores = circuit.scores
+    what = {
+        "version": _VERSION, "model": model.digest, "dtype": str(model.dtype), "circuit": circuit.digest,
+        "scores": None if scores is None else hashlib.sha256(scores.numpy().tobytes()).hexdigest(),
+        "from": [circuit.provenance.get(key) for key in ("method", "metric", "facts", "parameters")],
+        "relation": task.relation.digest, "template": task.template, "n": task.n, "task seed": task.seed,
+        "others": names, "exclude": sorted(exclude), **settings,
+    }  # fmt: skip
+    return folder / f"{hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()}.json"

@@ -30,10 +30,10 @@ _KEYS = ("question", "metric", "verdict", "effect", "low", "high", "holm", "powe
     option("--model", help="built-in name, hub name or local folder (default, here and below: as the file says)"),
     option("--relation", help="the name of a relation, or a .json file"),
     option("--template", type=template_of, help="a zero-shot template's number, or text with {}"),
-    option("--facts", type=int, help="facts in D_val"),
-    option("--seed", type=int, help="of the draw of facts, and of all that is drawn at random"),
+    option("--facts", dest="most", type=int, metavar="N", help="judge on at most N facts (default: 100; quick: 24)"),
+    option("--seed", dest="start", type=int, default=0, metavar="SEED", help="of the referee's draws (default: 0)"),
     option("--ablation", help="what a cut edge delivers: zero, mean, resample, or name(setting=value)"),
-    option("--metric", help="the loss that a circuit is judged by: nll, kl or logit_diff"),
+    option("--metric", help="what shares and costs are measured by: nll (the default) or logit_diff"),
     option("--dtype", help="float32, bfloat16 or float16"),
     FORCE,
     *RUNNING,
@@ -41,6 +41,7 @@ _KEYS = ("question", "metric", "verdict", "effect", "low", "high", "holm", "powe
 def referee(args: argparse.Namespace) -> tuple[Any, str]:
     """Ask of a circuit all that a referee would ask, with tests; of several, which stands best.
 
+    It is judged on facts that the model knows and that the circuit, as far as its file says, was not found on.
     A FILE may be of kcwb, of MIB (arXiv 2504.13151) or of Knowledge Circuits (arXiv 2405.17969). The last two do not
     say which model and relation they are of: name them with --model and --relation.
     """
@@ -54,7 +55,7 @@ def referee(args: argparse.Namespace) -> tuple[Any, str]:
     model, read, task = _read(args, files)
     circuits = {name: read[path] for name, path in zip(names, files, strict=True)}
     more = given_of(args, "metric", "ablation") | {"quick": args.quick, "progress": not args.quiet}
-    more |= given_of(args, "seed")
+    more |= {"facts": args.most, "seed": args.start}
     if len(files) == 1:
         from kcwb.evaluation.referee.referee import referee as judge
 
@@ -87,7 +88,8 @@ def _read(args: argparse.Namespace, files: Sequence[Path]) -> tuple[Model, dict[
     from kcwb.tasks.prompts import make_task
 
     load_extensions()
-    for name, known in {"metric": METRICS, "ablation": ABLATIONS}.items():
+    metrics = [name for name in METRICS if name != "kl"]  # of which no share is gained
+    for name, known in {"metric": metrics, "ablation": ABLATIONS}.items():
         for given in given_of(args, name).values():
             choose(f"--{name}", given.partition("(")[0], known)
     drawings = [path for path in files if file_kind(path) == "gv"]

@@ -61,8 +61,9 @@ FORCE = option("--force", action="store_true", help="overwrite also a file that 
 
 
 def given_of(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of the named arguments that were given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    """Those of the named arguments that the command has and that were given."""
+    found = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def remade(provenance: Mapping[str, Any], where: Path, args: argparse.Namespace) -> tuple[Relation, dict[str, Any]]:

@@ -46,19 +46,20 @@ def test_a_file_says_what_it_is_judged_on(run, asked, found, folder, file) -> No
     done = run("referee", found, "--relation", file, "--quiet")
     (call,) = asked
     assert done.code == 0 and call.model.name == load_model(folder).name
-    assert (call.task.n, call.task.seed, call.quick, call.progress) == (4, 0, False, False)
+    assert (call.task.n, call.task.seed, call.facts, call.seed, call.quick, call.progress) == (
+        4, 0, None, 0, False, False,
+    )  # fmt: skip
     assert call.circuit.digest == Circuit.load(found).digest
     assert "minimality" in done.out and "No page is written" in done.out
     assert "By nll, sufficiency is yes" in done.out
 
 
 def test_options_override_what_a_file_says(run, asked, found, file, words) -> None:  # noqa: F811
-    options = ["--facts", 3, "--seed", 5, "--template", 1, "--metric", "kl", "--ablation", "zero", "--quick"]
+    options = ["--facts", 3, "--seed", 5, "--template", 1, "--metric", "logit_diff", "--ablation", "zero", "--quick"]
     assert run("referee", found, "--relation", file, *options, "--dtype", "float32", "--quiet").code == 0
     (call,) = asked
-    assert (call.task.n, call.task.seed, call.seed, call.metric, call.ablation, call.quick) == (
-        3, 5, 5, "kl", "zero", True,
-    )  # fmt: skip
+    assert (call.facts, call.seed, call.metric, call.ablation, call.quick) == (3, 5, "logit_diff", "zero", True)
+    assert (call.task.n, call.task.seed) == (4, 0)  # as the circuit was found
     assert call.task.template == words.prompt_templates_zs[1]
 
 
@@ -126,6 +127,7 @@ def test_what_is_missing_or_misspelt_is_told_before_a_model_is_loaded(run, found
         ([tmp_path / "kc.gv", "--model", "gpt2"], ["does not say which relation", "--relation"]),
         ([found], ["words", "--relation PATH.json"]),
         ([found, "--relation", file, "--metric", "nil"], ["--metric", "'nll'"]),
+        ([found, "--relation", file, "--metric", "kl"], ["--metric", "nll"]),
         ([found, "--relation", file, "--ablation", "men"], ["--ablation", "'mean'"]),
         ([found, "--compare", found, "--relation", file], ["named twice"]),
         ([found, "-o", tmp_path / "taken.html"], ["The page", "is kept"]),

@@ -8,43 +8,57 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from kcwb.circuits.provenance import found_with, part
+from kcwb.circuits.provenance import part
 from kcwb.evaluation.referee.judgement import NO, NOT_SHOWN, YES, Judgement
 from kcwb.workbench import plots, tables
 from kcwb.workbench.plots import Plot, picture
+from kcwb.workbench.plots.referee import kept_edges
 from kcwb.workbench.tables import decimal, interval, shorten, text
 
 ENOUGH = 50  # facts; below, a page says what could not have been seen
 _MARKS = {YES: "kc-yes", NO: "kc-no"}
 _LONG = 2000  # letters of a sentence
 _PER_CENT = "in 80% of cases"
+_DIFFERENCE = "by permutations, where less than .1 is no matter"
+#: Question -> how it is asked, and the arXiv number of whose test or idea that is.
 _METHODS = {
     "equivalence": (
-        "on how many facts the circuit does better than the model, by a binomial test against shares farther than "
-        "ε = .1 from one half",
+        "is the share of facts on which the circuit does better within .1 of one half, by binomial tests",
         "2410.13032",
     ),
     "independence": (
-        "whether what is left of the model without the circuit knows how the model does on a fact, by HSIC with a "
-        "Gaussian kernel and permutations",
+        "do the scores of what is left without the circuit depend on the model's, by HSIC with Gaussian kernels and "
+        "9,999 permutations; the effect is Spearman's correlation",
+        "2410.13032",
+    ),
+    "sufficiency": (
+        "of how many random connected circuits of its size are losses farther from the model's, against nine of ten",
+        "2410.13032",
+    ),
+    "partial necessity": (
+        "the same of the model without the circuit, and without random ones: whose losses are nearer the model's",
         "2410.13032",
     ),
     "minimality": (
-        "whether cutting an edge does more than cutting an edge of a random path that was let in does nine times in "
-        "ten, by a binomial test for each edge",
+        "does cutting an edge change losses more than cutting an edge of a random path that was let in, nine times of "
+        "ten; by a binomial test for each edge, with Holm's correction over edges",
         "2410.13032",
     ),
-    "sufficiency": ("how many random circuits of its size the circuit beats", "2410.13032"),
-    "partial necessity": (
-        "whether the model without the circuit does worse than without a random circuit of its size",
-        "2410.13032",
-    ),
-    "ablations": (
-        "circuits found under zero, mean and resample ablation, each tested under all three, by edges and by nodes",
+    "other facts": (f"the recovered share on facts that it was found on, less that on others, {_DIFFERENCE}", ""),
+    "other templates": (f"the recovered share in its template, less that in others, {_DIFFERENCE}", ""),
+    "other ablations": (
+        f"the recovered share under its ablation, less that under the others of zero, mean and resample, {_DIFFERENCE}",
         "2407.08734",
     ),
+    "specificity": ("the recovered share of its own relation, less that of others, by permutations", ""),
+    "uniqueness": (
+        "its recovered share less that of the best circuit of its size without its strongest tenth of edges, by "
+        "permutations",
+        "",
+    ),
     "faithfulness": (
-        "(loss of the empty circuit - loss of this one) / (loss of the empty circuit - loss of the model)",
+        "the recovered share: (loss with every edge cut - loss of the circuit) over (loss with every edge cut - loss "
+        "of the model), means over facts",
         "2504.13151",
     ),
 }
@@ -69,16 +83,17 @@ def title(judgement: Judgement) -> str:
 
 def byline(judgement: Judgement) -> list[str]:
     """On what and how, in a few words each."""
-    said, circuit = judgement.provenance, part(judgement.provenance, "circuit")
-    facts = said.get("n")
+    said, circuit, settings = (
+        judgement.provenance,
+        *(part(judgement.provenance, key) for key in ("circuit", "settings")),
+    )
     told = [f"“{shorten(str(said['template']), 160)}”"] if "template" in said else []
-    told += [f"{facts:,} facts"] if isinstance(facts, int) else []
-    if found := found_with(circuit, "method", "metric"):
-        told.append(f"found by {', '.join(found)}")
-    told += [f"{said['ablation']} ablation"] if "ablation" in said else []
-    metrics = list(dict.fromkeys(map(str, judgement.questions["metric"])))
-    told += [f"judged by {', '.join(metrics)}"] if metrics else []
-    return [*told, "a quick look"] if said.get("quick") is True else told
+    told += [f"{said['judged on']:,} facts"] if isinstance(said.get("judged on"), int) else []
+    found = circuit.get("found with")
+    told += [f"found with {', '.join(map(str, found))}"] if found and isinstance(found, list) else []
+    told += [f"judged under {settings['ablation']} ablation"] if "ablation" in settings else []
+    random = [f"{settings[key]:,} random {key}" for key in ("circuits", "paths") if isinstance(settings.get(key), int)]
+    return [*told, *random]
 
 
 def headline(judgement: Judgement) -> str:
@@ -95,16 +110,17 @@ def few_facts(judgement: Judgement) -> str:
     """If there are fewer facts than are asked for: what could not have been seen; else empty."""
     table = judgement.questions
     some = table[table["of"] == "facts"]
-    facts = some["n"].max()
+    facts = judgement.provenance.get("judged on", some["n"].max())
     if not facts < ENOUGH:
         return ""
-    least = some.groupby("question", sort=False)["least"].max().dropna()
-    could = "; ".join(f"{question} by {decimal(value)}" for question, value in least.items())
-    return f"Only {facts:,.0f} facts, where {ENOUGH} are asked for" + (
-        f". So few find a claim wrong {_PER_CENT} only if it is wrong by this much: {could}. What is less may be there."
-        if could
-        else ": small effects cannot be seen."
-    )
+    least = some.groupby("question", sort=False)["least"].max()
+    could = [f"{question} by {decimal(value)}" for question, value in least.dropna().items()]
+    never = [str(question) for question in least.index[least.isna()]]
+    words = [f"Only {facts:,.0f} facts, where {ENOUGH} are asked for: small effects are not seen."]
+    if could:
+        words.append(f"So many find a claim wrong {_PER_CENT} only where it is wrong by this much: {'; '.join(could)}.")
+    words += [f"Nothing is wrong enough to be found so: {', '.join(never)}."] if never else []
+    return " ".join(words)
 
 
 def verdict(value: str) -> str:
@@ -118,14 +134,18 @@ def verdict_table(judgement: Judgement) -> str:
     for question, some in judgement.questions.groupby("question", sort=False):
         answer = str(answers[question])
         deciding = some[some["verdict"] == answer].iloc[0]
-        several = len(some) > 1
-        shown = [f"{row.metric} {row.verdict}: " if several else "" for row in some.itertuples()]
+        several, differ = len(some) > 1, some["verdict"].nunique() > 1
+        shown = [f"{one}: " if several else "" for one in some["metric"]]
+        shown = [f"{row.metric}, {row.verdict}: " for row in some.itertuples()] if differ else shown
         numbers: list[list[str]] = [
             [f"{name}{fitting(*ends)}" for name, ends in zip(shown, _ends(some), strict=True)],
             [_p(value) for value in some["holm"]],
             [decimal(value) for value in some["power"]],
         ]
-        cells = [f"<strong>{text(question)}</strong>{tables.muted(str(deciding['claim']))}", verdict(answer)]
+        cells = [
+            f'<strong>{text(question)}</strong> <span class="kc-muted">{text(deciding["claim"], _LONG)}</span>',
+            verdict(answer),
+        ]
         row = "".join(f"<td>{cell}</td>" for cell in cells)
         row += "".join(
             f'<td class="kc-number">{"".join(f"<div>{text(line)}</div>" for line in lines)}</td>' for lines in numbers
@@ -159,12 +179,14 @@ def pictures(judgement: Judgement) -> list[Section]:
 def details(judgement: Judgement) -> list[Section]:
     """All tables of it."""
     tests = judgement.questions.drop(columns=["claim", "sentence"])
-    costly = judgement.edges.sort_values("effect", ascending=False, kind="stable")
+    edges = kept_edges(judgement).drop(columns="kept", errors="ignore")
+    edges = edges.assign(superfluous=["superfluous" if one else "" for one in edges["superfluous"]])
     return [
         Section(
             "Every test",
-            "p_for is that of the claim's opposite, p_against that of the claim; power is the chance to find a claim "
-            f"wrong that is so by reference, least what would be found {_PER_CENT}.",
+            "p_for is the p-value under the claim's opposite, p_against that under the claim. power is the probability "
+            "of finding a claim wrong that is so as reference says; least, by how much one must be to be found so "
+            f"{_PER_CENT}.",
             tables.table(tests, {name: _p for name in ("p_for", "p_against", "holm")}, scroll=True)
             + "".join(tables.muted(f"{row.question}, {row.metric}: {row.sentence}") for row in _rows(judgement)),
         ),
@@ -175,9 +197,12 @@ def details(judgement: Judgement) -> list[Section]:
             tables.table(joined(judgement.elsewhere), scroll=True),
         ),
         Section(
-            "Its edges, the costliest first",
-            "What cutting each alone adds to the circuit's loss, in nats, beside edges of random paths.",
-            tables.table(costly, scroll=True),
+            "Its edges, those that matter most first",
+            "effect is by how much cutting one alone changes the loss of a fact in the mean, cost by how much it "
+            "raises it, in nats; exceeds the share of edges of random paths with a smaller effect.",
+            tables.table(
+                edges.sort_values("effect", ascending=False, kind="stable"), {"p": _p, "holm": _p}, scroll=True
+            ),
         ),
         Section(
             "Other circuits",
@@ -186,7 +211,8 @@ def details(judgement: Judgement) -> list[Section]:
         ),
         Section(
             "Every pair of ablations",
-            "Circuits of one size, found under one ablation and tested under another.",
+            "Circuits of one size, found under one ablation and tested under another: their edges, and all edges among "
+            "their nodes.",
             tables.table(joined(judgement.matrix), scroll=True),
         ),
     ]
@@ -195,7 +221,6 @@ def details(judgement: Judgement) -> list[Section]:
 def methods(judgement: Judgement) -> list[tuple[str, str, str]]:
     """How each test works that was made: its name, a sentence, and the arXiv number of its source."""
     asked = set(judgement.questions["question"])
-    asked |= {"ablations"} if len(judgement.matrix) else set()
     return [(name, *one) for name, one in _METHODS.items() if name in asked or name == "faithfulness"]
 
 

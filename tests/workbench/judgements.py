@@ -10,19 +10,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from kcwb.evaluation.referee.hypotheses import Tested
 from kcwb.evaluation.referee.judgement import NO, NOT_SHOWN, YES, Judgement
+from kcwb.evaluation.referee.words import QUESTIONS, sentence
 
 KINDS = ("zero", "mean", "resample")
-BETTER, BEATEN = "share of facts on which the circuit does better", "share of random circuits that it beats"
 NAN = math.nan
 ASKED = (
-    # question, metric, effect, what, low, high, n, of, p_for, p_against, verdict
-    ("equivalence", "nll", 0.46, BETTER, 0.33, 0.6, 48, "facts", 0.031, 0.9, NOT_SHOWN),
-    ("equivalence", "logit_diff", 0.48, BETTER, 0.34, 0.62, 48, "facts", 0.02, 0.9, YES),
-    ("independence", "nll", 0.004, "HSIC of complement and model", NAN, NAN, 48, "facts", NAN, 0.41, YES),
-    ("minimality", "nll", 0.06, "share of edges that are superfluous", 0.02, 0.13, 100, "edges", NAN, 0.0001, NO),
-    ("sufficiency", "nll", 1.0, BEATEN, 0.96, 1.0, 100, "random circuits", 0.0099, NAN, YES),
-    ("partial necessity", "nll", 0.71, BEATEN, 0.61, 0.79, 100, "random circuits", 0.2, NAN, NOT_SHOWN),
+    # question, metric, effect, low, high, n, of, p_for, p_against, holm, verdict, least
+    ("equivalence", "nll", 0.46, 0.33, 0.6, 48, "facts", 0.031, 0.9, 0.124, NOT_SHOWN, 0.24),
+    ("equivalence", "logit_diff", 0.48, 0.34, 0.62, 48, "facts", 0.02, 0.9, 0.08, YES, 0.24),
+    ("independence", "nll", 0.004, NAN, NAN, 48, "facts", NAN, 0.41, 1.0, NOT_SHOWN, 0.35),
+    ("minimality", "nll", 0.94, 0.87, 0.98, 100, "edges", NAN, 0.0001, 0.0004, NO, 0.3),
+    ("sufficiency", "nll", 1.0, 0.96, 1.0, 100, "random circuits", 0.0099, NAN, 0.04, YES, 0.2),
+    ("partial necessity", "nll", 0.71, 0.61, 0.79, 100, "random circuits", 0.2, NAN, 0.8, NOT_SHOWN, 0.2),
+    ("other facts", "nll", 0.02, -0.1, 0.14, 8, "facts", 0.11, 0.4, 0.8, NOT_SHOWN, 0.28),
+    ("other templates", "nll", 0.31, 0.2, 0.4, 24, "facts", 0.9, 0.0001, 0.002, NO, 0.2),
+    ("other ablations", "nll", 0.43, 0.4, 0.5, 48, "facts", 1.0, 0.0001, 0.002, NO, 0.1),
+    ("specificity", "nll", 0.8, 0.7, 0.9, 24, "facts", 0.0001, 1.0, 0.002, YES, 0.2),
+    ("uniqueness", "nll", 0.13, 0.1, 0.2, 48, "facts", 0.0001, 1.0, 0.002, YES, 0.1),
 )
 SCORES = ["hit_model", "hit", "nll_model", "nll", "nll_empty", "faithfulness", "low", "high"]
 
@@ -57,17 +63,21 @@ def judgement_of(
         ("relation", "country_language", facts, 0.9, 0.1, 1.0, 5.0, 5.5, 0.11, 0.02, 0.2),
     ]
     head = {"model": {"name": "smollm2-135m", "digest": "ab" * 32}, "relation": {"name": "country_capital"}}
-    circuit = {"edges": 300, "nodes": 80, "method": "eap-ig", "digest": "cd" * 32}
-    head |= {"template": "The capital of {} is", "n": facts, "ablation": "mean", "circuit": circuit, "seed": 0}
+    circuit = {"edges": 300, "nodes": 80, "found with": ["eap-ig", "mean", "nll"], "digest": "cd" * 32}
+    settings = {"ablation": "mean", "metric": "nll", "circuits": 100, "paths": 20}
+    head |= {"template": "The capital of {} is", "judged on": facts, "circuit": circuit, "settings": settings}
     return Judgement(
         questions=questions(facts),
         edges=pd.DataFrame(
             {
                 "sender": [one for one, _ in edges],
                 "receiver": [other for _, other in edges],
+                "kept": True,
                 "effect": list(effects.values()),
+                "cost": list(effects.values()),
                 "exceeds": below,
                 "p": [max(1e-4, 1 - one) for one in below],
+                "holm": [min(1.0, 3 * max(1e-4, 1 - one)) for one in below],
                 "superfluous": [one < 0.5 for one in below],
             }
         ),
@@ -86,15 +96,17 @@ def judgement_of(
 
 
 def questions(facts: int) -> pd.DataFrame:
+    """The table in the words of the referee, with these numbers."""
     rows = []
-    for question, metric, effect, what, low, high, n, of, p_for, p_against, verdict in ASKED:
+    for question, metric, effect, low, high, n, of, p_for, p_against, p, verdict, least in ASKED:
+        asked, n = QUESTIONS[question], facts if n == 48 else n
+        tested = Tested(effect, low, high, n, p_for, p_against, 0.64, least)
         rows.append(
             {
-                "question": question, "metric": metric, "claim": f"The claim of {question}, said of the circuit.",
-                "effect": effect, "what": what, "low": low, "high": high, "n": facts if of == "facts" else n, "of": of,
-                "p_for": p_for, "p_against": p_against, "holm": min(1.0, 4 * np.nanmin([p_for, p_against])),
-                "verdict": verdict, "power": 0.64, "reference": 0.2, "least": 0.24,
-                "sentence": f"By {metric}, {question} is {verdict}: {effect:g} is the {what}, of {facts} facts.",
+                "question": question, "metric": metric, "claim": asked.claim, "verdict": verdict, "effect": effect,
+                "what": asked.what, "low": low, "high": high, "n": n, "of": of, "p_for": p_for,
+                "p_against": p_against, "holm": p, "power": 0.64, "reference": asked.reference, "least": least,
+                "sentence": sentence(question, metric, tested, verdict, p),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -117,6 +129,8 @@ def hostile(judgement: Judgement, texts: list[str]) -> Judgement:
     def words(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: words(one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [words(one) for one in value]
         return next(told) if isinstance(value, str) else value
 
     def table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -125,4 +139,4 @@ def hostile(judgement: Judgement, texts: list[str]) -> Judgement:
         return frame.assign(**{name: [next(told) for _ in range(len(frame))] for name in names})
 
     tables = {name: table(getattr(judgement, name)) for name in ("questions", "edges", "elsewhere")}
-    return replace(judgement, **tables, provenance=words(dict(judgement.provenance)) | {"ablation": next(told)})
+    return replace(judgement, **tables, provenance=words(dict(judgement.provenance)))

@@ -26,6 +26,7 @@ from kcwb.workbench import tables
 from kcwb.workbench.graph.page import graph_view
 from kcwb.workbench.panels import results
 from kcwb.workbench.panels.base import Panel
+from kcwb.workbench.panels.bench import Bench
 from kcwb.workbench.panels.clicks import GRAPH_CLASS
 from kcwb.workbench.panels.comparison import Comparison
 from kcwb.workbench.panels.controls import Controls
@@ -36,7 +37,7 @@ from kcwb.workbench.panels.runner import Job
 from kcwb.workbench.panels.search import Search
 from kcwb.workbench.panels.widgets import button, dropdown, offer, room, the_file, wide
 
-_NODE, _COMPARE = "Node", "Compare runs"
+_NODE, _COMPARE, _REFEREE = "Node", "Compare runs", "Referee"
 
 
 class DiscoveryPanel(Panel):
@@ -68,6 +69,8 @@ class DiscoveryPanel(Panel):
         Every run, in order.
     nodes
         The `NodePanel` for the circuit on screen.
+    bench
+        The referee: `bench.judge()`, and then `bench.judgement`.
 
     Examples
     --------
@@ -75,7 +78,7 @@ class DiscoveryPanel(Panel):
     >>> panel.run(); panel.wait(); panel.circuit  # doctest: +SKIP
     """
 
-    pages = ("Is it the model?", "Strongest edges", "Nodes", _NODE, "Facts", _COMPARE)
+    pages = ("Is it the model?", "Strongest edges", "Nodes", _NODE, "Facts", _COMPARE, _REFEREE)
 
     def __init__(
         self,
@@ -116,6 +119,7 @@ class DiscoveryPanel(Panel):
         self._graph.add_class(GRAPH_CLASS)
         self.nodes = NodePanel(model, graph=False)
         self._comparison = Comparison(height)
+        self.bench = Bench(self, lambda: self._shown)
         self._path = W.Text("circuit.json", description="File", layout=room(320))
         self._save_button = self._button("Save", "download", lambda: self.save(self._path.value))
         self._load_button = self._button("Load", "upload", lambda: self.load(self._path.value))
@@ -127,7 +131,7 @@ class DiscoveryPanel(Panel):
         self._on(self.nodes.clicks.field, self._on_click)
         graph, tabs = model.graph, dict[str, W.Widget](self._pages)
         size = f"{graph.n_layers} layers of {graph.n_heads} heads, {graph.n_edges:,} edges"
-        tabs |= {_NODE: self.nodes._root, _COMPARE: self._comparison.widget}
+        tabs |= {_NODE: self.nodes._root, _COMPARE: self._comparison.widget, _REFEREE: self.bench.widget}
         self._tabs.children = list(tabs.values())
         self._fill(dict.fromkeys(self.pages, tables.muted("Press Run.")))
         self._offer_size()
@@ -220,7 +224,7 @@ class DiscoveryPanel(Panel):
         if self._runner.job == "test":
             self._runner.cancel()  # of the size that is left
         found.circuit = resize(found.circuit, edges=edges)
-        found.completeness = None
+        found.completeness = found.judgement = None
         found.label = results.label(found.circuit, self.history.index(found))
         self._draw(found)
         if self._runner.job in (None, "test"):
@@ -267,7 +271,8 @@ class DiscoveryPanel(Panel):
         if self._shown is None:
             return self._settings_html()
         nodes = self.nodes.to_html() if self.nodes.nodes else ""
-        return tables.styled(self._message.value, results.plain(self._shown, self._graph.value), nodes)
+        drawn = results.plain(self._shown, self._graph.value)
+        return tables.styled(self._message.value, drawn, self.bench.to_html(), nodes)
 
     def _told_settings(self) -> dict[str, Any]:
         told = {name: "all" if value is None else value for name, value in self.settings.items()}
@@ -365,6 +370,7 @@ class DiscoveryPanel(Panel):
             self._fill(drawn)
             offer(self._runs, [(one.label, i) for i, one in enumerate(self.history)], self.history.index(found))
             self._comparison.offer(self.history, found)
+            self.bench.draw()
             self._compare()
             asked = results.parameter(circuit, "edges")
             if asked and results.resizable(circuit) and asked != self.controls.size:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.selection import was_pruned
+from kcwb.evaluation.referee.judgement import Judgement
 from kcwb.tasks.prompts import Prompts, Task
 from kcwb.workbench import tables
 from kcwb.workbench.panels.widgets import brief
@@ -28,7 +29,7 @@ class Found:
         What the list of runs calls it.
     circuit, task
         The task is None for a loaded circuit whose relation is not at hand.
-    completeness
+    completeness, judgement
         None until it is computed for this very circuit.
     """
 
@@ -36,6 +37,7 @@ class Found:
     circuit: Circuit
     task: Task | None
     completeness: pd.DataFrame | None = None
+    judgement: Judgement | None = None
 
 
 def resizable(circuit: Circuit) -> bool:

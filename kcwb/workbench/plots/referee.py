@@ -17,6 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from kcwb.circuits.provenance import part
 from kcwb.errors import SettingError
+from kcwb.evaluation.referee.hypotheses import QUANTILE
 from kcwb.evaluation.referee.judgement import Judgement
 from kcwb.workbench.plots.figure import INK, MUTED, Plot, band, finish, need, panes, plain
 from kcwb.workbench.tables import decimal
@@ -24,7 +25,6 @@ from kcwb.workbench.tables import decimal
 _CELL, _MARGIN = 0.72, 1.2  # inches: a cell, and what is around the map
 _NULL, _KEPT, _IDLE = "#c3c9d0", "#0072b2", "#d55e00"
 _BINS, _ROWS = 40, 7
-_Q = 0.9  # which quantile of random paths an edge of the circuit has to exceed
 
 
 def plot_matrix(judgement: Judgement, *, title: str | None = None) -> Plot:
@@ -42,7 +42,7 @@ def plot_matrix(judgement: Judgement, *, title: str | None = None) -> Plot:
     need(table, ("found", "tested", "level", "faithfulness"))
     if table.empty:
         raise SettingError("This judgement has no matrix of ablations to draw: its table is empty.")
-    own, levels = _own(judgement), list(dict.fromkeys(table["level"]))
+    (found, tested), levels = _own(judgement), list(dict.fromkeys(table["level"]))
     side = _MARGIN + _CELL * max(table["found"].nunique(), table["tested"].nunique())
     figure, drawn = panes(len(levels), side, side)
     for axes, level in zip(drawn, levels, strict=True):
@@ -57,27 +57,28 @@ def plot_matrix(judgement: Judgement, *, title: str | None = None) -> Plot:
         axes.set(xlabel="tested under", ylabel="found under" if axes is drawn[0] else "")
         axes.set_title(plain(level), fontsize=10)
         axes.tick_params(length=0, labelsize=9, rotation=0)
-        if own is not None and own in grid.columns:
-            corner = (list(grid.columns).index(own), list(grid.index).index(own))
+        if found in grid.index and tested in grid.columns:
+            corner = (list(grid.columns).index(tested), list(grid.index).index(found))
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_IDLE, linewidth=2.5, clip_on=False))
-    finish(figure, [Patch(fill=False, edgecolor=_IDLE, linewidth=2, label="the circuit itself")] if own else [], title)
+    framed = Patch(fill=False, edgecolor=_IDLE, linewidth=2, label="the circuit itself")
+    finish(figure, [framed] if any(axes.patches for axes in drawn) else [], title)
     return figure
 
 
 def matrix_sentence(judgement: Judgement) -> str:
     """What `plot_matrix` shows: the circuit's own row, and the mean on and off the diagonal."""
-    table, own = judgement.matrix, _own(judgement)
+    table, (found, own) = judgement.matrix, _own(judgement)
     if table.empty:
         return "No other ablation was tried."
     said = []
     for level in dict.fromkeys(table["level"]):
         grid = _grid(table, level)
-        if own in grid.index:
-            row: dict[Any, float] = grid.loc[own].dropna().to_dict()
+        if found in grid.index:
+            row: dict[Any, float] = grid.loc[found].dropna().to_dict()
             here = [f"{decimal(row[own])} when tested under {own}"] if own in row else []
             others = [f"{decimal(value)} under {name}" for name, value in row.items() if name != own]
             what = "the circuit" if level == "edges" else f"with all edges among its {level} it"
-            said += [f"found under {own}, {what} recovers {_listed([*here, *others])}"] if row else []
+            said += [f"found under {found}, {what} recovers {_listed([*here, *others])}"] if row else []
         same = [grid.loc[name, name] for name in grid.index if name in grid.columns]
         apart = [grid.loc[a, b] for a in grid.index for b in grid.columns if a != b]
         if np.isfinite(same).any() and np.isfinite(apart).any():
@@ -92,16 +93,16 @@ def matrix_sentence(judgement: Judgement) -> str:
 def plot_minimality(judgement: Judgement, *, title: str | None = None) -> Plot:
     """Draw what cutting each edge of the circuit does, above what cutting edges of random paths does.
 
-    An edge is superfluous (an orange cross) where its effect does not exceed enough of those; the line is the .9
-    quantile that it has to exceed. Far from 0 the axis is logarithmic, in both directions.
+    An edge is superfluous (an orange cross) where its effect surely exceeds that of fewer than nine in ten of those,
+    whose .9 quantile is the line. Far from 0 the axis is logarithmic.
 
     Raises
     ------
     SettingError
         If no edge was cut alone.
     """
-    edges, null = judgement.edges, judgement.null["effect"].to_numpy(dtype=float)
-    need(edges, ("effect", "superfluous"))
+    need(judgement.edges, ("effect", "superfluous"))
+    edges, null = kept_edges(judgement), judgement.null["effect"].to_numpy(dtype=float)
     if edges.empty or not len(null):
         raise SettingError("This judgement has no effects of edges to draw: its table is empty.")
     figure, (axes,) = panes(1, 8.6, 3.2)
@@ -116,14 +117,14 @@ def plot_minimality(judgement: Judgement, *, title: str | None = None) -> Plot:
     looks: Any = {"marker": "o", "s": 18, "color": _KEPT, "alpha": 0.7}, {"marker": "x", "s": 26, "color": _IDLE}
     for which, look in zip((~idle, idle), looks, strict=True):
         axes.scatter(effects[which], places[which], zorder=3, linewidths=1.2, **look)
-    axes.axvline(float(np.quantile(null, _Q)), color=INK, linewidth=1.2, linestyle="--", zorder=4)
+    axes.axvline(float(np.quantile(null, QUANTILE)), color=INK, linewidth=1.2, linestyle="--", zorder=4)
     axes.set_xscale("asinh", linear_width=near)
     if len(ticks := _ticks(near, *(near * np.sinh(ends)))) > 2:
         axes.set_xticks(ticks, [f"{tick:g}".replace("-", "\u2212") for tick in ticks])
         axes.minorticks_off()
     margin = 0.03 * (ends[1] - ends[0]) + 1e-6
     shown = near * np.sinh(ends + np.array([-margin, margin]))
-    axes.set(xlabel="what cutting it adds to the loss, nats", xlim=shown, ylim=(0, 2.05))
+    axes.set(xlabel="by how much cutting it changes the loss of a fact, nats", xlim=shown, ylim=(0, 2.05))
     axes.set_yticks([0.45, 1.5], ["edges of\nrandom paths", "edges of\nthe circuit"])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
@@ -134,7 +135,7 @@ def plot_minimality(judgement: Judgement, *, title: str | None = None) -> Plot:
             Line2D([], [], marker="o", markerfacecolor=_KEPT, markeredgecolor=_KEPT, label="edge", **point),
             Line2D([], [], marker="x", markeredgecolor=_IDLE, label="superfluous edge", **point),
             Patch(color=_NULL, label="random paths"),
-            Line2D([], [], color=INK, linewidth=1.2, linestyle="--", label=f"their {decimal(_Q, 1)} quantile"),
+            Line2D([], [], color=INK, linewidth=1.2, linestyle="--", label=f"their {decimal(QUANTILE, 1)} quantile"),
         ],
         title,
     )
@@ -143,17 +144,17 @@ def plot_minimality(judgement: Judgement, *, title: str | None = None) -> Plot:
 
 def minimality_sentence(judgement: Judgement) -> str:
     """What `plot_minimality` shows: how many edges matter more than random paths, and which matters most."""
-    edges, null = judgement.edges, judgement.null["effect"]
+    edges, null = kept_edges(judgement), judgement.null["effect"]
     if edges.empty or null.empty:
         return "No edge was cut alone."
-    level = float(null.quantile(_Q))
+    level = float(null.quantile(QUANTILE))
     above, idle = int((edges["effect"] > level).sum()), int(edges["superfluous"].sum())
     most = edges.iloc[int(np.nanargmax(edges["effect"]))]
     return (
-        f"Cut one at a time, {above:,} of {len(edges):,} edges cost more than {decimal(_Q, 1)} of {len(null):,} edges "
-        f"of random paths do ({level:.2g} nats); {idle:,} {'is' if idle == 1 else 'are'} superfluous. The edge that "
-        f"costs most, {most['sender']}->{most['receiver']}, costs {most['effect']:.2g} nats."
-    ).replace(" -", " \u2212")
+        f"Cut one at a time, {above:,} of {len(edges):,} edges change the loss by more than {decimal(QUANTILE, 1)} of "
+        f"{len(null):,} edges of random paths do ({level:.2g} nats); {idle:,} {'is' if idle == 1 else 'are'} "
+        f"superfluous. {most['sender']}->{most['receiver']} matters most: {most['effect']:.2g} nats."
+    )
 
 
 def plot_rivals(judgement: Judgement, *, title: str | None = None) -> Plot:
@@ -192,6 +193,12 @@ def rivals_sentence(judgement: Judgement) -> str:
     )
 
 
+def kept_edges(judgement: Judgement) -> pd.DataFrame:
+    """Of the edges that were cut alone, those of the circuit."""
+    edges = judgement.edges
+    return edges[edges["kept"].astype(bool)] if "kept" in edges else edges
+
+
 def _ticks(near: float, low: float, high: float) -> list[float]:
     """0 and the powers of ten of both signs that stand apart from it."""
     largest = max(-low, high, near)
@@ -206,11 +213,11 @@ def _grid(table: pd.DataFrame, level: str) -> pd.DataFrame:
     return some.reindex(index=rows, columns=columns).astype(float)
 
 
-def _own(judgement: Judgement) -> str | None:
-    """The ablation that the circuit was found under, as the matrix names it; None if it is not among them."""
-    said = judgement.provenance.get("ablation", part(judgement.provenance, "circuit").get("ablation"))
-    found = list(judgement.matrix.get("found", ()))
-    return next((name for name in (str(said), str(said).partition("(")[0]) if name in found), None)
+def _own(judgement: Judgement) -> tuple[str, str]:
+    """The ablations that the circuit was found and judged under, as the matrix names them."""
+    said, tested = judgement.provenance, str(part(judgement.provenance, "settings").get("ablation"))
+    how, rows = part(said, "circuit").get("found with"), set(judgement.matrix.get("found", ()))
+    return next((one for one in (how if isinstance(how, list) else []) if one in rows), tested), tested
 
 
 def _listed(words: list[str]) -> str:

@@ -37,19 +37,21 @@ def test_the_matrix_has_a_pane_for_each_level_with_its_numbers_written_in_cells(
     assert edges.yaxis_inverted() and (edges.get_xlabel(), edges.get_ylabel()) == ("tested under", "found under")
 
 
-@pytest.mark.parametrize("said", ["mean", "mean(n=200)"])
-def test_the_circuits_own_cell_is_framed(said: str) -> None:
-    figure = plot_matrix(judgement_of(ablation=said))
+@pytest.mark.parametrize(("under", "place"), [("mean", (1, 1)), ("zero", (0, 1))])
+def test_the_circuits_own_cell_is_framed(under: str, place: tuple[int, int]) -> None:
+    """Found under mean; it may be judged under another ablation."""
+    figure = plot_matrix(judgement_of(settings={"ablation": under}))
     for axes in figure.axes[:2]:
         (frame,) = [one for one in axes.patches if isinstance(one, Rectangle)]
-        assert frame.get_xy() == (1, 1) and not frame.get_fill()
+        assert frame.get_xy() == place and not frame.get_fill()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["the circuit itself"]
 
 
 def test_no_cell_is_framed_where_the_circuits_ablation_is_not_among_them() -> None:
-    figure = drawn(plot_matrix(judgement_of(ablation="mine")))
+    judgement = judgement_of(settings={"ablation": "mine"}, circuit={})
+    figure = drawn(plot_matrix(judgement))
     assert not figure.legends and not figure.axes[0].patches
-    assert "found under mine" not in matrix_sentence(judgement_of(ablation="mine"))
+    assert "mine" not in matrix_sentence(judgement)
 
 
 def test_cells_that_were_not_tried_are_blank_and_numbers_of_any_sign_have_no_zero_before_the_point() -> None:
@@ -92,9 +94,17 @@ def test_every_edge_stands_above_the_random_paths_and_superfluous_ones_have_thei
 
 def test_the_sentence_of_the_strip_counts_edges_above_the_quantile_and_superfluous_ones() -> None:
     assert minimality_sentence(judgement_of(effects())) == (
-        "Cut one at a time, 3 of 5 edges cost more than .9 of 20 edges of random paths do (0.017 nats); 2 are "
-        "superfluous. The edge that costs most, input->m0, costs 0.5 nats."
+        "Cut one at a time, 3 of 5 edges change the loss by more than .9 of 20 edges of random paths do (0.017 nats); "
+        "2 are superfluous. input->m0 matters most: 0.5 nats."
     )
+
+
+def test_random_edges_among_those_that_were_cut_are_not_drawn_as_the_circuits() -> None:
+    judgement = judgement_of(effects())
+    edges = judgement.edges.assign(kept=[True, False, True, True, True])
+    points = [one.get_offsets()[:, 0] for one in plot_minimality(replace(judgement, edges=edges)).axes[0].collections]
+    assert sorted(np.concatenate(points)) == [-0.02, 0.002, 0.1, 0.5]
+    assert "3 of 5" not in minimality_sentence(replace(judgement, edges=edges))
 
 
 @pytest.mark.parametrize("null", [[0.0], [0.0] * 30, [1e-12, -1e-12], [5.0, -700.0, 1e4]])
@@ -126,7 +136,7 @@ def test_what_was_not_computed_is_not_drawn_but_said() -> None:
 @pytest.mark.parametrize("name", HOSTILE[::9])
 def test_names_are_drawn_as_they_are(name: str) -> None:
     table = {(level, *pair): value for (level, *pair), value in matrix((name,)).items()}
-    figure = drawn(plot_matrix(judgement_of(faithful=table, ablation=name)))
+    figure = drawn(plot_matrix(judgement_of(faithful=table, settings={"ablation": name}, circuit={})))
     assert figure.axes[0].get_title() == plots.plain(name)
     drawn(plot_minimality(judgement_of({f"{name}->m0": 1.0})))
 

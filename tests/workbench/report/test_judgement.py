@@ -20,7 +20,7 @@ from kcwb.outputs import PAGE_MARK
 from kcwb.workbench import verdicts
 from kcwb.workbench.report.judgement import check_page, judgement_page, ranking_page
 from tests.hostile import HOSTILE
-from tests.workbench.judgements import hostile, judgement_of
+from tests.workbench.judgements import ASKED, hostile, judgement_of
 
 RANKING = pd.DataFrame(
     {"circuit": ["ours", "theirs"], "yes": [4, 2], "faithfulness": [0.93, 0.5], "low": [0.9, 0.4], "high": [0.95, 0.6],
@@ -50,28 +50,34 @@ def rows(page: BeautifulSoup) -> dict[str, list[str]]:
 def test_the_page_says_which_circuit_of_which_model_on_what(page: BeautifulSoup) -> None:
     assert words(page.h1) == words(page.title) == "300 edges of smollm2-135m for country_capital"
     assert words(page.select_one(".kc-byline")) == (
-        "“The capital of {} is” · 48 facts · found by eap-ig · mean ablation · judged by nll, logit_diff"
+        "“The capital of {} is” · 48 facts · found with eap-ig, mean, nll · judged under mean ablation · 100 random "
+        "circuits · 20 random paths"
     )
     assert words(page.select(".kc-title p")[1]) == (
-        "Shown: independence, sufficiency; wrong: minimality; not shown either way: equivalence, partial necessity."
+        "Shown: sufficiency, specificity, uniqueness; wrong: minimality, other templates, other ablations; not shown "
+        "either way: equivalence, independence, partial necessity, other facts."
     )
 
 
 def test_each_question_has_a_row_with_its_claim_verdict_numbers_and_sentence(page: BeautifulSoup) -> None:
     found = rows(page)
-    assert list(found) == ["equivalence", "independence", "minimality", "sufficiency", "partial necessity"]
+    assert list(found) == list(dict.fromkeys(row[0] for row in ASKED))
+    asked = judgement_of().questions.set_index("question")
     assert found["minimality"] == [
-        "minimality The claim of minimality, said of the circuit.", "no", ".06 [.02, .13]", "4e-04", ".64",
-        "By nll, minimality is no: 0.06 is the share of edges that are superfluous, of 48 facts.",
+        f"minimality {asked.claim['minimality']}", "no", ".94 [.87, .98]", "4e-04", ".64", asked.sentence["minimality"],
     ]  # fmt: skip
     # of two metrics, both; and the sentence of the one that decides
-    assert found["equivalence"][1:4] == [
-        "not shown",
-        "nll not shown: .46 [.33, .60] logit_diff yes: .48 [.34, .62]",
-        ".124 .080",
-    ]
-    assert found["equivalence"][5].startswith("By nll, equivalence is not shown")
+    both = "nll, not shown: .46 [.33, .60] logit_diff, yes: .48 [.34, .62]"
+    assert found["equivalence"][1:4] == ["not shown", both, ".124 .080"]
+    assert found["equivalence"][5] == asked.sentence["equivalence"].iloc[0]
     assert found["independence"][2] == ".0040"  # without an interval; two digits that say something
+
+
+def test_metrics_that_agree_are_told_apart_without_their_verdicts() -> None:
+    judgement = judgement_of()
+    same = replace(judgement, questions=judgement.questions.assign(verdict=NO))
+    table = BeautifulSoup(verdicts.verdict_table(same), "html.parser")
+    assert words(table.select_one("td.kc-number")) == "nll: .46 [.33, .60] logit_diff: .48 [.34, .62]"
 
 
 def test_verdicts_are_told_by_word_and_mark(page: BeautifulSoup) -> None:
@@ -99,12 +105,13 @@ def test_all_tables_are_below(page: BeautifulSoup) -> None:
 
 def test_few_facts_are_told_with_what_they_could_show(tmp_path: Path) -> None:
     few = text_of(judgement_page(judgement_of(facts=23), tmp_path / "few.html")).select_one(".kc-warning")
-    assert words(few).startswith("Only 23 facts, where 50 are asked for.")
-    assert "equivalence by .24; independence by .24" in words(few)
+    assert words(few).startswith("Only 23 facts, where 50 are asked for: small effects are not seen.")
+    assert "wrong by this much: equivalence by .24; independence by .35; other facts by .28;" in words(few)
     assert verdicts.few_facts(judgement_of(facts=50)) == ""
     judgement = judgement_of(facts=9)
     judgement = replace(judgement, questions=judgement.questions.assign(least=math.nan))
-    assert verdicts.few_facts(judgement) == "Only 9 facts, where 50 are asked for: small effects cannot be seen."
+    assert "wrong by this much" not in verdicts.few_facts(judgement)
+    assert "Nothing is wrong enough to be found so: equivalence, independence," in verdicts.few_facts(judgement)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +128,12 @@ def test_effects_are_written_with_digits_that_say_something(ends: tuple[float, f
     assert verdicts.fitting(*ends) == written
 
 
-def test_a_quick_judgement_without_tables_has_a_page(tmp_path: Path) -> None:
-    judgement = judgement_of(quick=True)
+def test_a_judgement_without_tables_has_a_page(tmp_path: Path) -> None:
+    judgement = judgement_of()
     empty = {name: getattr(judgement, name).head(0) for name in ("matrix", "edges", "null", "rivals", "elsewhere")}
     page = text_of(judgement_page(replace(judgement, **empty), tmp_path / "quick.html"))
-    assert "a quick look" in words(page) and "No other ablation was tried." in words(page)
-    assert len(rows(page)) == 5 and not page.find_all("img")
+    assert "No other ablation was tried." in words(page)
+    assert len(rows(page)) == 10 and not page.find_all("img")
 
 
 def test_a_judgement_that_says_nothing_of_its_origin_has_a_page(tmp_path: Path) -> None:
@@ -150,7 +157,7 @@ def test_a_ranking_has_a_row_for_each_circuit_and_all_of_each_below(tmp_path: Pa
     assert body == [["ours", "4", ".93 [.90, .95]", "yes"], ["theirs", "2", ".50 [.40, .60]", "no"]]
     below = page.find_all("details")
     assert [words(one.summary).partition(":")[0] for one in below] == ["ours", "theirs"]
-    assert [len(one.select("table.kc-verdicts tr")) for one in below] == [6, 6]
+    assert [len(one.select("table.kc-verdicts tr")) for one in below] == [11, 11]
     assert "Only 48 facts" in words(below[0]) and "Only" not in words(below[1])
     with pytest.raises(SettingError, match="no judgement"):
         ranking_page(RANKING.head(0), {}, tmp_path / "none.html")

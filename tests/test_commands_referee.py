@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,9 +35,8 @@ def asked(monkeypatch) -> list[SimpleNamespace]:
         table = pd.DataFrame({"circuit": list(circuits), "yes": range(len(circuits))})
         return table, {name: judgement_of() for name in circuits}
 
-    room = "kcwb.evaluation.referee"
-    monkeypatch.setitem(sys.modules, f"{room}.referee", SimpleNamespace(referee=judge))
-    monkeypatch.setitem(sys.modules, f"{room}.compare", SimpleNamespace(rank_circuits=rank))
+    monkeypatch.setattr("kcwb.evaluation.referee.referee.referee", judge)
+    monkeypatch.setattr("kcwb.evaluation.referee.compare.rank_circuits", rank)
     return calls
 
 
@@ -51,7 +49,7 @@ def test_a_file_says_what_it_is_judged_on(run, asked, found, folder, file) -> No
     )  # fmt: skip
     assert call.circuit.digest == Circuit.load(found).digest
     assert "minimality" in done.out and "No page is written" in done.out
-    assert "By nll, sufficiency is yes" in done.out
+    assert "Alone it is closer to the model than 100% of 100 random" in done.out
 
 
 def test_options_override_what_a_file_says(run, asked, found, file, words) -> None:  # noqa: F811

@@ -187,7 +187,7 @@ def details(judgement: Judgement) -> list[Section]:
             "p_for is the p-value under the claim's opposite, p_against that under the claim. power is the probability "
             "of finding a claim wrong that is so as reference says; least, by how much one must be to be found so "
             f"{_PER_CENT}.",
-            tables.table(tests, {name: _p for name in ("p_for", "p_against", "holm")}, scroll=True)
+            tables.table(tests, {name: _p for name in ("p_for", "p_against", "holm")})
             + "".join(tables.muted(f"{row.question}, {row.metric}: {row.sentence}") for row in _rows(judgement)),
         ),
         Section(

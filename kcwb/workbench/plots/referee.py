@@ -186,10 +186,12 @@ def rivals_sentence(judgement: Judgement) -> str:
     """What `plot_rivals` shows: how well the farthest rival does."""
     if judgement.rivals.empty:
         return "No other circuit was looked for."
-    last = judgement.rivals.sort_values("without").iloc[-1]
+    table = judgement.rivals.sort_values("without")
+    last, none = table.iloc[-1], [f"{int(one):,}" for one in table["without"][table["edges"] == 0]]
+    broken = f" Without {_listed(none)}, the edges of highest score hold no path from input to logits." if none else ""
     return (
         f"Without the {int(last['without']):,} strongest edges of the circuit, another of {int(last['edges']):,} "
-        f"edges, {int(last['shared']):,} of them shared, recovers {decimal(last['faithfulness'])}."
+        f"edges, {int(last['shared']):,} of them shared, recovers {decimal(last['faithfulness'])}.{broken}"
     )
 
 
@@ -207,8 +209,9 @@ def _ticks(near: float, low: float, high: float) -> list[float]:
 
 
 def _grid(table: pd.DataFrame, level: str) -> pd.DataFrame:
-    """Faithfulness of one level: rows found, columns tested, both in the order of first mention."""
+    """Faithfulness of one level: rows found, in the order of first mention, columns tested, in the same order."""
     rows, columns = (list(dict.fromkeys(table[name])) for name in ("found", "tested"))
+    columns.sort(key=lambda name: rows.index(name) if name in rows else len(rows))
     some = table[table["level"] == level].pivot(index="found", columns="tested", values="faithfulness")
     return some.reindex(index=rows, columns=columns).astype(float)
 

@@ -141,5 +141,5 @@ def test_it_says_what_the_plain_function_says(smollm2, monkeypatch, tmp_path) ->
         panel.wait(10 * SOON)
         panel.bench.judge()
         panel.wait(10 * SOON)
-        judged = kcwb.evaluation.referee.referee(smollm2, panel.circuit, panel.task, quick=True, progress=False)
+        judged = kcwb.referee(smollm2, panel.circuit, panel.task, quick=True, progress=False)
         assert panel.bench.judgement.answers.equals(judged.answers)

@@ -122,6 +122,20 @@ def test_rivals_are_drawn_by_what_they_lack() -> None:
     )
 
 
+def test_rivals_that_lead_nowhere_are_told() -> None:
+    judgement = judgement_of()
+    rivals = judgement.rivals.assign(edges=[0, 0, 300])
+    assert rivals_sentence(replace(judgement, rivals=rivals)).endswith(
+        "Without 0 and 10, the edges of highest score hold no path from input to logits."
+    )
+
+
+def test_columns_stand_in_the_order_of_rows() -> None:
+    some = {("edges", a, b): 0.5 for a in ("zero", "mean") for b in ("mine", "mean", "zero")}
+    axes = plot_matrix(judgement_of(faithful=some)).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["zero", "mean", "mine"]
+
+
 def test_what_was_not_computed_is_not_drawn_but_said() -> None:
     judgement = judgement_of()
     empty = {name: getattr(judgement, name).head(0) for name in ("matrix", "edges", "null", "rivals")}

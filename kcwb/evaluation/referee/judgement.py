@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from kcwb.errors import DataError
-from kcwb.verbs import noun
+from kcwb.verbs import noun, verb
 
 YES, NO, NOT_SHOWN = "yes", "no", "not shown"
 _FORMAT = "kcwb-judgement/1"
@@ -73,6 +73,7 @@ class Judgement:
         return json.dumps({"format": _FORMAT, **tables, "provenance": dict(self.provenance)}, ensure_ascii=False)
 
     @classmethod
+    @verb
     def from_json(cls, text: str) -> Judgement:
         """Read what `to_json` wrote; DataError if it is none."""
         try:

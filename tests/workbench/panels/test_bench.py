@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import kcwb
 from kcwb.errors import KcwbError, SettingError
 from kcwb.workbench.panels import bench as benches
-from kcwb.workbench.panels.discovery import DiscoveryPanel
 from tests.hostile import HOSTILE
 from tests.workbench.judgements import hostile, judgement_of
 from tests.workbench.panels.test_discovery import SOON, Tags, found, model, panel, relation  # noqa: F401
@@ -133,13 +134,12 @@ def test_hostile_names_are_text(found, monkeypatch) -> None:  # noqa: F811
     assert "script" not in shown.tags and HOSTILE[0] in shown.text
 
 
-@pytest.mark.model
-def test_it_says_what_the_plain_function_says(smollm2, monkeypatch, tmp_path) -> None:
+def test_it_says_what_the_plain_function_says(found, model, monkeypatch, tmp_path) -> None:  # noqa: F811
     monkeypatch.setenv("KCWB_CACHE", str(tmp_path))
-    with DiscoveryPanel(smollm2, "country_capital", edges=100, n=4, draws=1) as panel:  # noqa: F811
-        panel.run()
-        panel.wait(10 * SOON)
-        panel.bench.judge()
-        panel.wait(10 * SOON)
-        judged = kcwb.referee(smollm2, panel.circuit, panel.task, quick=True, progress=False)
-        assert panel.bench.judgement.answers.equals(judged.answers)
+    few = partial(kcwb.referee, draws=6, relations=0)
+    monkeypatch.setattr(benches, "referee", few)
+    found.bench.judge()
+    found.wait(5 * SOON)
+    judged = few(model, found.circuit, found.task, quick=True, cache=False, progress=False)
+    pd.testing.assert_frame_equal(found.bench.judgement.questions, judged.questions)
+    assert all(name in Tags(found.bench.said.value).text for name in judged.answers.index)

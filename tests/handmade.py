@@ -56,8 +56,8 @@ class Handmade(NamedTuple):
         return self.edges - self.restored.get(ablation, frozenset())
 
 
-def copying_head(score: float = 5.0, movers: tuple[int, ...] = (2,)) -> Handmade:
-    """A mover: a1.h2 copies the object's direction from the subject to END. GPT-2, two layers of four heads.
+def copying_head(score: float = 5.0, movers: tuple[int, ...] = (2,), n_layers: int = 2) -> Handmade:
+    """A mover: a1.h2 copies the object's direction from the subject to END. GPT-2, layers of four heads.
 
     A subject's embedding holds its object's direction (`knows`) and a flag; END ("is") holds another flag. The query
     of a1.h2 reads END's flag and its key the subject's, with an attention score of `score` between them and 0
@@ -74,7 +74,7 @@ def copying_head(score: float = 5.0, movers: tuple[int, ...] = (2,)) -> Handmade
     subjects, objects = [f"s{i}" for i in range(16)], [f"o{i}" for i in range(n_objects)]
     words = ["we", "think", "that", "the", "big", "is", *subjects, *objects]
     tokens = {word: i for i, word in enumerate(_vocabulary(words))}
-    module = _gpt2(len(tokens), n_layers=2, n_heads=4, at=at, size=shape[0])
+    module = _gpt2(len(tokens), n_layers=n_layers, n_heads=4, at=at, size=shape[0])
     embedding = torch.zeros(len(tokens), 32)
     embedding[tokens["is"], end] = 1.0
     for i, word in enumerate(subjects):

@@ -11,6 +11,8 @@ It is the masked pass of `kcwb.models.forward`, which is what this is tested aga
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -83,22 +85,46 @@ class MaskedRuns:
     @torch.no_grad()
     def logits(self, kept: Bool[Tensor, "S R"]) -> Float[Tensor, "N A V"]:
         """Logits at the positions that predict the answers; 0 where an answer has fewer tokens."""
-        network, graph = self.network, self.network.graph
-        kept = kept.cpu() & graph.exists
-        found = needs(network, kept)
-        stream = _Stream(self, kept, found)
-        if found[0]:
-            stream.write([0], self.at(self._embedding, bool(found[0] == Need.EVERYWHERE))[None])
-        for layer in range(graph.n_layers):
+        return self._from(self._begun(kept), 0)
+
+    @torch.no_grad()
+    def without_each(
+        self, kept: Bool[Tensor, "S R"], edges: Int[Tensor, "E 2"]
+    ) -> Iterator[tuple[int, Float[Tensor, "N A V"]]]:
+        """The same of a circuit, with -1; then of the circuit without each edge alone, with its place in `edges`.
+
+        What comes before an edge's receiver stays as it was, so that edges come from the last layer to the first.
+        """
+        stream, graph = self._begun(kept), self.network.graph
+        yield -1, self._from(stream, 0)
+        for i in edges[:, 1].argsort(descending=True, stable=True).tolist():
+            layer = min(graph.n_layers, int(edges[i, 1]) // (3 * graph.n_heads + 1))
+            stream.rewind(layer)
+            stream.kept[*edges[i]] = False
+            yield i, self._from(stream, layer)
+            stream.kept[*edges[i]] = True
+
+    def _begun(self, kept: Bool[Tensor, "S R"]) -> _Stream:
+        """A run of a circuit in which nothing but the embedding has been written."""
+        stream = _Stream(self, kept)
+        if stream.needs[0]:
+            stream.write([0], self.at(self._embedding, bool(stream.needs[0] == Need.EVERYWHERE))[None])
+        return stream
+
+    def _from(self, stream: _Stream, start: int) -> Float[Tensor, "N A V"]:
+        """Run a circuit from a layer on, or from what comes after the last one."""
+        network, graph, found = self.network, self.network.graph, stream.needs
+        for layer in range(start, graph.n_layers):
+            stream.mark(layer)
+            first, mlp = graph.head_senders(layer).start, graph.mlp_sender(layer)
             for need in (Need.EVERYWHERE, Need.ANSWERS):
-                first = graph.head_senders(layer).start
                 heads = [h for h in range(graph.n_heads) if found[first + h] == need]
                 if heads:
                     self._heads(stream, layer, heads, need is Need.EVERYWHERE)
-            need = Need(int(found[graph.mlp_sender(layer)]))
-            if need:
-                y = stream.read(2 * layer + 1, [graph.mlp_receiver(layer)], need is Need.EVERYWHERE)[0]
-                stream.write([graph.mlp_sender(layer)], network.mlp(layer, y)[None])
+            if found[mlp]:
+                y = stream.read(2 * layer + 1, [graph.mlp_receiver(layer)], bool(found[mlp] == Need.EVERYWHERE))[0]
+                stream.write([mlp], network.mlp(layer, y)[None])
+        stream.mark(graph.n_layers)
         residual, real = stream.read(2 * graph.n_layers, [graph.n_receivers - 1], False)[0], self.prompts.answer_mask
         logits = network.logits(residual[real])
         return logits.new_zeros(*real.shape, logits.shape[-1]).masked_scatter_(real[..., None], logits)
@@ -126,8 +152,9 @@ class _Stream:
     answers'.
     """
 
-    def __init__(self, runs: MaskedRuns, kept: Bool[Tensor, "S R"], found: Int[Tensor, " S"]) -> None:
-        self._runs, self._kept, self._found = runs, kept, found
+    def __init__(self, runs: MaskedRuns, kept: Bool[Tensor, "S R"]) -> None:
+        self._runs, self.kept = runs, kept.cpu() & runs.network.graph.exists
+        self.needs = found = needs(runs.network, self.kept)
         shape = runs._embedding.shape
         self._rows: dict[bool, list[int]] = {True: [], False: []}
         self._stacks = {
@@ -138,10 +165,20 @@ class _Stream:
             )
         }
         self._totals: dict[bool, Tensor | float] = {True: 0.0, False: 0.0}
+        self._marks: dict[int, tuple[dict[bool, list[int]], dict[bool, Tensor | float]]] = {}
+
+    def mark(self, layer: int) -> None:
+        """Remember what was written before a layer."""
+        self._marks[layer] = {key: [*rows] for key, rows in self._rows.items()}, {**self._totals}
+
+    def rewind(self, layer: int) -> None:
+        """Forget what a layer and those behind it wrote."""
+        rows, totals = self._marks[layer]
+        self._rows, self._totals = {key: [*some] for key, some in rows.items()}, {**totals}
 
     def write(self, rows: list[int], outputs: Float[Tensor, "s N P D"]) -> None:
         """Take in the outputs of some senders that matter at the same positions."""
-        everywhere = bool(self._found[rows[0]] == Need.EVERYWHERE)
+        everywhere = bool(self.needs[rows[0]] == Need.EVERYWHERE)
         if self._runs._ablated is not None:
             outputs = outputs - self._runs.at(self._runs._ablated[rows], everywhere)
         if everywhere:
@@ -158,7 +195,7 @@ class _Stream:
     def read(self, place: int, columns: list[int], everywhere: bool) -> Float[Tensor, "r N P D"]:
         """What some receivers of a place in the model read; one for all of them, if all read the same."""
         rows, stack = self._rows[everywhere], self._stacks[everywhere]
-        keeps = self._kept[rows][:, columns]
+        keeps = self.kept[rows][:, columns]
         if len(columns) > 1 and bool((keeps == keeps[:, :1]).all()):
             keeps = keeps[:, :1]
         some, lacking = keeps.any(1), ~keeps.all(1)

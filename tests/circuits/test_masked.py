@@ -43,6 +43,20 @@ def test_logits_are_those_of_the_pass_that_computes_everything(model, ablation):
         torch.testing.assert_close(found[prompts.answer_mask], expected[prompts.answer_mask], atol=1e-4, rtol=1e-4)
 
 
+def test_without_each_edge_is_that_of_the_circuit_without_it(model):
+    task = make_task(model, known_relation(model, 9), n=4)
+    runs = MaskedRuns(model.network, task.val, make_ablation(model, task, "mean").values(task.val))
+    for kept in (random_circuit(model.graph, 20, 2).kept, with_share(model.graph, 0.9)):
+        edges = kept.nonzero()[:: max(1, int(kept.sum()) // 20)]
+        found = dict(runs.without_each(kept, edges))
+        assert sorted(found) == list(range(-1, len(edges)))
+        torch.testing.assert_close(found[-1], runs.logits(kept))
+        for i, edge in enumerate(edges):
+            without = kept.clone()
+            without[*edge] = False
+            torch.testing.assert_close(found[i], runs.logits(without), atol=1e-4, rtol=1e-4)
+
+
 def test_a_node_is_needed_where_its_kept_edges_lead(tiny):
     graph, kept = tiny("llama").graph, torch.zeros_like(tiny("llama").graph.exists)
     for edge in ("input->a0.h0<k>", "input->a0.h1<q>", "a0.h0->m0", "m0->logits", "a0.h1->a1.h1<q>", "m0->a1.h0<v>"):

@@ -1,4 +1,4 @@
-"""Faithfulness, comprehensiveness and minimality: a game computed by hand, and the slow obvious way on tiny models."""
+"""Faithfulness and comprehensiveness: a game computed by hand, and the slow obvious way on tiny models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import run_circuit
-from kcwb.discovery.baselines import random_circuit
 from kcwb.discovery.discover import discover, score_edges
 from kcwb.discovery.selection import select_edges
 from kcwb.errors import CircuitError, DataError, KcwbError, SettingError
@@ -24,9 +23,7 @@ from kcwb.evaluation.faithfulness import (
     comprehensiveness,
     cpr,
     faithfulness_curve,
-    minimality,
 )
-from kcwb.models.graph import Graph
 from kcwb.statistics import statistic_interval
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import make_task
@@ -63,12 +60,7 @@ def game(monkeypatch):
         kept = model.graph.exists if circuit is None else circuit.kept
         return 20 - float(scores[kept].sum()) * FACTS
 
-    def changes(model, kept, edges, loss, cuts, step):
-        worth = scores[edges[:, 0], edges[:, 1]].numpy()
-        return worth * np.where(kept[edges[:, 0], edges[:, 1]], 1, -1) * FACTS.mean()
-
     monkeypatch.setattr(module, "_per_prompt", per_prompt)
-    monkeypatch.setattr(module, "_changes", changes)
     return model, task, scores
 
 
@@ -132,8 +124,8 @@ def test_with_two_facts_the_interval_reaches_from_one_to_the_other():
     """A quarter of the resamples holds one fact alone, a quarter the other."""
     values, full, empty = np.array([3.0, 4.0]), np.array([1.0, 2.0]), np.array([5.0, 10.0])
     gained, possible = values - empty, full - empty
-    assert statistic_interval([gained, possible], module._share) == pytest.approx((0.5, 0.75))
-    assert np.isnan(statistic_interval([gained[:1], possible[:1]], module._share)).all()
+    assert statistic_interval([gained, possible], module.recovered_share) == pytest.approx((0.5, 0.75))
+    assert np.isnan(statistic_interval([gained[:1], possible[:1]], module.recovered_share)).all()
 
 
 def test_a_game_that_the_circuit_cannot_change_is_an_error_in_words(game, monkeypatch):
@@ -312,106 +304,6 @@ def test_comprehensiveness_refuses_another_models_circuit(model, task, found):
     theirs = replace(found, provenance={"model": {"name": "theirs", "digest": "0" * 64}})
     with pytest.raises(CircuitError, match="theirs"):
         comprehensiveness(model, theirs, task, progress=False)
-
-
-# Minimality
-
-
-def test_minimality_of_a_game_is_the_one_computed_by_hand(game):
-    model, task, _ = game
-    circuit = Circuit.from_edges(
-        model.graph, ["input->a0.h0<v>", "a0.h0->logits", "input->m0", "m0->logits", "a0.h0->m0"]
-    )
-    table = minimality(model, circuit, task, progress=False)
-    kept, random = table[table["kept"]], table[~table["kept"]]
-    # facts weigh 2 on average; the harmful edge is the only one that costs less than the three that may be let in
-    assert kept["cost"].tolist() == [-2.0, 4.0, 5.0, 6.0, 8.0]
-    assert (kept["sender"] + "->" + kept["receiver"]).tolist() == [
-        "a0.h0->m0", "input->m0", "input->a0.h0<v>", "a0.h0->logits", "m0->logits",
-    ]  # fmt: skip
-    assert random["cost"].tolist() == [0.5, 1.0, 2.0]
-    assert random["below"].isna().all()
-    assert kept["below"].tolist() == [1, 0, 0, 0, 0] and kept["below"].mean() == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
-@pytest.mark.parametrize(("ablation", "metric"), [("zero", "nll"), ("mean", "kl"), ("resample", "logit_diff")])
-def test_costs_are_those_of_running_the_circuit_without_each_edge(tiny, name, ablation, metric):
-    model = tiny(name)
-    task = make_task(model, known_relation(model, 24), n=5)
-    circuit = random_circuit(model.graph, 40, seed=3)
-    table = minimality(model, circuit, task, ablation=ablation, metric=metric, draws=30, progress=False)
-    cuts = make_ablation(model, task, ablation)
-    loss = make_loss(model, cuts.usable(task.val), metric)
-    before = float(loss(run_circuit(model, circuit, loss.prompts, cuts)))
-    random = table[~table["kept"]]["cost"]
-    inside = {*circuit.nodes["node"]}
-    for row in table.itertuples():
-        edge = model.graph.edge_index(f"{row.sender}->{row.receiver}")
-        assert bool(circuit.kept[edge]) == row.kept
-        assert {row.sender, row.receiver.split("<")[0]} <= inside
-        flipped = circuit.kept.clone()
-        flipped[edge] = not row.kept
-        after = float(loss(run_circuit(model, flipped, loss.prompts, cuts)))
-        assert row.cost == pytest.approx(after - before if row.kept else before - after, abs=2e-4)
-        if row.kept:
-            assert row.below == np.mean(random > row.cost)
-    assert table["kept"].sum() == 40 and 0 < len(random) <= 30
-
-
-def test_dead_edges_cost_nothing_and_edges_out_of_lone_nodes_what_they_carry(model, task):
-    """An edge that leads nowhere, and one from a node that reads nothing: both are part of a circuit as given."""
-    alive = ["input->a0.h0<v>", "a0.h0->logits"]
-    circuit = Circuit.from_edges(model.graph, [*alive, "input->m0", "m1->logits"])
-    table = minimality(model, circuit, task, ablation="mean", progress=False).set_index("receiver")
-    assert table.loc["m0", "cost"] == 0
-    cuts = make_ablation(model, task, "mean")
-    loss = make_loss(model, task.val)
-    without = Circuit.from_edges(model.graph, [*alive, "input->m0"])
-    change = [float(loss(run_circuit(model, one, task.val, cuts))) for one in (without, circuit)]
-    lone = table[table["sender"] == "m1"]
-    assert lone["cost"].item() == pytest.approx(change[0] - change[1], abs=1e-4)
-    assert lone["cost"].item() != 0
-
-
-def test_a_large_circuit_is_sampled_and_the_seed_says_which(model, task):
-    circuit = random_circuit(model.graph, 60, seed=1)
-    settings = {"most": 20, "draws": 7, "progress": False}
-    one, again, other = (minimality(model, circuit, task, seed=seed, **settings) for seed in (0, 0, 1))
-    assert one.equals(again) and not one.equals(other)
-    assert one["kept"].sum() == 20 and (~one["kept"]).sum() == 7
-
-
-def test_batches_of_one_edge_give_the_same_costs(model, task, monkeypatch):
-    circuit = random_circuit(model.graph, 60, seed=1)
-    table = minimality(model, circuit, task, progress=False)
-    monkeypatch.setattr(module, "_ROWS", 1)
-    alone = minimality(model, circuit, task, progress=False)
-    both = table.merge(alone, on=["sender", "receiver", "kept"])
-    assert len(both) == len(table)
-    assert both["cost_x"].tolist() == pytest.approx(both["cost_y"].tolist(), abs=1e-4)
-
-
-def test_a_circuit_with_nothing_to_compare_is_an_error_in_words(model, task):
-    with pytest.raises(CircuitError, match="no edge"):
-        minimality(model, Circuit.empty(model.graph), task, progress=False)
-    with pytest.raises(CircuitError, match="every edge"):
-        minimality(model, Circuit.full(model.graph), task, progress=False)
-    with pytest.raises(CircuitError, match="3 layers"):
-        minimality(model, Circuit.full(Graph(3, 4)), task, progress=False)
-
-
-@pytest.mark.parametrize("wrong", [{"most": 0}, {"draws": 0}, {"metric": "loss"}, {"ablation": "none"}])
-def test_settings_of_minimality_that_cannot_be_meant_are_errors(model, task, wrong):
-    with pytest.raises(SettingError, match=str(next(iter(wrong.values())))):
-        minimality(model, random_circuit(model.graph, 20, 0), task, progress=False, **wrong)
-
-
-def test_minimality_reports_every_edge(model, task):
-    calls = []
-    circuit = random_circuit(model.graph, 20, seed=0)
-    table = minimality(model, circuit, task, draws=5, progress=lambda *call: calls.append(call[:2]))
-    assert len(table) == 25 and calls[-1] == (25, 25)
 
 
 def test_facts_without_a_partner_are_left_out_under_resample(model):

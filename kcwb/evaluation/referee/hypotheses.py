@@ -56,16 +56,16 @@ class Tested(NamedTuple):
     least: float
 
 
-def equivalence(circuit: npt.ArrayLike, model: npt.ArrayLike, alpha: float) -> Tested:
+def equivalence(circuit: npt.ArrayLike, model: npt.ArrayLike, alpha: float, tie: float = _TIE) -> Tested:
     """Is the circuit as often better than the model as worse: |P(s_C > s_M) - 1/2| below the margin.
 
-    The effect is the share of facts on which the circuit's score is the higher one, where ties count half; its interval
-    is Wilson's. `p_against` is both tails of Binomial(n, 1/2 + margin) beyond what was seen, as in the paper; `p_for`
-    the larger of two one-sided ones. Both take a half tie for what makes them larger. The reference of the power is a
-    circuit that does better (or worse) on one fact in five.
+    The effect is the share of facts on which the circuit's score is the higher one, where those that differ by no more
+    than `tie` count half; its interval is Wilson's. `p_against` is both tails of Binomial(n, 1/2 + margin) beyond what
+    was seen, as in the paper; `p_for` the larger of two one-sided ones. Both take a half tie for what makes them
+    larger. The reference of the power is a circuit that does better (or worse) on one fact in five.
     """
     own, full = np.asarray(circuit, float), np.asarray(model, float)
-    n, ties = len(own), np.isclose(own, full, rtol=_TIE, atol=_TIE)
+    n, ties = len(own), np.isclose(own, full, rtol=_TIE, atol=tie)
     wins = float(((own > full) & ~ties).sum() + ties.sum() / 2)
     towards = math.floor(wins) if wins > n / 2 else math.ceil(wins)
     wide, narrow = stats.binom(n, 0.5 + MARGIN), stats.binom(n, 0.5 - MARGIN)
@@ -79,7 +79,7 @@ def equivalence(circuit: npt.ArrayLike, model: npt.ArrayLike, alpha: float) -> T
     rejects = against(counts) <= alpha
 
     def power(off: float) -> float:
-        return float(stats.binom(n, 0.5 - off).pmf(counts)[rejects].sum())
+        return float(stats.binom.pmf(counts, n, 0.5 - off)[rejects].sum())
 
     interval = stats.binomtest(towards, n).proportion_ci(method="wilson")
     p_against = float(against(np.array([towards]))[0])
@@ -87,8 +87,12 @@ def equivalence(circuit: npt.ArrayLike, model: npt.ArrayLike, alpha: float) -> T
     return Tested(wins / n, interval.low, interval.high, n, p_for, p_against, power(0.3), least)
 
 
-def independence(complement: npt.ArrayLike, model: npt.ArrayLike, alpha: float, seed: int = 0) -> Tested:
+def independence(
+    complement: npt.ArrayLike, model: npt.ArrayLike, alpha: float, tie: float = _TIE, seed: int = 0
+) -> Tested:
     """Are the scores of what is left without the circuit independent of the model's.
+
+    Scores whose range is no more than `tie` are taken for one that never varies.
 
     By HSIC (Gretton et al. 2007) with Gaussian kernels, whose widths are the median distance within each sample, and
     9,999 permutations. The effect is Spearman's correlation, with the interval of Bonett and Wright (2000). That there
@@ -97,7 +101,7 @@ def independence(complement: npt.ArrayLike, model: npt.ArrayLike, alpha: float, 
     """
     one, other = np.asarray(complement, float), np.asarray(model, float)
     n = len(one)
-    alike = [float(np.ptp(x)) <= _TIE * max(1.0, float(np.abs(x).max())) for x in (one, other)]
+    alike = [float(np.ptp(x)) <= max(tie, _TIE * float(np.abs(x).max())) for x in (one, other)]
     if n < 4 or any(alike):  # what never varies depends on nothing
         return Tested(0.0, math.nan, math.nan, n, math.nan, 1.0, math.nan, math.nan)
     left, right = _centred(one), _kernel(other)
@@ -105,7 +109,7 @@ def independence(complement: npt.ArrayLike, model: npt.ArrayLike, alpha: float, 
     for i in range(_PERMUTATIONS):
         order = generator.permutation(n)
         chance[i] = (left * right[np.ix_(order, order)]).sum()
-    rho = float(stats.spearmanr(one, other).statistic)
+    rho = float(np.corrcoef(stats.rankdata(one), stats.rankdata(other))[0, 1])
     half = stats.norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (n - 3))
     low, high = (math.tanh(math.atanh(min(max(rho, -1 + 1e-12), 1 - 1e-12)) + sign * half) for sign in (-1, 1))
     power, least = _hsic_power(n, alpha)
@@ -155,7 +159,7 @@ def beats(wins: npt.ArrayLike, alpha: float) -> Tested:
     rejects = chance.cdf(counts) <= alpha
 
     def power(share: float) -> float:
-        return float(stats.binom(n, share).pmf(counts)[rejects].sum())
+        return float(stats.binom.pmf(counts, n, share)[rejects].sum())
 
     least = _least(lambda off: power(QUANTILE - off), np.linspace(0.01, QUANTILE, 90))
     interval = stats.binomtest(k, n).proportion_ci(method="wilson")
@@ -177,7 +181,7 @@ def minimal(exceeds: npt.ArrayLike, paths: int, p: npt.ArrayLike, alpha: float) 
     rejects = least.cdf(counts) <= alpha / n
 
     def power(share: float) -> float:
-        return float(stats.binom(paths, share).pmf(counts)[rejects].sum())
+        return float(stats.binom.pmf(counts, paths, share)[rejects].sum())
 
     found = _least(lambda off: power(QUANTILE - off), np.linspace(0.01, QUANTILE, 90))
     p_for = float(least.sf(np.round(shares * paths) - 1).max())
@@ -195,7 +199,7 @@ def difference(here: npt.ArrayLike, there: npt.ArrayLike, alpha: float, *, paire
     one, other = np.asarray(here, float), np.asarray(there, float)
     n = min(len(one), len(other))
     if n < 2:
-        return Tested(*[math.nan] * 3, n, *[math.nan] * 4)
+        return Tested(math.nan, math.nan, math.nan, n, math.nan, math.nan, math.nan, math.nan)
 
     def p(shift: float, side: str) -> float:
         values = (one - shift, other)

@@ -142,16 +142,11 @@ def edge_changes(
     scores: Scores, circuit: Circuit, chosen: Chosen, step: Callable[..., None]
 ) -> dict[str, tuple[Float[np.ndarray, "E N"], Float[np.ndarray, "P N"]]]:
     """Metric -> by how much each fact's loss grows when an edge is cut, of the circuit's edges and of random ones."""
-    whole = scores(circuit)
-    step()
-    own = []
-    for edge in chosen.edges:
-        own.append(scores(_without(circuit.kept, edge)))
-        step()
+    whole, own = scores.without_each(circuit.kept, chosen.edges, step)
     random = []
     for edge, inflated in zip(chosen.others, chosen.inflated, strict=True):
-        random.append((scores(inflated), scores(_without(inflated, edge))))
-        step(2)
+        with_it, (without,) = scores.without_each(inflated, edge[None], step)
+        random.append((with_it, without))
     return {
         metric: (
             np.stack([one.losses[metric] - whole.losses[metric] for one in own]),
@@ -159,12 +154,6 @@ def edge_changes(
         )
         for metric in scores.metrics
     }
-
-
-def _without(kept: Bool[Tensor, "S R"], edge: Tensor) -> Bool[Tensor, "S R"]:
-    kept = kept.clone()
-    kept[*edge] = False
-    return kept
 
 
 def minimality_table(graph: Graph, chosen: Chosen, changes: tuple[np.ndarray, np.ndarray]) -> pd.DataFrame:

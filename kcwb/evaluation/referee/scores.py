@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
@@ -16,7 +16,7 @@ from kcwb.circuits.masked import MaskedRuns
 from kcwb.errors import KcwbError
 from kcwb.models.forward import prompt_chunks
 from kcwb.models.loading import Model
-from kcwb.tasks.metrics import answer_ranks, make_loss
+from kcwb.tasks.metrics import Loss, answer_ranks, make_loss
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts
 
 
@@ -70,15 +70,30 @@ class Scores:
         empty, full = self.empty.losses[metric], self.model_alone.losses[metric]
         return (empty - self(circuit).losses[metric]) / (empty - full).mean()
 
+    def without_each(
+        self, kept: Bool[Tensor, "S R"], edges: Int[Tensor, "E 2"], step: Callable[..., None]
+    ) -> tuple[Answered, list[Answered]]:
+        """What a circuit answers, and what it answers without each of some edges."""
+        parts: list[dict[int, Answered]] = []
+        for runs, losses in self._parts:
+            parts.append({})
+            for i, logits in runs.without_each(kept, edges):
+                parts[-1][i] = _answered(runs.prompts, losses, logits)
+                if runs is self._parts[-1][0]:
+                    step()
+        found = [self._joined([some[i] for some in parts]) for i in range(-1, len(edges))]
+        return found[0], found[1:]
+
     def _run(self, kept: Bool[Tensor, "S R"]) -> Answered:
-        losses: dict[str, list[np.ndarray]] = {metric: [] for metric in self.metrics}
-        hits = []
-        for runs, of_part in self._parts:
-            logits = runs.logits(kept)
-            for metric, loss in zip(self.metrics, of_part, strict=True):
-                losses[metric].append(loss.per_prompt(logits).double().cpu().numpy())
-            hits.append((answer_ranks(logits, runs.prompts) <= KNOWN_RANK).cpu().numpy())
-        found = Answered({metric: np.concatenate(some) for metric, some in losses.items()}, np.concatenate(hits))
-        if not all(np.isfinite(some).all() for some in found.losses.values()):
+        return self._joined([_answered(runs.prompts, losses, runs.logits(kept)) for runs, losses in self._parts])
+
+    def _joined(self, parts: list[Answered]) -> Answered:
+        losses = {metric: np.concatenate([one.losses[metric] for one in parts]) for metric in self.metrics}
+        if not all(np.isfinite(some).all() for some in losses.values()):
             raise KcwbError("The logits of a run are not numbers: they overflow. Use float32.")
-        return found
+        return Answered(losses, np.concatenate([one.hits for one in parts]))
+
+
+def _answered(prompts: Prompts, losses: Sequence[Loss], logits: Float[Tensor, "N A V"]) -> Answered:
+    values = {loss.metric: loss.per_prompt(logits).double().cpu().numpy() for loss in losses}
+    return Answered(values, (answer_ranks(logits, prompts) <= KNOWN_RANK).cpu().numpy())

@@ -1,0 +1,233 @@
+"""The referee before circuits of which the truth is known, and what it does with its facts, its cache and bad input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kcwb.circuits.ablation import make_ablation
+from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.run import run_circuit
+from kcwb.discovery.baselines import random_circuit
+from kcwb.errors import CircuitError, DataError, SettingError
+from kcwb.evaluation.referee import hypotheses
+from kcwb.evaluation.referee import referee as module
+from kcwb.evaluation.referee.compare import rank_circuits
+from kcwb.evaluation.referee.elsewhere import of_nodes, rivals
+from kcwb.evaluation.referee.hearing import judged_facts
+from kcwb.evaluation.referee.judgement import NO, YES, Judgement
+from kcwb.evaluation.referee.referee import referee
+from kcwb.tasks.metrics import make_loss
+from kcwb.tasks.prompts import make_task
+from tests import handmade
+from tests.ensembles import drawn
+
+SETTINGS = {"relations": 0, "progress": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_permutations():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hypotheses, "_PERMUTATIONS", 4999)
+        patch.setattr(hypotheses, "_SIMULATIONS", 50)
+        yield
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """A head that copies, in a model whose other weights do nothing; and a task with two of its facts in D_val."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handmade, "_NOISE", 0.0)
+        found = handmade.copying_head(n_layers=4)
+    return found, make_task(found.model, found.relation, n=2)
+
+
+def circuit_of(planted, edges) -> Circuit:
+    found, task = planted
+    facts = [[fact.subject, fact.object] for fact in task.val.facts]
+    return Circuit.from_edges(found.model.graph, list(edges), provenance={"ablation": "zero", "facts": facts})
+
+
+@pytest.fixture(scope="module")
+def judged(planted, tmp_path_factory):
+    """The truth, the truth without an edge and with idle ones, and a random circuit before the referee."""
+    found, task = planted
+    truth = sorted(found.truth("zero"))
+    circuits = {
+        "truth": circuit_of(planted, truth),
+        "missing": circuit_of(planted, [edge for edge in truth if edge != "input->a1.h2<k>"]),
+        "surplus": circuit_of(planted, [*truth, "input->m1", "m1->logits"]),
+    }
+    random = random_circuit(found.model.graph, len(truth), seed=7)
+    circuits["random"] = replace(random, provenance=circuits["truth"].provenance)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KCWB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return {name: referee(found.model, one, task, draws=60, **SETTINGS) for name, one in circuits.items()}
+
+
+def refused(judgement: Judgement) -> set[str]:
+    answers = judgement.answers
+    return set(answers[answers == NO].index)
+
+
+# --- planted truths ---
+
+
+def test_the_planted_circuit_passes_every_question(judged):
+    assert refused(judged["truth"]) == set()
+    answers = judged["truth"].answers
+    assert answers["sufficiency"] == answers["minimality"] == answers["uniqueness"] == YES
+
+
+def test_without_one_of_its_edges_it_no_longer_answers_as_the_model_does(judged):
+    # the query that is left of an attention score asks for nothing that a key could answer: it is idle now
+    assert refused(judged["missing"]) == {"equivalence", "minimality"}
+    edges = judged["missing"].edges
+    assert (edges.loc[edges["superfluous"], "receiver"] == "a1.h2<q>").all()
+
+
+def test_with_idle_edges_it_is_not_minimal_and_nothing_else(judged):
+    assert refused(judged["surplus"]) == {"minimality"}
+    edges = judged["surplus"].edges
+    idle = edges.loc[edges["superfluous"].astype(bool)]
+    assert set(idle["sender"] + "->" + idle["receiver"]) == {"input->m1", "m1->logits"}
+
+
+def test_a_random_circuit_is_no_better_than_random_ones(judged):
+    assert {"equivalence", "sufficiency", "partial necessity", "minimality"} <= refused(judged["random"])
+
+
+def test_every_question_has_numbers_and_a_sentence(judged):
+    for judgement in judged.values():
+        table = judgement.questions
+        assert (table[["p_for", "p_against"]].stack() > 0).all() and (table["holm"] <= 1).all()
+        assert (table["holm"] >= table[["p_for", "p_against"]].min(axis=1) - 1e-12).all()
+        assert table["sentence"].str.endswith(".").all() and not table["sentence"].str.contains("nan|{").any()
+        assert (table["low"].fillna(0) <= table["effect"] + 1e-9).all()
+
+
+# --- what the numbers are of ---
+
+
+def test_it_is_judged_on_known_facts_that_it_was_not_found_on(planted, judged):
+    found, task = planted
+    seen, fresh = judged_facts(found.model, circuit_of(planted, found.truth("zero")), task, 100, 0)
+    assert {fact.subject for fact in seen.facts} == {fact.subject for fact in task.val.facts}
+    assert len(fresh) == 14 and not {fact.subject for fact in fresh.facts} & {fact.subject for fact in task.val.facts}
+    _, fewer = judged_facts(found.model, circuit_of(planted, found.truth("zero")), task, 100, 0, ["s3"])
+    assert len(fewer) == 13
+    assert judged["truth"].provenance["judged on"] == 14
+
+
+def test_faithfulness_is_that_of_runs_one_by_one(planted, judged):
+    found, task = planted
+    circuit = circuit_of(planted, found.truth("zero"))
+    _, fresh = judged_facts(found.model, circuit, task, 100, 0)
+    rows = judged["truth"].matrix.set_index(["found", "tested", "level"])
+    for ablation in ("zero", "mean"):
+        cuts = make_ablation(found.model, task, ablation)
+        loss = make_loss(found.model, fresh, "nll")
+        full, empty = (Circuit.full(circuit.graph), Circuit.empty(circuit.graph))
+        for level, one in {"edges": circuit, "nodes": of_nodes(circuit)}.items():
+            own, all_, none = (float(loss(run_circuit(found.model, x, fresh, cuts))) for x in (one, full, empty))
+            expected = (none - own) / (none - all_)
+            assert rows.loc[("zero", ablation, level), "faithfulness"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_edges_between_kept_nodes():
+    graph = handmade.copying_head().model.graph
+    inside = of_nodes(Circuit.from_edges(graph, ["input->a0.h1<q>", "a0.h1->m1", "m1->logits"]))
+    nodes = ("input", "a0.h1", "m1", "logits")
+    expected = {
+        graph.edge_name(*edge)
+        for edge in graph.exists.nonzero().tolist()
+        if all(name.partition("<")[0] in nodes for name in graph.edge_name(*edge).split("->"))
+    }
+    assert {f"{a}->{b}" for a, b in inside.edges[["sender", "receiver"]].to_numpy()} == expected
+
+
+def test_rivals_have_none_of_the_strongest_edges():
+    graph = handmade.copying_head().model.graph
+    circuit = random_circuit(graph, 12, seed=0)
+    scores = np.random.default_rng(0).random(graph.exists.shape).astype("float32")
+    scored = replace(circuit, scores=circuit.kept.new_tensor(scores, dtype=None).float())
+    strongest = scored.edges.assign(edge=lambda table: table["sender"] + "->" + table["receiver"])["edge"]
+    for k, (rival, shared) in rivals(scored, scored.scores, [1, 5, 12]).items():
+        own = set(rival.edges["sender"] + "->" + rival.edges["receiver"])
+        assert not own & set(strongest[:k]) and shared == len(own & set(strongest))
+
+
+# --- keeping, ranking ---
+
+
+def test_a_judgement_is_kept_and_read_again(planted, tmp_path, monkeypatch):
+    found, task = planted
+    monkeypatch.setenv("KCWB_CACHE", str(tmp_path))
+    circuit = circuit_of(planted, found.truth("zero"))
+    first = referee(found.model, circuit, task, quick=True, draws=10, **SETTINGS)
+    monkeypatch.setattr(module, "Hearing", None)  # nothing is run again
+    again = referee(found.model, circuit, task, quick=True, draws=10, **SETTINGS)
+    assert again.answers.equals(first.answers) and again.provenance == json.loads(json.dumps(first.provenance))
+    pd.testing.assert_frame_equal(again.questions, first.questions, check_dtype=False)
+    with pytest.raises(TypeError):
+        referee(found.model, circuit, task, quick=True, draws=11, **SETTINGS)
+    (kept,) = (tmp_path / "judgements").iterdir()
+    kept.write_text(kept.read_text()[:100])
+    with pytest.raises(TypeError):
+        referee(found.model, circuit, task, quick=True, draws=10, **SETTINGS)
+
+
+def test_circuits_are_ranked_on_the_same_facts(planted, tmp_path, monkeypatch):
+    found, task = planted
+    monkeypatch.setenv("KCWB_CACHE", str(tmp_path))
+    truth = circuit_of(planted, found.truth("zero"))
+    elsewhere = replace(truth, provenance={"ablation": "zero", "facts": [["s9", "o1"]]})
+    worse = circuit_of(planted, ["input->m1", "m1->logits"])
+    some = {"worse": worse, "truth": elsewhere, "drawn": drawn(truth, truth)}
+    order, judged = rank_circuits(found.model, some, task, quick=True, draws=10, ablation="zero", **SETTINGS)
+    assert order["circuit"].tolist()[-1] == "worse" and set(judged) == {"worse", "truth", "drawn"}
+    facts = {tuple(map(tuple, one.provenance["facts"])) for one in judged.values()}
+    assert len(facts) == 1 and "s9" not in {subject for subject, _ in next(iter(facts))}
+    with pytest.raises(SettingError, match="nothing to rank"):
+        rank_circuits(found.model, {"one": truth}, task, progress=False)
+
+
+# --- bad input ---
+
+
+def test_what_cannot_be_judged_is_refused(planted):
+    found, task = planted
+    model, truth = found.model, circuit_of(planted, found.truth("zero"))
+    with pytest.raises(CircuitError, match="no edge"):
+        referee(model, Circuit.empty(model.graph), task, **SETTINGS)
+    with pytest.raises(CircuitError, match="every edge"):
+        referee(model, Circuit.full(model.graph), task, **SETTINGS)
+    everything = replace(truth, provenance={"facts": [[fact.subject, fact.object] for fact in found.relation.facts]})
+    with pytest.raises(DataError, match="needs 4"):
+        referee(model, everything, task, cache=False, **SETTINGS)
+    for wrong in ({"metric": "kl"}, {"metric": "hits"}, {"facts": 0}, {"confidence": 0.0}, {"draws": 0}):
+        with pytest.raises(SettingError):
+            referee(model, truth, task, cache=False, **SETTINGS, **wrong)
+
+
+def test_a_judgement_of_another_format_is_refused(judged):
+    text = judged["truth"].to_json()
+    assert Judgement.from_json(text).to_json() == text
+    for damaged in ("", "[]", "{}", text[:50], text.replace("kcwb-judgement/1", "other")):
+        with pytest.raises(DataError, match="no judgement"):
+            Judgement.from_json(damaged)
+
+
+def test_it_may_be_cancelled(planted):
+    found, task = planted
+
+    def stop(done, total, note):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        referee(found.model, circuit_of(planted, found.truth("zero")), task, cache=False, relations=0, progress=stop)

@@ -56,7 +56,9 @@ class Handmade(NamedTuple):
         return self.edges - self.restored.get(ablation, frozenset())
 
 
-def copying_head(score: float = 5.0, movers: tuple[int, ...] = (2,), n_layers: int = 2) -> Handmade:
+def copying_head(
+    score: float = 5.0, movers: tuple[int, ...] = (2,), n_layers: int = 2, decoys: bool = True
+) -> Handmade:
     """A mover: a1.h2 copies the object's direction from the subject to END. GPT-2, layers of four heads.
 
     A subject's embedding holds its object's direction (`knows`) and a flag; END ("is") holds another flag. The query
@@ -90,8 +92,8 @@ def copying_head(score: float = 5.0, movers: tuple[int, ...] = (2,), n_layers: i
     }
     for head in movers:
         _write_head(module, 1, head, **mover)
-    _write_head(module, 0, 1, **{**mover, "o": _map(shape, at["unread"], range(8)).T})
-    _write_head(module, 1, 0, **{**mover, "o": _map(shape, at["unread"], range(8)).T})
+    for layer, head in ((0, 1), (1, 0)) if decoys else ():
+        _write_head(module, layer, head, **{**mover, "o": _map(shape, at["unread"], range(8)).T})
     _write_ends(module, at, embedding, says=[tokens[word] for word in objects], strength=7.0)
     facts = [Fact(f"big {word}" if i % 3 == 0 else word, objects[i % n_objects]) for i, word in enumerate(subjects)]
     flags = frozenset(f"input->a1.h{head}<{letter}>" for head in movers for letter in "qk")

@@ -40,7 +40,10 @@ _Test = Callable[[float], tests.Tested]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is run: facts, random paths, circuits and complements, edges cut alone, facts elsewhere."""
+    """How much is run: facts, random paths, circuits and complements, edges cut alone, facts elsewhere.
+
+    And whether the circuit is searched for again under other ablations.
+    """
 
     facts: int = 100
     paths: int = 100
@@ -50,6 +53,7 @@ class Effort:
     templates: int = 3
     relations: int = 3
     elsewhere: int = 24
+    again: bool = True
 
 
 def judged_facts(
@@ -107,7 +111,7 @@ class Hearing:
         chosen = choose_edges(self.circuit, effort.edges, effort.paths, self.seed)
         count = self.others if isinstance(self.others, int) else len(self.others)
         runs = chosen.runs + 3 + effort.circuits + effort.complements  # of the paper's questions
-        runs += 2 + effort.templates + count + 3 + 18 + 4
+        runs += 2 + effort.templates + count + (3 + 18 if effort.again else 6) + 4
         with track(progress, runs, "referee") as self.step:
             changes = edge_changes(self.scores, self.circuit, chosen, self.step)
             tables = {metric: minimality_table(graph, chosen, some) for metric, some in changes.items()}
@@ -217,7 +221,9 @@ class Hearing:
         tested = other.scores_under(self.model, self.task, self.scores, own)
         tested = {name: scores for name, scores in tested.items() if other.tells(scores, self.metric)}
         under = str(self.circuit.provenance.get("ablation", own))
-        found = other.found_under(self.model, self.task, self.circuit, under, self.step)
+        found = {under: self.circuit}
+        if self.effort.again:
+            found = other.found_under(self.model, self.task, self.circuit, under, self.step)
         rows = other.across(found, tested, self.metric, self.seed, self.step)
         others = [self._recovered(scores) for name, scores in tested.items() if name != own]
         asked = {}

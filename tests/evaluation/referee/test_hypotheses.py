@@ -60,7 +60,7 @@ def test_that_a_circuit_is_equivalent_can_be_shown_with_enough_facts():
 def test_the_power_of_equivalence_is_how_often_it_finds_the_reference():
     generator, n = np.random.default_rng(0), 30
     found = [equivalence(np.where(generator.random(n) < 0.2, 1.0, -1.0), np.zeros(n), 0.01) for _ in range(200)]
-    assert np.mean([one.p_against <= 0.01 for one in found]) == pytest.approx(found[0].power, abs=0.06)
+    assert np.mean([one.p_against <= 0.01 for one in found]) == pytest.approx(found[0].power, abs=0.1)
     off = found[0].least
     reject = [equivalence(np.where(generator.random(n) < 0.5 - off, 1.0, -1.0), np.zeros(n), 0.01) for _ in range(200)]
     assert np.mean([one.p_against <= 0.01 for one in reject]) == pytest.approx(0.82, abs=0.09)

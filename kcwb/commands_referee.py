@@ -69,7 +69,9 @@ def referee(args: argparse.Namespace) -> tuple[Any, str]:
         ranking, judgements = rank_circuits(model, circuits, task, **more)
         rows = records(ranking)
         data = {"ranking": rows, "judgements": {name: _data(one) for name, one in judgements.items()}}
-        table = as_table(list(ranking.columns), [list(row.values()) for row in rows])
+        asked = {question for one in judgements.values() for question in one.answers.index}
+        keys = [name for name in ranking.columns if name not in asked]  # all verdicts would fill no terminal's line
+        table = as_table(keys, [[row[key] for key in keys] for row in rows])
         text = f"{len(circuits)} circuits in {model.name}: {task.template}\n\n{table}"
         write = partial(ranking_page, ranking, judgements)
     if args.output is None:

@@ -107,10 +107,10 @@ def _judged(name: str, judgement: Judgement) -> dict[str, Any]:
 def _ranked(ranking: pd.DataFrame) -> str:
     """The ranking as a table; verdicts have their marks."""
     told = verdicts.joined(ranking)
-    head = "".join(f"<th>{tables.text(name)}</th>" for name in told.columns)
+    head = "".join(f"<th>{tables.text(str(name).replace('_', ' '))}</th>" for name in told.columns)
     rows = ("".join(map(_cell, row)) for row in told.itertuples(index=False))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<table class="kc-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<table class="kc-table kc-ranking"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _cell(value: Any) -> str:

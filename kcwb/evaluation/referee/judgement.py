@@ -81,7 +81,7 @@ class Judgement:
             if data["format"] != _FORMAT:
                 raise ValueError(f"its format is {data['format']!r}")
             tables = {name: pd.DataFrame(data[name]["data"], columns=data[name]["columns"]) for name in _TABLES}
-            numbers = {name: table.infer_objects() for name, table in tables.items()}
+            numbers = {name: table.fillna(float("nan")).infer_objects() for name, table in tables.items()}
             return cls(**numbers, provenance=data["provenance"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"This is no judgement that kcwb wrote: {error}.") from error

@@ -30,7 +30,7 @@ _KEYS = ("question", "metric", "verdict", "effect", "low", "high", "holm", "powe
     option("--model", help="built-in name, hub name or local folder (default, here and below: as the file says)"),
     option("--relation", help="the name of a relation, or a .json file"),
     option("--template", type=template_of, help="a zero-shot template's number, or text with {}"),
-    option("--facts", dest="most", type=int, metavar="N", help="judge on at most N facts (default: 100; quick: 24)"),
+    option("--facts", dest="most", type=int, metavar="N", help="judge on at most N facts (default: 100; quick: 12)"),
     option("--seed", dest="start", type=int, default=0, metavar="SEED", help="of the referee's draws (default: 0)"),
     option("--ablation", help="what a cut edge delivers: zero, mean, resample, or name(setting=value)"),
     option("--metric", help="what shares and costs are measured by: nll (the default) or logit_diff"),

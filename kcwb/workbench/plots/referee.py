@@ -81,7 +81,7 @@ def matrix_sentence(judgement: Judgement) -> str:
             said += [f"found under {found}, {what} recovers {_listed([*here, *others])}"] if row else []
         same = [grid.loc[name, name] for name in grid.index if name in grid.columns]
         apart = [grid.loc[a, b] for a in grid.index for b in grid.columns if a != b]
-        if np.isfinite(same).any() and np.isfinite(apart).any():
+        if len(grid) > 1 and np.isfinite(same).any() and np.isfinite(apart).any():
             said.append(
                 f"in the mean over {level}, circuits keep {decimal(float(np.nanmean(same)))} under the ablation that "
                 f"they were found under and {decimal(float(np.nanmean(apart)))} under others"

@@ -71,6 +71,11 @@ def test_the_sentence_of_the_matrix_says_the_circuits_own_row_of_each_level() ->
     assert "circuits keep .93 under the ablation that they were found under and .40 under others" in text
 
 
+def test_of_one_row_no_mean_is_said() -> None:
+    text = matrix_sentence(judgement_of(faithful={("edges", "mean", "mean"): 0.9, ("edges", "mean", "zero"): 0.2}))
+    assert text.startswith("Found under mean, the circuit recovers .90 when tested under mean and .20 under zero. F")
+
+
 def effects() -> dict[str, float]:
     return {"input->m0": 0.5, "m0->a1.h0<v>": 0.018, "a1.h0->m1": 0.002, "m1->logits": -0.02, "m0->logits": 0.1}
 

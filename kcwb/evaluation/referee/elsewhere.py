@@ -11,6 +11,7 @@ All compare shares of what the model gains over nothing (`Scores.recovered`), wh
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,7 @@ from kcwb.discovery.selection import matched_circuit
 from kcwb.errors import DataError, SettingError
 from kcwb.evaluation.faithfulness import recovered_share
 from kcwb.evaluation.referee.scores import Scores
+from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.statistics import statistic_interval
 from kcwb.tasks.prompts import Task, make_task
@@ -181,13 +183,42 @@ def rivals(
     strength = edge_scores if circuit.scores is None else circuit.scores.nan_to_num(0.0)
     rows, columns = circuit.kept.nonzero(as_tuple=True)
     order = strength[rows, columns].abs().argsort(descending=True, stable=True)
-    lowest = float(edge_scores[graph.exists].min()) - 1.0
     for k in without:
-        barred = edge_scores.clone()
-        barred[rows[order[:k]], columns[order[:k]]] = lowest
-        rival = matched_circuit(graph, barred, circuit.n_edges)
-        kept = rival.kept.clone()
-        kept[rows[order[:k]], columns[order[:k]]] = False
-        rival = Circuit(graph, kept).without_dangling()
+        barred = edge_scores.abs()
+        barred[rows[order[:k]], columns[order[:k]]] = -1.0
+        rival = best_circuit(graph, barred, circuit.n_edges)
         found[k] = rival, (rival & circuit).n_edges
     return found
+
+
+def best_circuit(graph: Graph, scores: Float[Tensor, "S R"], edges: int) -> Circuit:
+    """About as many edges of high score, none of a negative one, all on paths from `input` to `logits`.
+
+    Where a few edges are barred through which nearly all paths lead, the edges of highest score hang together only once
+    there are many more of them. From the fewest that do the weakest are taken away again, so long as a path is left.
+    """
+    order = scores.masked_fill(~graph.exists, -1.0).flatten().argsort(descending=True, stable=True)
+    order = order[: int(((scores >= 0) & graph.exists).sum())]
+
+    def of(count: int) -> Circuit:
+        kept = torch.zeros(graph.exists.numel(), dtype=torch.bool)
+        kept[order[:count]] = True
+        return Circuit(graph, kept.view_as(graph.exists)).without_dangling()
+
+    count = bisect_left(range(len(order)), edges, key=lambda n: of(n).n_edges)
+    circuit, needed = of(count), torch.zeros_like(graph.exists)
+    while circuit.n_edges > edges:
+        free = (circuit.kept & ~needed).nonzero()
+        if not len(free):
+            break
+        weakest = free[scores[*free.T].argsort(stable=True)]
+        for size in (circuit.n_edges - edges, *(2**i for i in reversed(range(6)))):
+            kept = circuit.kept.clone()
+            kept[*weakest[:size].T] = False
+            fewer = Circuit(graph, kept).without_dangling()
+            if fewer.n_edges >= edges or (size == 1 and fewer.n_edges):
+                circuit = fewer
+                break
+        else:
+            needed[*weakest[0]] = True
+    return circuit

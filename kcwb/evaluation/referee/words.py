@@ -64,7 +64,7 @@ QUESTIONS = {
         "it beats every other random circuit", "below nine of ten",
         "Alone it is closer to the model than {effect:.0%} of {n} random connected circuits of its size.",
         "Alone it is closer to the model than only {effect:.0%} of {n} random connected circuits of its size.",
-        "Alone it is closer to the model than {effect:.0%} of {n} random circuits: too near nine of ten to tell.",
+        "Alone it is closer to the model than {effect:.0%} of {n} random circuits: which does not settle it.",
     ),
     "partial necessity": Question(
         "Cutting the circuit harms the model more than cutting nine of ten random ones.",
@@ -72,7 +72,7 @@ QUESTIONS = {
         "it beats every other random circuit", "below nine of ten",
         "Cutting it harms the model more than cutting {effect:.0%} of {n} random circuits of its size.",
         "Cutting it harms the model more than cutting only {effect:.0%} of {n} random circuits of its size.",
-        "Cutting it harms the model more than cutting {effect:.0%} of {n} random ones: too near nine of ten to tell.",
+        "Cutting it harms the model more than cutting {effect:.0%} of {n} random ones: which does not settle it.",
     ),
     "other facts": Question(
         "The circuit does as well on facts that it was not found on.",

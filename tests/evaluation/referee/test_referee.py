@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
@@ -17,7 +18,7 @@ from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.evaluation.referee import hypotheses
 from kcwb.evaluation.referee import referee as module
 from kcwb.evaluation.referee.compare import rank_circuits
-from kcwb.evaluation.referee.elsewhere import of_nodes, rivals
+from kcwb.evaluation.referee.elsewhere import best_circuit, of_nodes, rivals
 from kcwb.evaluation.referee.hearing import judged_facts
 from kcwb.evaluation.referee.judgement import NO, YES, Judgement
 from kcwb.evaluation.referee.referee import referee
@@ -159,6 +160,18 @@ def test_rivals_have_none_of_the_strongest_edges():
     for k, (rival, shared) in rivals(scored, scored.scores, [1, 5, 12]).items():
         own = set(rival.edges["sender"] + "->" + rival.edges["receiver"])
         assert not own & set(strongest[:k]) and shared == len(own & set(strongest))
+
+
+def test_a_rival_finds_ways_round_an_edge_that_all_strong_paths_take():
+    graph = handmade.copying_head(n_layers=4).model.graph
+    scores = 0.01 * torch.rand(graph.exists.shape, generator=torch.Generator().manual_seed(0))
+    for edge in ("input->m0", "m0->m1", "m1->m2", "m2->m3", "m3->logits", "m0->m3", "m1->m3"):
+        scores[graph.edge_index(edge)] = 1.0
+    scores[graph.edge_index("input->m0")] = -1.0
+    for edges in (8, 20, 60):
+        rival = best_circuit(graph, scores, edges)
+        assert not rival.kept[graph.edge_index("input->m0")] and rival.without_dangling().kept.equal(rival.kept)
+        assert 1 <= rival.n_edges <= edges + 3 and rival.n_edges >= edges - 8
 
 
 # --- keeping, ranking ---

@@ -18,11 +18,13 @@ from torch import Tensor
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
 
 from kcwb.circuits.ablation import Ablation, make_ablation
+from kcwb.circuits.masked import MaskedRuns
 from kcwb.discovery.acdc import Search, acdc, predict_seconds
 from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.baselines import random_circuit
 from kcwb.discovery.discover import discover
 from kcwb.discovery.many import discover_many
+from kcwb.evaluation.referee.referee import referee
 from kcwb.models import loading, network
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model, load_model
@@ -158,7 +160,31 @@ def test_masked_pass(smollm2: Model) -> None:
             lambda kept=kept: smollm2.network.logits(forward(smollm2.network, tokens, kept=kept).residual), 5
         )
         say(f"masked pass of {edges:,} edges / plain pass", f"{masked / plain:.2f}")
+    task = make_task(smollm2, "country_capital", n=32)
+    runs = MaskedRuns(smollm2.network, task.val, make_ablation(smollm2, task, "mean").values(task.val))
+    plain = seconds(
+        lambda: smollm2.network.logits(at_answers(forward(smollm2.network, task.val.tokens).residual, task.val))
+    )
+    few = random_circuit(smollm2.graph, 200, 0)
+    for what, kept in {"200 edges": few.kept, "all but 200 edges": few.complement().kept}.items():
+        dense = seconds(lambda kept=kept: forward(smollm2.network, task.val.tokens, kept=kept), 1)
+        taken = seconds(lambda kept=kept: runs.logits(kept))
+        say(
+            f"a circuit of {what} / plain pass, 32 facts",
+            f"{taken / plain:.2f} (computing everything: {dense / plain:.2f})",
+        )
     say("plain pass / Hugging Face forward", f"{plain / seconds(lambda: smollm2.logits(tokens), 5):.2f}")
+
+
+def test_referee(smollm2: Model) -> None:
+    """A judgement of a circuit of 200 edges, quick, and in full on 50 facts."""
+    task = make_task(smollm2, "country_capital", n=8)
+    circuit = discover(smollm2, task, "eap-ig", edges=300, progress=False)
+    for words, settings in {"quick": {"quick": True}, "50 facts": {"facts": 50}}.items():
+        started = time.perf_counter()
+        found = referee(smollm2, circuit, task, cache=False, progress=False, **settings)
+        say(f"a judgement of {circuit.n_edges} edges, {words}", f"{time.perf_counter() - started:.0f} s")
+    say("... which questions were answered", ", ".join(f"{q}: {a}" for q, a in found.answers.items()))
 
 
 def language_prompts(model: Model, n: int) -> tuple[Loss, Ablation]:

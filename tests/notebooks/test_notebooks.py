@@ -317,6 +317,17 @@ def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(tmp_path):
 
 
 @pytest.mark.model
+def test_the_referee_judges_circuits_and_puts_claims_beside_them(tmp_path):
+    executed = run("12_referee", tmp_path, relations=["antonym"], methods=["eap"], edges=120, n=4, facts=5, draws=5)
+    assert "equivalence" in shown(executed, "judgement.questions[")
+    assert "Holm" in next(outputs(executed, 'judgement.questions["sentence"]')).text
+    for cell in ("plot_matrix(", "plot_minimality("):
+        assert shown(executed, cell, "image/png")
+    assert "not_shown" in shown(executed, "ranking[[") and "uniqueness" in shown(executed, "value_counts")
+    no_warnings(executed)
+
+
+@pytest.mark.model
 def test_sweeps_fills_a_store_and_counts_operations(tmp_path):
     executed = run(
         "10_sweeps", tmp_path, relations=["antonym"], methods=["eap"], edges=150, n=2, ablations=["mean"],

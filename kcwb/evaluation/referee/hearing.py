@@ -40,15 +40,17 @@ _Test = Callable[[float], tests.Tested]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is run: facts, random paths, circuits and complements, edges cut alone, facts elsewhere.
+    """How much is run: facts; of them, those on which circuits and edges are compared with random ones.
 
-    And whether the circuit is searched for again under other ablations.
+    Random paths, circuits and complements; edges cut alone; templates, relations and facts elsewhere; and whether the
+    circuit is searched for again under other ablations.
     """
 
     facts: int = 100
+    compared: int = 24
     paths: int = 100
     circuits: int = 100
-    complements: int = 100
+    complements: int = 70
     edges: int = 300
     templates: int = 3
     relations: int = 3
@@ -98,6 +100,8 @@ class Hearing:
         metrics = metrics_of(self.prompts)
         choose("The metric", metric, metrics)
         self.scores = Scores(model, self.prompts, cuts, metrics)
+        some = self.prompts.select(range(min(len(self.prompts), effort.compared)))
+        self.few = Scores(model, some, cuts, metrics)
         self.seen = Scores(model, cuts.usable(seen), cuts, metrics) if len(seen) > 1 else None
         if not other.tells(self.scores, metric):
             raise DataError(
@@ -113,7 +117,7 @@ class Hearing:
         runs = chosen.runs + 3 + effort.circuits + effort.complements  # of the paper's questions
         runs += 2 + effort.templates + count + (3 + 18 if effort.again else 6) + 4
         with track(progress, runs, "referee") as self.step:
-            changes = edge_changes(self.scores, self.circuit, chosen, self.step)
+            changes = edge_changes(self.few, self.circuit, chosen, self.step)
             tables = {metric: minimality_table(graph, chosen, some) for metric, some in changes.items()}
             asked = self._of_the_paper(tables, len(chosen.others))
             asked_elsewhere, rows = self._elsewhere()
@@ -140,28 +144,33 @@ class Hearing:
         """The five questions of arXiv 2410.13032, in each metric."""
         graph, size = self.model.graph, self.circuit.n_edges
         random = [random_circuit(graph, size, self.seed + draw) for draw in range(self.effort.circuits)]
-        full, own, left = self._run(Circuit.full(graph)), self._run(self.circuit), self._run(self.circuit.complement())
-        drawn = [self._run(one) for one in random]
-        without = [self._run(one.complement()) for one in random[: self.effort.complements]]
+        whole = [Circuit.full(graph), self.circuit, self.circuit.complement()]
+        full, own, left = (self._run(self.scores, one) for one in whole)
+        model, alone, rest = (self.few(one) for one in whole)
+        drawn = [self._run(self.few, one) for one in random]
+        without = [self._run(self.few, one.complement()) for one in random[: self.effort.complements]]
         asked: dict[tuple[str, str], _Test] = {}
+
+        def apart(one: Answered, metric: str) -> float:
+            return float(np.abs(one.losses[metric] - model.losses[metric]).mean())
+
         for metric, table in tables.items():
-            model, circuit, rest = (-one.losses[metric] for one in (full, own, left))
-            tie = _TIE * float(np.abs(self.scores.empty.losses[metric] + model).mean())
-            apart, apart_rest = (float(np.abs(some - model).mean()) for some in (circuit, rest))
-            closer = [apart < float(np.abs(one.losses[metric] + model).mean()) for one in drawn]
-            further = [apart_rest > float(np.abs(one.losses[metric] + model).mean()) for one in without]
+            scores = [-one.losses[metric] for one in (own, left, full)]
+            tie = _TIE * float(np.abs(self.scores.empty.losses[metric] + scores[-1]).mean())
+            closer = [apart(alone, metric) < apart(one, metric) for one in drawn]
+            further = [apart(rest, metric) > apart(one, metric) for one in without]
             kept = table[table["kept"]]
             asked |= {
-                ("equivalence", metric): partial(tests.equivalence, circuit, model, tie=tie),
-                ("independence", metric): partial(tests.independence, rest, model, tie=tie, seed=self.seed),
+                ("equivalence", metric): partial(tests.equivalence, scores[0], scores[-1], tie=tie),
+                ("independence", metric): partial(tests.independence, scores[1], scores[-1], tie=tie, seed=self.seed),
                 ("sufficiency", metric): partial(tests.beats, closer),
                 ("partial necessity", metric): partial(tests.beats, further),
                 ("minimality", metric): partial(tests.minimal, kept["exceeds"], paths, kept["p"]),
             }
         return asked
 
-    def _run(self, circuit: Circuit) -> Answered:
-        found = self.scores(circuit)
+    def _run(self, scores: Scores, circuit: Circuit) -> Answered:
+        found = scores(circuit)
         self.step()
         return found
 

@@ -172,7 +172,7 @@ def world_folder(architecture: str, world: World, recipe: Recipe) -> Path:
 
 
 def _origin(architecture: str, world: World, recipe: Recipe) -> dict[str, Any]:
-    """Everything that determines the weights."""
+    """What determines the weights, up to the number of threads, on which the order of sums depends."""
     libraries = {name: versions()[name] for name in ("torch", "transformers")}
     origin = {"format": _FORMAT, "architecture": architecture, "world": world.digest, "recipe": asdict(recipe)}
     return {**origin, "versions": libraries}

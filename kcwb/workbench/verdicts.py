@@ -19,7 +19,7 @@ ENOUGH = 50  # facts; below, a page says what could not have been seen
 _MARKS = {YES: "kc-yes", NO: "kc-no"}
 _LONG = 2000  # letters of a sentence
 _PER_CENT = "in 80% of cases"
-_DIFFERENCE = "by permutations, where less than .1 is no matter"
+_DIFFERENCE = "by 9,999 permutations, where less than .1 is no matter"
 #: Question -> how it is asked, and the arXiv number of whose test or idea that is.
 _METHODS = {
     "equivalence": (
@@ -45,6 +45,7 @@ _METHODS = {
         "2410.13032",
     ),
     "other facts": (f"the recovered share on facts that it was found on, less that on others, {_DIFFERENCE}", ""),
+    "prompt length": (f"the recovered share on the shorter half, less that on the longer, {_DIFFERENCE}", ""),
     "other templates": (f"the recovered share in its template, less that in others, {_DIFFERENCE}", ""),
     "other ablations": (
         f"the recovered share under its ablation, less that under the others of zero, mean and resample, {_DIFFERENCE}",

@@ -2,7 +2,7 @@
 
 - **Across ablations** (Miller et al., arXiv 2407.08734): a circuit that was found while cut edges deliver one thing may
   be none where they deliver another; nor is one of edges a good one of nodes.
-- **Elsewhere**: facts that it was not found on, other templates of the relation, other relations.
+- **Elsewhere**: facts that it was not found on, longer prompts, other templates of the relation, other relations.
 - **Rivals**: the best circuits of its size without its strongest edges. If they do as well, it is one of many.
 
 All compare shares of what the model gains over nothing (`Scores.recovered`), whose mean over facts is faithfulness.
@@ -45,21 +45,22 @@ _LEAST_GAIN = 0.05
 Step = Callable[..., None]
 
 
-def measured(scores: Scores, circuit: Circuit, metric: str, seed: int) -> dict[str, Any]:
-    """One row: how well the circuit does on some prompts, beside the model and nothing."""
-    own, full, empty = scores(circuit), scores.model_alone, scores.empty
-    gained, possible = empty.losses[metric] - own.losses[metric], empty.losses[metric] - full.losses[metric]
+def measured(
+    scores: Scores, circuit: Circuit, metric: str, seed: int, facts: np.ndarray | slice = slice(None)
+) -> dict[str, Any]:
+    """One row: how well the circuit does on some prompts, or on some of them, beside the model and nothing."""
+    runs = {"": scores(circuit), "_model": scores.model_alone, "_empty": scores.empty}
+    own, full, empty = (one.losses[metric][facts] for one in runs.values())
+    gained, possible = empty - own, empty - full
     low, high = statistic_interval([gained, possible], recovered_share, seed)
+    share = float(recovered_share(gained, possible))
+    shares = (share, low, high) if float(possible.mean()) > _LEAST_GAIN else (np.nan, np.nan, np.nan)
     return {
-        "n": len(own.hits),
-        "hit_model": float(full.hits.mean()),
-        "hit": float(own.hits.mean()),
-        "nll_model": float(full.losses["nll"].mean()),
-        "nll": float(own.losses["nll"].mean()),
-        "nll_empty": float(empty.losses["nll"].mean()),
-        "faithfulness": float(recovered_share(gained, possible)) if tells(scores, metric) else np.nan,
-        "low": low if tells(scores, metric) else np.nan,
-        "high": high if tells(scores, metric) else np.nan,
+        "n": len(own),
+        "hit_model": float(runs["_model"].hits[facts].mean()),
+        "hit": float(runs[""].hits[facts].mean()),
+        **{f"nll{of}": float(one.losses["nll"][facts].mean()) for of, one in runs.items()},
+        **dict(zip(("faithfulness", "low", "high"), shares, strict=True)),
     }
 
 

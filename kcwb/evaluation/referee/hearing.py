@@ -178,7 +178,7 @@ class Hearing:
         return scores.recovered(circuit or self.circuit, self.metric)
 
     def _elsewhere(self) -> tuple[dict[tuple[str, str], _Test], pd.DataFrame]:
-        """Facts that it was found on, other templates, other relations."""
+        """Facts that it was found on, prompts of other lengths, other templates, other relations."""
         task, effort, own = self.task, self.effort, self._recovered(self.scores)
         rows = [{"kind": "facts", "name": "others", **self._measured(self.scores)}]
         asked: dict[tuple[str, str], _Test] = {}
@@ -188,6 +188,12 @@ class Hearing:
             if len(self.seen.prompts) >= 4:
                 asked["other facts", self.metric] = self._worse(self._recovered(self.seen), own)
         self.step(2)
+        short = (self.prompts.lengths <= self.prompts.lengths.float().median()).cpu().numpy()
+        for name, some in (("shorter half", short), ("longer half", ~short)):
+            if 4 <= some.sum() <= len(short) - 4:
+                rows.append({"kind": "length", "name": name, **self._measured(self.scores, np.flatnonzero(some))})
+        if rows[-1]["kind"] == "length":
+            asked["prompt length", self.metric] = self._worse(own[short], own[~short])
         found: dict[str, list[np.ndarray]] = {"template": [], "relation": []}
 
         def add(kind: str, name: str, scores: Scores | None) -> bool:
@@ -275,8 +281,8 @@ class Hearing:
 
         return test
 
-    def _measured(self, scores: Scores) -> dict[str, Any]:
-        return other.measured(scores, self.circuit, self.metric, self.seed)
+    def _measured(self, scores: Scores, facts: np.ndarray | slice = slice(None)) -> dict[str, Any]:
+        return other.measured(scores, self.circuit, self.metric, self.seed, facts)
 
     def _provenance(self, settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         circuit = self.circuit

@@ -40,9 +40,9 @@ class Judgement:
         One row per `found` and `tested` (ablations) and `level` (`edges`, `nodes`): `edges`, `faithfulness` with `low`
         and `high`, `n`.
     elsewhere
-        The circuit on other prompts, one row per `kind` (`facts`, `template`, `relation`) and `name`: `n`, `hit_model`,
-        `hit` (shares of answers among the first ten), `nll_model`, `nll`, `nll_empty` (nats), `faithfulness`, `low`,
-        `high`.
+        The circuit on other prompts, one row per `kind` (`facts`, `length`, `template`, `relation`) and `name`: `n`,
+        `hit_model`, `hit` (shares of answers among the first ten), `nll_model`, `nll`, `nll_empty` (nats),
+        `faithfulness`, `low`, `high`.
     rivals
         The best other circuits, one row per `without`, how many of the circuit's strongest edges they may not have:
         `edges`, `shared`, `nll`, `faithfulness`, `low`, `high`.

@@ -82,6 +82,14 @@ QUESTIONS = {
         "On facts that it was not found on it recovers {effect:.2f} less.",
         "Whether it does as well on facts that it was not found on is not settled (less by {effect:+.2f}).",
     ),
+    "prompt length": Question(
+        "The circuit does as well on longer prompts.",
+        "recovered share on the shorter half less that on the longer", "facts",
+        "it recovers .25 less", "of recovered share",
+        "On the longer half of the prompts it does no worse (by {effect:+.2f}; {margin} would be no matter).",
+        "On the longer half of the prompts it recovers {effect:.2f} less.",
+        "Whether it does as well on longer prompts is not settled (less by {effect:+.2f}).",
+    ),
     "other templates": Question(
         "The circuit does as well in other wordings.",
         "recovered share in its template less that in others", "facts",

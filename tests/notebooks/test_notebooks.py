@@ -318,9 +318,11 @@ def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(tmp_path):
 
 @pytest.mark.model
 def test_the_referee_judges_circuits_and_puts_claims_beside_them(tmp_path):
-    executed = run("12_referee", tmp_path, relations=["antonym"], methods=["eap"], edges=120, n=4, facts=5, draws=5)
+    executed = run(
+        "12_referee", tmp_path, relations=["antonym"], methods=["eap", "acdc"], edges=120, n=4, facts=5, draws=5
+    )
     assert "equivalence" in shown(executed, "judgement.questions[")
-    assert "Holm" in next(outputs(executed, 'judgement.questions["sentence"]')).text
+    assert "random connected circuits" in next(outputs(executed, 'judgement.questions["sentence"]')).text
     for cell in ("plot_matrix(", "plot_minimality("):
         assert shown(executed, cell, "image/png")
     assert "not_shown" in shown(executed, "ranking[[") and "uniqueness" in shown(executed, "value_counts")
@@ -330,7 +332,7 @@ def test_the_referee_judges_circuits_and_puts_claims_beside_them(tmp_path):
 @pytest.mark.model
 def test_sweeps_fills_a_store_and_counts_operations(tmp_path):
     executed = run(
-        "10_sweeps", tmp_path, relations=["antonym"], methods=["eap"], edges=150, n=2, ablations=["mean"],
+        "10_sweeps", tmp_path, relations=["antonym"], methods=["eap", "acdc"], edges=150, n=2, ablations=["mean"],
         scale_layers=[2], scale_widths=[64], timed=[[2, 4, 64]],
     )  # fmt: skip
     assert "antonym" in "".join(shown(executed, "sweep("))

@@ -161,12 +161,12 @@ def questions_table(answered: Mapping[tuple[str, str], Tested]) -> pd.DataFrame:
 
 
 def sentence(question: str, metric: str, one: Tested, verdict: str, p: float) -> str:
-    """What is said of one test, with its p-value; and, if nothing was shown, what could have been."""
+    """What is said of one test, with its p-value (Holm's); and, if nothing was shown, what could have been."""
     asked = QUESTIONS[question]
     said = {YES: asked.yes, NO: asked.no, NOT_SHOWN: asked.open}[verdict]
     words = said.format(**one._asdict(), idle=round((1 - one.effect) * one.n), margin=MARGIN)
     told = "p < .001" if p < 0.001 else f"p = {p:.3f}".replace("0.", ".")
-    words = f"{words[:-1]} ({_METRICS[metric]}; {told}, after Holm)."
+    words = f"{words[:-1]} ({_METRICS[metric]}; {told})."
     if verdict != NOT_SHOWN:
         return words
     if math.isnan(one.least):

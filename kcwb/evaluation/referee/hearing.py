@@ -100,8 +100,8 @@ class Hearing:
         metrics = metrics_of(self.prompts)
         choose("The metric", metric, metrics)
         self.scores = Scores(model, self.prompts, cuts, metrics)
-        some = self.prompts.select(range(min(len(self.prompts), effort.compared)))
-        self.few = Scores(model, some, cuts, metrics)
+        some = np.random.default_rng(seed).permutation(len(self.prompts))[: effort.compared]
+        self.few = Scores(model, self.prompts.select(sorted(some.tolist())), cuts, metrics)
         self.seen = Scores(model, cuts.usable(seen), cuts, metrics) if len(seen) > 1 else None
         if not other.tells(self.scores, metric):
             raise DataError(

@@ -10,6 +10,7 @@ circuit does better (the code takes the mean difference of scores), the widths o
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -241,4 +242,5 @@ def holm(p: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 def _least(power: Callable[[float], float], offs: npt.NDArray) -> float:
     """The first of some growing effects that is found in 80% of cases; NaN if none is."""
-    return next((float(off) for off in offs if power(float(off)) >= _POWER), math.nan)
+    i = bisect_left(offs, True, key=lambda off: power(float(off)) >= _POWER)
+    return float(offs[i]) if i < len(offs) else math.nan

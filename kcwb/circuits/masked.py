@@ -18,8 +18,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kcwb.circuits.plan import Need
+from kcwb.models.forward import forward
 from kcwb.models.network import Network
 from kcwb.tasks.prompts import Prompts
+
+#: The share of all edges up to which few are kept, or few cut; between, sums over all of them at once are quicker.
+_FEW = 0.04
 
 
 def needs(network: Network, kept: Bool[Tensor, "S R"]) -> Int[Tensor, " S"]:
@@ -85,6 +89,11 @@ class MaskedRuns:
     @torch.no_grad()
     def logits(self, kept: Bool[Tensor, "S R"]) -> Float[Tensor, "N A V"]:
         """Logits at the positions that predict the answers; 0 where an answer has fewer tokens."""
+        graph = self.network.graph
+        kept = kept.cpu() & graph.exists
+        if _FEW < float(kept.sum()) / graph.n_edges < 1 - _FEW:
+            run = forward(self.network, self.prompts.tokens, kept=kept, ablated=self._ablated)
+            return self._logits(self.at(run.residual, False))
         return self._from(self._begun(kept), 0)
 
     @torch.no_grad()
@@ -125,8 +134,11 @@ class MaskedRuns:
                 y = stream.read(2 * layer + 1, [graph.mlp_receiver(layer)], bool(found[mlp] == Need.EVERYWHERE))[0]
                 stream.write([mlp], network.mlp(layer, y)[None])
         stream.mark(graph.n_layers)
-        residual, real = stream.read(2 * graph.n_layers, [graph.n_receivers - 1], False)[0], self.prompts.answer_mask
-        logits = network.logits(residual[real])
+        return self._logits(stream.read(2 * graph.n_layers, [graph.n_receivers - 1], False)[0])
+
+    def _logits(self, residual: Float[Tensor, "N A D"]) -> Float[Tensor, "N A V"]:
+        real = self.prompts.answer_mask
+        logits = self.network.logits(residual[real])
         return logits.new_zeros(*real.shape, logits.shape[-1]).masked_scatter_(real[..., None], logits)
 
     def _heads(self, stream: _Stream, layer: int, heads: list[int], everywhere: bool) -> None:

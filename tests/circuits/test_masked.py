@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kcwb.circuits import masked as module
 from kcwb.circuits.ablation import ABLATIONS, make_ablation
 from kcwb.circuits.masked import MaskedRuns, needs
 from kcwb.circuits.plan import Need
@@ -26,8 +27,10 @@ def model(request, tiny):
     return tiny(request.param)
 
 
+@pytest.mark.parametrize("few", [0.5, module._FEW])  # at one half, nothing is left to the other pass
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_logits_are_those_of_the_pass_that_computes_everything(model, ablation):
+def test_logits_are_those_of_the_pass_that_computes_everything(model, ablation, few, monkeypatch):
+    monkeypatch.setattr(module, "_FEW", few)
     task = make_task(model, known_relation(model, 9), n=4)
     network, graph, prompts = model.network, model.graph, task.val
     ablated = make_ablation(model, task, ablation).values(prompts)

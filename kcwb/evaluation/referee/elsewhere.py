@@ -137,7 +137,8 @@ def edge_scores(
     metric = metric or str(recorded.get("metric", "nll"))
     try:
         return score_edges(model, task, method, metric=metric, ablation=ablation, steps=steps, progress=False)
-    except SettingError:  # a metric, or a setting, of another version
+    except SettingError as error:  # a metric, or a setting, of another version
+        warnings.warn(f"Other circuits are scored by {_FALLBACK}, not as this one was found: {error}", stacklevel=2)
         return score_edges(model, task, _FALLBACK, ablation=ablation, progress=False)
 
 

@@ -38,7 +38,6 @@ from kcwb.tasks.relations import Relation, load_relation, relation_files
 ABLATIONS = ("zero", "mean", "resample")
 _FALLBACK = "eap-ig"
 _KNOWN = 8  # facts of another relation that a model must know for the circuit to be tried on it
-_TRIED = 40  # facts that it is asked
 #: Nats of a mean gain over nothing below which no share of it means anything.
 _LEAST_GAIN = 0.05
 
@@ -82,26 +81,29 @@ def other_relations(task: Task, given: int | Sequence[Relation | str], seed: int
     if not isinstance(given, int):
         yield from (load_relation(one) if isinstance(one, str) else one for one in given)
         return
-    generator, names = np.random.default_rng(seed), [name for name in relation_files() if name != task.relation.name]
-    for name in generator.permutation(names) if given else []:
-        relation = load_relation(str(name))
-        chosen = generator.permutation(len(relation.facts))[:_TRIED]
-        yield replace(relation, facts=tuple(relation.facts[i] for i in sorted(chosen)))
+    names = [name for name in relation_files() if name != task.relation.name]
+    for name in np.random.default_rng(seed).permutation(names) if given else []:
+        yield load_relation(str(name))
 
 
 def task_elsewhere(
     model: Model, relation: Relation, template: int | str, n: int, seed: int, without: Iterable[str] = ()
 ) -> Task | None:
-    """Facts that the model knows, none of them about some subjects; None if it knows too few."""
+    """Up to n facts that the model knows, of 2 n that it is asked, none about some subjects; None if it knows too few.
+
+    That is less than 8, and less than half of those that there are.
+    """
+    excluded = set(without)
+    facts = [fact for fact in relation.facts if fact.subject not in excluded]
+    chosen = np.random.default_rng(seed).permutation(len(facts))[: 2 * n]
+    some = replace(relation, facts=tuple(facts[i] for i in sorted(chosen)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # facts that cannot be told apart are of no interest here
         try:
-            task = make_task(model, relation, n=2 * n, seed=seed, template=template, n_test=0)
+            task = make_task(model, some, n=n, seed=seed, template=template, n_test=0)
         except DataError:
             return None
-    excluded = set(without)
-    rows = [i for i, fact in enumerate(task.val.facts) if fact.subject not in excluded][:n]
-    return replace(task, val=task.val.select(rows)) if len(rows) >= min(_KNOWN, len(relation.facts) // 2) else None
+    return task if len(task.val) >= min(_KNOWN, len(some.facts) // 2) else None
 
 
 # --- other ablations ---

@@ -27,6 +27,7 @@ from kcwb.evaluation.referee.minimality import choose_edges, edge_changes, minim
 from kcwb.evaluation.referee.scores import Answered, Scores, metrics_of
 from kcwb.evaluation.referee.words import ALPHA, questions_table
 from kcwb.models.loading import Model
+from kcwb.parallel import on_each_core
 from kcwb.progress import Progress, track
 from kcwb.tasks.prompts import Prompts, Task, encode
 from kcwb.tasks.relations import Relation
@@ -143,12 +144,13 @@ class Hearing:
     def _of_the_paper(self, tables: Mapping[str, pd.DataFrame], paths: int) -> dict[tuple[str, str], _Test]:
         """The five questions of arXiv 2410.13032, in each metric."""
         graph, size = self.model.graph, self.circuit.n_edges
-        random = [random_circuit(graph, size, self.seed + draw) for draw in range(self.effort.circuits)]
+        seeds = range(self.seed, self.seed + self.effort.circuits)
+        random = list(on_each_core(partial(random_circuit, graph, size), seeds, self.model.device))
         whole = [Circuit.full(graph), self.circuit, self.circuit.complement()]
         full, own, left = (self._run(self.scores, one) for one in whole)
         model, alone, rest = (self.few(one) for one in whole)
-        drawn = [self._run(self.few, one) for one in random]
-        without = [self._run(self.few, one.complement()) for one in random[: self.effort.complements]]
+        drawn = self.few.each(random, self.step)
+        without = self.few.each([one.complement() for one in random[: self.effort.complements]], self.step)
         asked: dict[tuple[str, str], _Test] = {}
 
         def apart(one: Answered, metric: str) -> float:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from kcwb.evaluation.referee.hypotheses import QUANTILE, holm
 from kcwb.evaluation.referee.scores import Scores
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
+from kcwb.parallel import on_each_core
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.tasks.metrics import METRICS
@@ -32,6 +33,7 @@ from kcwb.tasks.prompts import Task, check_same_weights
 from kcwb.verbs import verb
 
 _TRIES = 1000
+_LOT = 16  # edges that are cut one after the other, on one core
 
 
 @verb
@@ -95,9 +97,14 @@ class Chosen(NamedTuple):
     inflated: list[Bool[Tensor, "S R"]]
 
     @property
+    def lots(self) -> tuple[Tensor, ...]:
+        """The edges of the circuit in some parts, for several cores."""
+        return self.edges.split(_LOT)
+
+    @property
     def runs(self) -> int:
-        """How many circuits are run: without each edge, with each path and again without one edge of it, and alone."""
-        return 1 + len(self.edges) + 2 * len(self.others)
+        """How many circuits are run: one for each lot, without each edge, with each path and without an edge of it."""
+        return len(self.lots) + len(self.edges) + 2 * len(self.others)
 
 
 def choose_edges(circuit: Circuit, most: int, paths: int, seed: int) -> Chosen:
@@ -142,17 +149,21 @@ def edge_changes(
     scores: Scores, circuit: Circuit, chosen: Chosen, step: Callable[..., None]
 ) -> dict[str, tuple[Float[np.ndarray, "E N"], Float[np.ndarray, "P N"]]]:
     """Metric -> by how much each fact's loss grows when an edge is cut, of the circuit's edges and of random ones."""
-    whole, own = scores.without_each(circuit.kept, chosen.edges, step)
-    random = []
-    for edge, inflated in zip(chosen.others, chosen.inflated, strict=True):
-        with_it, (without,) = scores.without_each(inflated, edge[None], step)
-        random.append((with_it, without))
+    jobs = [(circuit.kept, lot) for lot in chosen.lots]
+    jobs += [(inflated, edge[None]) for inflated, edge in zip(chosen.inflated, chosen.others, strict=True)]
+
+    def changes(job: tuple[Bool[Tensor, "S R"], Int[Tensor, "E 2"]]) -> dict[str, Float[np.ndarray, "E N"]]:
+        whole, without = scores.without_each(*job)
+        return {key: np.stack([one.losses[key] - whole.losses[key] for one in without]) for key in scores.metrics}
+
+    found = []
+    for (_, edges), changed in zip(jobs, on_each_core(changes, jobs, scores.model.device), strict=True):
+        found.append(changed)
+        step(1 + len(edges))
+    lots = len(chosen.lots)
     return {
-        metric: (
-            np.stack([one.losses[metric] - whole.losses[metric] for one in own]),
-            np.stack([without.losses[metric] - one.losses[metric] for one, without in random]),
-        )
-        for metric in scores.metrics
+        key: tuple(np.concatenate([one[key] for one in some]) for some in (found[:lots], found[lots:]))
+        for key in scores.metrics
     }
 
 

@@ -38,7 +38,7 @@ from kcwb.tasks.prompts import Task, check_same_weights
 from kcwb.tasks.relations import Relation
 from kcwb.verbs import verb
 
-_VERSION = 2  # of what is asked; a kept judgement of another one is not read
+_VERSION = 3  # of what is asked; a kept judgement of another one is not read
 
 
 FULL = Effort()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from kcwb.circuits.masked import MaskedRuns
 from kcwb.errors import KcwbError
 from kcwb.models.forward import prompt_chunks
 from kcwb.models.loading import Model
+from kcwb.parallel import on_each_core
 from kcwb.tasks.metrics import Loss, answer_ranks, make_loss
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts
 
@@ -52,6 +53,14 @@ class Scores:
             self._known[key] = self._run(kept)
         return self._known[key]
 
+    def each(self, circuits: Iterable[Circuit], step: Callable[[], None]) -> list[Answered]:
+        """What many circuits answer, each run alone."""
+        found = []
+        for answered in on_each_core(self, circuits, self.model.device):
+            found.append(answered)
+            step()
+        return found
+
     @property
     def model_alone(self) -> Answered:
         """The whole model: every edge is kept."""
@@ -70,17 +79,12 @@ class Scores:
         empty, full = self.empty.losses[metric], self.model_alone.losses[metric]
         return (empty - self(circuit).losses[metric]) / (empty - full).mean()
 
-    def without_each(
-        self, kept: Bool[Tensor, "S R"], edges: Int[Tensor, "E 2"], step: Callable[..., None]
-    ) -> tuple[Answered, list[Answered]]:
+    def without_each(self, kept: Bool[Tensor, "S R"], edges: Int[Tensor, "E 2"]) -> tuple[Answered, list[Answered]]:
         """What a circuit answers, and what it answers without each of some edges."""
         parts: list[dict[int, Answered]] = []
         for runs, losses in self._parts:
-            parts.append({})
-            for i, logits in runs.without_each(kept, edges):
-                parts[-1][i] = _answered(runs.prompts, losses, logits)
-                if runs is self._parts[-1][0]:
-                    step()
+            answered = runs.without_each(kept, edges)
+            parts.append({i: _answered(runs.prompts, losses, logits) for i, logits in answered})
         found = [self._joined([some[i] for some in parts]) for i in range(-1, len(edges))]
         return found[0], found[1:]
 

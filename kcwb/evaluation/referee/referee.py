@@ -42,7 +42,7 @@ _VERSION = 3  # of what is asked; a kept judgement of another one is not read
 
 
 FULL = Effort()
-QUICK = Effort(12, 8, 30, 62, 62, 30, 1, 1, 12, again=False)
+QUICK = Effort(12, 5, 30, 62, 62, 30, 1, 1, 12, again=False)
 
 
 @verb
@@ -82,7 +82,7 @@ def referee(
     facts, draws
         At most how many facts (100; quick: 12), and how many random circuits, complements and paths each (100, 70, 100;
         quick: 62, 62, 30). Fewer than 60 cannot show that random ones are beaten. What is compared with them is
-        compared on 24 of the facts (quick: 8), since these tests are over random draws, not over facts.
+        compared on 24 of the facts (quick: 5), since these tests are over random draws, not over facts.
     relations
         How many other relations of those that come with the package are tried (3; quick: 1), or which.
     exclude

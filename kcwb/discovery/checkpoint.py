@@ -49,7 +49,14 @@ def fingerprint(search: Search) -> str:
         **({} if search.loss.counts is None else {"counts": search.loss.counts}),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for tensor in (prompts.tokens, prompts.lengths, prompts.answers, prompts.answer_mask, prompts.foils):
+    for tensor in (
+        prompts.tokens,
+        prompts.lengths,
+        prompts.answers,
+        prompts.answer_mask,
+        prompts.foils,
+        *prompts.further,
+    ):
         add_tensor(digest, tensor)
     if search.ablation.kind.paired:
         add_tensor(digest, prompts.corrupted)

@@ -84,7 +84,8 @@ class Run:
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
         for one in (prompts, reference):
-            for tensor in (one.tokens, one.lengths, one.answers, one.answer_mask, one.foils, one.corrupted):
+            tensors = (one.tokens, one.lengths, one.answers, one.answer_mask, one.foils, one.corrupted, *one.further)
+            for tensor in tensors:
                 add_tensor(digest, tensor)
         return digest.hexdigest()
 

@@ -13,7 +13,16 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed
 from kcwb.tasks.prompts import encode
-from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations, read_json, readable
+from kcwb.tasks.relations import (
+    Fact,
+    Relation,
+    check_template,
+    load_relation,
+    load_relations,
+    read_json,
+    readable,
+    require_subjects,
+)
 from kcwb.tasks.subjects import blank
 from kcwb.tasks.tokens import object_tokens
 from kcwb.verbs import noun, verb
@@ -120,6 +129,8 @@ def edit_cases(
         If no relation has a fact that is known and has a neighbour.
     """
     loaded = [load_relation(one) if isinstance(one, str) else one for one in relations]
+    for relation in loaded:
+        require_subjects(relation, "An edit")
     everything = load_relations()
     counts = {"neighbours": neighbours, "others": others}
     waiting = [_cases_of(model, one, everything, template, rank, seed, **counts) for one in loaded]

@@ -71,7 +71,7 @@ def knowledge_table(
     with track(progress, sum(len(facts) for facts in samples), "knowledge") as step:
         for relation, text, facts in zip(relations, texts, samples, strict=True):
             prompts = encode(model, told_apart(model, facts, text, relation), text, relation.objects)
-            tokens = object_tokens(model, text, facts[0].subject, relation.objects)
+            tokens = object_tokens(model, text, facts[0].subject, relation.objects, facts[0].space)
             decides = deciding_tokens([*tokens], [*tokens.values()], tokens)
             rows.append(
                 {

@@ -18,7 +18,7 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count
 from kcwb.statistics import proportion_interval
-from kcwb.tasks.metrics import answer_ranks, make_loss
+from kcwb.tasks.metrics import answer_ranks, make_loss, together
 from kcwb.tasks.prompts import Prompts, Task, check_same_weights
 from kcwb.verbs import verb
 
@@ -116,7 +116,7 @@ def _answers(model: Model, kept: Bool[Tensor, "S R"] | None, prompts: Prompts, c
     logits = run_circuit(model, kept, prompts, cuts)
     ranks = answer_ranks(logits, prompts)
     steps = torch.arange(prompts.answers.shape[1], device=logits.device)
-    logp = logits.float().log_softmax(-1).gather(-1, prompts.answers[..., None])[..., 0]
+    logp = together(logits.float().log_softmax(-1), prompts.right)
     probability = (logp * (steps <= prompts.decides[:, None])).sum(-1).exp()
     return pd.DataFrame(
         {

@@ -284,8 +284,8 @@ def _effects(
     places = [(head.layer, head.head) for head in named_heads(model, nodes)]
     residual = at_end(forward(model.network, prompts.tokens).residual, prompts)
     full = model.network.logits(residual).float().log_softmax(-1)
-    subject = task.relation.facts[0].subject
-    tokens = object_tokens(model, task.template, subject, task.relation.objects)
+    some = task.relation.facts[0]
+    tokens = object_tokens(model, task.template, some.subject, task.relation.objects, some.space)
     objects = {answer[0] for answer in tokens.values()}
     if len(objects) < 2:
         raise DataError(f"All objects of {task.relation.name} begin alike: there is no other object that could gain.")

@@ -23,7 +23,7 @@ from kcwb.errors import DataError, nearest
 from kcwb.models.forward import prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.reading.positions import split_of, told_at_end, without_copies
+from kcwb.reading.positions import check_subjects, split_of, told_at_end, without_copies
 from kcwb.reading.trajectories import follow, layer_streams
 from kcwb.settings import Seed
 from kcwb.statistics import mean_interval, proportion_interval
@@ -102,12 +102,13 @@ def lens_by_fact(
     prompts = split_of(task, split) if fact is None else _one_fact(task, fact)
     if not len(prompts):
         raise DataError(f"The split {split!r} of {task.relation.name} has no facts; make the task with more.")
+    check_subjects(prompts)
     prompts = without_copies(model, told_at_end(prompts))
     chunks, parts = list(prompt_chunks(model.network, prompts.tokens)), []
     with track(progress, len(chunks) * (model.graph.n_layers + 1), "lens") as step:
         for rows in chunks:
             part = prompts.select(range(len(prompts))[rows])
-            firsts = [answer_tokens(model, task.template, fact.subject, fact.subject)[0] for fact in part.facts]
+            firsts = [answer_tokens(model, task.template, fact.subject, fact.named)[0] for fact in part.facts]
             tokens = torch.stack([part.answers[:, 0], torch.tensor(firsts, device=model.device)], -1)
             at = torch.arange(part.tokens.shape[1], device=model.device)
             subject = (at >= part.subject_start[:, None]) & (at < part.subject_stop[:, None])

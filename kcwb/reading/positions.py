@@ -37,10 +37,11 @@ def check_prompts(prompts: Prompts) -> None:
     Raises
     ------
     DataError
-        If there are none, a prompt is a single token, or its subject has no token before END.
+        If there are none, a prompt is a single token, or its subject is not known or has no token before END.
     """
     if not len(prompts):
         raise DataError("There are no prompts to look at: the task's split is empty. Use a relation with more facts.")
+    check_subjects(prompts)
     subject = position_groups(prompts)[0].any(-1)
     for i, (length, found) in enumerate(zip(prompts.lengths.tolist(), subject.tolist(), strict=True)):
         if length == 1:
@@ -50,8 +51,18 @@ def check_prompts(prompts: Prompts) -> None:
             )
         if not found:
             raise DataError(
-                f"The subject {prompts.facts[i].subject!r:.60} has no token before the last one of "
+                f"The subject {prompts.facts[i].named!r:.60} has no token before the last one of "
                 f"{prompts.texts[i]!r:.120}. Use a template in which words follow the subject."
+            )
+
+
+def check_subjects(prompts: Prompts) -> None:
+    """Refuse prompts of which it is not known what in them is the subject; DataError."""
+    for fact, text in zip(prompts.facts, prompts.texts, strict=True):
+        if not fact.named:
+            raise DataError(
+                f"Which part of {text!r:.120} is the subject is not known. Say it in the table of prompts, in a column "
+                "'subject': a text that stands in the prompt once, or [start, stop] in characters."
             )
 
 

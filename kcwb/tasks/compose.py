@@ -19,7 +19,7 @@ import pandas as pd
 
 from kcwb.errors import DataError, SettingError, nearest
 from kcwb.settings import Count
-from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations
+from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations, require_subjects
 from kcwb.verbs import verb
 
 #: First relation -> words that describe its object by its subject.
@@ -204,6 +204,8 @@ def compose(
     'The capital of the country where the landmark {} is located is'
     """
     first, second = _loaded(first), _loaded(second)
+    for relation in (first, second):
+        require_subjects(relation, "A chain")
     chosen = [Wording(*pair) for pair in wordings] if wordings is not None else _usual_wordings(first, second)
     if not chosen:
         raise SettingError("wordings=[]: give at least one pair of a description and a question.")
@@ -276,6 +278,7 @@ def reverse(relation: Relation | str, *, templates: Sequence[str] | None = None)
         If there are no templates for it.
     """
     relation = _loaded(relation)
+    require_subjects(relation, "A question backwards")
     usual = relation.prompt_templates_zs if relation.symmetric else BACKWARDS.get(relation.name)
     texts = usual if templates is None else tuple(templates)
     if not texts:

@@ -24,7 +24,7 @@ from kcwb.models.encoder import Encoder, run_encoder
 from kcwb.settings import Count, Seed
 from kcwb.tasks.prompts import KNOWN_RANK, draw_partners, select_rows, split
 from kcwb.tasks.ranks import rank_of
-from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.tasks.relations import Fact, Relation, load_relation, require_subjects
 from kcwb.tasks.tokens import padded
 from kcwb.verbs import verb
 
@@ -145,6 +145,7 @@ def make_masked_task(
     """
     if isinstance(relation, str):
         relation = load_relation(relation)
+    require_subjects(relation, "A masked-token prompt")
     text = relation.template(template)
     found = [_row(encoder, fact, text, ending) for fact in relation.facts]
     objects = {(row.answer, row.fact.object) for row in found if row is not None}
@@ -196,7 +197,7 @@ def _row(encoder: Encoder, fact: Fact, template: str, ending: str) -> _Row | Non
 
 def _prompts(encoder: Encoder, rows: list[_Row], seed: int) -> MaskedPrompts:
     shapes = [(len(row.tokens), row.mask) for row in rows]
-    partners = draw_partners(shapes, [row.answer for row in rows], random.Random(seed))
+    partners = draw_partners(shapes, [{row.answer} for row in rows], random.Random(seed))
     pad, column = partial(padded, device=encoder.device), partial(torch.tensor, device=encoder.device)
     tokens, real = pad([row.tokens for row in rows]), pad([[1] * len(row.tokens) for row in rows]).bool()
     masks, answers = column([row.mask for row in rows]), column([row.answer for row in rows])

@@ -6,6 +6,10 @@ mean over the answer's tokens, then over prompts:
 - `nll`: minus the log-probability of the answer's tokens;
 - `kl`: KL(full model || run) of the next-token distributions;
 - `logit_diff`: minus (answer's logit - foil's logit), of the answer's first token.
+
+Of several right answers, which have all tokens but the last in common, `nll` takes the sum of their probabilities, and
+`logit_diff` the logarithm of the sum of the exponentials of their logits; so of several foils. Prompts with wrong
+answers of their own are compared with those at the token that decides: `kcwb.tasks.prompts.Prompts.compared`.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.settings import Count
 from kcwb.tasks.prompts import Prompts
-from kcwb.tasks.ranks import rank_of, rank_product
+from kcwb.tasks.ranks import rank_of_best, rank_product
 from kcwb.verbs import verb
 
 METRICS = ("nll", "kl", "logit_diff")
@@ -61,17 +65,23 @@ class Loss:
         """The loss of each prompt."""
         logits = logits.float()
         if self.metric == "logit_diff":
-            pair = torch.stack([self.prompts.answers[:, 0], self.prompts.foils], -1)
-            own, foil = _pick(logits[..., 0, :], pair).unbind(-1)
-            return foil - own
+            return self._compared(logits, self.prompts.all_foils[:, None]) - self._compared(logits, self.prompts.right)
         if self.metric == "nll":
-            answers = self.prompts.answers[..., None]
-            per_token = logits.logsumexp(-1) - _pick(logits, answers)[..., 0]
+            per_token = logits.logsumexp(-1) - together(logits, self.prompts.right)
         else:
             assert self.full is not None  # make_loss sees to it
             per_token = (self.full.exp() * (self.full - logits.log_softmax(-1))).sum(-1)
         mask = self.prompts.answer_mask
         return (per_token * mask).sum(-1) / mask.sum(-1)
+
+    def _compared(self, logits: Float[Tensor, "... N A V"], tokens: Int[Tensor, "N #A K"]) -> Float[Tensor, "... N"]:
+        """The logit of some tokens together, where right answers are compared with foils."""
+        rows, places = torch.arange(len(tokens), device=tokens.device), self.prompts.compared
+        if tokens.shape[1] > 1:
+            tokens = tokens[rows, places][:, None]
+        if not bool(places.any()):
+            return together(logits[..., :1, :], tokens)[..., 0]
+        return together(logits[..., rows, places, :][..., None, :], tokens)[..., 0]
 
     @property
     def total(self) -> int:
@@ -141,11 +151,16 @@ def hit_at_k(logits: Float[Tensor, "... N A V"], prompts: Prompts, k: Count = 10
 def answer_ranks(logits: Float[Tensor, "... N A V"], prompts: Prompts) -> Int[Tensor, "... N"]:
     """The rank of each answer, from 1: the product of those of its tokens up to the one that decides."""
     width = max(1, int(prompts.decides.max()) + 1) if len(prompts) else 1
-    tokens = [logits[..., i, :] for i in range(width)]
-    answers = [prompts.answers[:, i].expand(of_token.shape[:-1]) for i, of_token in enumerate(tokens)]
-    return rank_product(torch.stack([*map(rank_of, tokens, answers)], -1), prompts.decides)
+    right = prompts.right
+    ranks = [
+        rank_of_best(logits[..., i, :], right[:, i].expand(*logits.shape[:-2], right.shape[-1])) for i in range(width)
+    ]
+    return rank_product(torch.stack(ranks, -1), prompts.decides)
 
 
-def _pick(values: Float[Tensor, "... V"], index: Int[Tensor, "... i"]) -> Float[Tensor, "... i"]:
-    """Gather along the last axis, broadcasting the index over candidate axes."""
-    return values.gather(-1, index.expand(*values.shape[:-1], index.shape[-1]))
+def together(values: Float[Tensor, "... V"], tokens: Int[Tensor, "... K"]) -> Float[Tensor, "..."]:
+    """Logits or log-probabilities of some tokens, as of one: log of the sum of exponentials; -1 stands for none."""
+    index = tokens.expand(*values.shape[:-1], tokens.shape[-1])
+    if index.shape[-1] == 1:
+        return values.gather(-1, index)[..., 0]
+    return values.gather(-1, index.clamp(min=0)).masked_fill(index < 0, -torch.inf).logsumexp(-1)

@@ -8,6 +8,7 @@ last (teacher forcing), so that each answer token is predicted at its own positi
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -22,9 +23,9 @@ from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed
-from kcwb.tasks.ranks import deciding_tokens, rank_of, rank_product
+from kcwb.tasks.ranks import rank_of_best, rank_product
 from kcwb.tasks.relations import Fact, Relation, load_relation
-from kcwb.tasks.tokens import PromptTokens, encode_one, object_tokens, padded, told_apart
+from kcwb.tasks.tokens import PromptTokens, deciding_places, encode_one, object_tokens, padded, told_apart
 from kcwb.verbs import noun, verb
 
 #: A fact is known when the model gives its answer at most this rank (`kcwb.tasks.ranks`).
@@ -60,6 +61,17 @@ class Prompts:
         `[N, T]`: the same with the subject of another fact whose prompt has as many tokens and another answer.
     paired
         `[N]`: False where there is no such fact.
+    also
+        `[N, R]`: the last tokens of other right answers, which have all tokens before in common with the first; -1
+        where there are fewer than R. R is 0 where each prompt has one right answer.
+    more_foils
+        `[N, F]`: further tokens that are wrong where `foils` is; -1 as above, F is 0 where one is enough.
+    compared
+        `[N]`: at which of the answer's tokens `logit_diff` compares with foils: of prompts that bring their own wrong
+        answers at the one that decides, of others at the first.
+
+    A corrupted prompt that a fact brings itself (`kcwb.tasks.relations.Fact.corrupted`) takes the place of another
+    fact's, and is no partner unless it has as many tokens.
     """
 
     facts: tuple[Fact, ...]
@@ -75,10 +87,37 @@ class Prompts:
     ranks: Int[Tensor, " N"]
     corrupted: Int[Tensor, "N T"]
     paired: Bool[Tensor, " N"]
+    also: Int[Tensor, "N R"]
+    more_foils: Int[Tensor, "N F"]
+    compared: Int[Tensor, " N"]
 
     def __len__(self) -> int:
         """How many prompts there are."""
         return len(self.facts)
+
+    @property
+    def right(self) -> Int[Tensor, "N A K"]:
+        """The tokens that are right at each of the answer's: one but for the last of several answers; -1 for none."""
+        steps = torch.arange(self.answers.shape[1], device=self.tokens.device)
+        last = steps == self.answer_mask.sum(1, keepdim=True) - 1
+        also = self.also[:, None].expand(-1, len(steps), -1).masked_fill(~last[..., None], -1)
+        return torch.cat([self.answers[..., None], also], -1)
+
+    @property
+    def firsts(self) -> list[set[int]]:
+        """The tokens that a right answer may begin with, of each prompt."""
+        return [{token for token in row if token >= 0} for row in self.right[:, 0].tolist()]
+
+    @property
+    def all_foils(self) -> Int[Tensor, "N K"]:
+        """`foils` and `more_foils`."""
+        return torch.cat([self.foils[:, None], self.more_foils], -1)
+
+    @property
+    def further(self) -> tuple[Tensor, ...]:
+        """What prompts of plain facts do not have, for digests: nothing of those."""
+        plain = not self.also.numel() and not self.more_foils.numel() and not bool(self.compared.any())
+        return () if plain else (self.also, self.more_foils, self.compared)
 
     @property
     def ends(self) -> Int[Tensor, " N"]:
@@ -207,7 +246,8 @@ def make_task(
     Warns
     -----
     UserWarning
-        Of facts that are left out, since all tokens of their object begin another object of the relation.
+        Of facts that are left out, since all tokens of their object begin another object of the relation (or of their
+        own wrong answers); and of corrupted prompts that do not have as many tokens as their own.
 
     Raises
     ------
@@ -227,6 +267,13 @@ def make_task(
         raise DataError(
             f"{model.name} knows none of the {len(facts)} facts of {relation.name} in {text!r} "
             f"(Hit@{KNOWN_RANK}); the best rank is {int(everything.ranks.min())}. Try another template or relation."
+        )
+    lonely = [fact for i, fact in enumerate(facts) if fact.corrupted and not everything.paired[i]]
+    if lonely:
+        warnings.warn(
+            f"{len(lonely)} of {len(facts)} corrupted prompts of {relation.name} do not have as many tokens as the "
+            f"clean one (the first: {lonely[0].corrupted!r:.60} for {lonely[0].subject!r:.60}), and are not used.",
+            stacklevel=3,
         )
     rows = split(known, len(everything), n, seed, n_test)
     return Task(
@@ -282,16 +329,22 @@ def encode(
     """
     rows = [encode_one(model, fact, template) for fact in facts]
     draw = random.Random(seed)
-    tokens = object_tokens(model, template, facts[0].subject, objects)
-    named = object_tokens(model, template, facts[0].subject, [foil]) if foil else tokens
+    tokens = object_tokens(model, template, facts[0].subject, objects, facts[0].space)
+    named = object_tokens(model, template, facts[0].subject, [foil], facts[0].space) if foil else tokens
     first = [answer[0] for answer in named.values()]
-    foils = [_foil(row, fact, first, foil, draw) for row, fact in zip(rows, facts, strict=True)]
-    partners = draw_partners([len(row.prompt) for row in rows], [row.answer[0] for row in rows], draw)
+    foils = [
+        None if fact.wrong and foil is None else _foil(row, fact, first, foil, draw)
+        for row, fact in zip(rows, facts, strict=True)
+    ]
+    partners = draw_partners([len(row.prompt) for row in rows], [row.firsts for row in rows], draw)
     width = max(len(row.prompt) + len(row.answer) - 1 for row in rows)
     if width > model.network.n_ctx:
         raise DataError(f"A prompt of {template!r} has {width} tokens; {model.name} reads {model.network.n_ctx}.")
     texts = [template.replace("{}", fact.subject) for fact in facts]
     others = [None if partner is None else rows[partner].prompt for partner in partners]
+    for i, row in enumerate(rows):
+        if row.corrupted is not None:
+            others[i] = row.corrupted if len(row.corrupted) == len(row.prompt) else None
     return assemble(model, facts, texts, rows, tokens, foils, others, progress)
 
 
@@ -301,17 +354,23 @@ def assemble(
     texts: Sequence[str],
     rows: Sequence[PromptTokens],
     objects: Mapping[str, Sequence[int]],
-    foils: Sequence[int],
+    foils: Sequence[int | None],
     partners: Sequence[list[int] | None],
     progress: Progress = False,
 ) -> Prompts:
     """Prompts out of the tokens of each (`encode_one`), with the full model's ranks.
 
     `objects` are the tokens of all objects of the relation; `partners` the tokens of the prompts, each as long as its
-    own, that are to be the corrupted ones.
+    own, that are to be the corrupted ones. A foil of None: the prompt's own wrong answers are its foils.
     """
     pad, column = partial(padded, device=model.device), partial(torch.tensor, device=model.device)
     answers = [row.answer for row in rows]
+    decides = deciding_places(facts, rows, objects)
+    compared = [max(0, place) if foil is None else 0 for place, foil in zip(decides, foils, strict=True)]
+    own = [
+        _own_foils(row, place) if foil is None else [foil]
+        for row, place, foil in zip(rows, compared, foils, strict=True)
+    ]
     prompts = Prompts(
         facts=tuple(facts),
         texts=tuple(texts),
@@ -321,26 +380,29 @@ def assemble(
         subject_stop=column([row.stop for row in rows]),
         answers=pad(answers),
         answer_mask=pad([[1] * len(answer) for answer in answers]).bool(),
-        foils=column(foils),
-        decides=column(deciding_tokens([fact.object for fact in facts], answers, objects)),
+        foils=column([some[0] for some in own]),
+        decides=column(decides),
         ranks=column([0] * len(rows)),
         corrupted=pad([(other or row.prompt) + row.answer[:-1] for row, other in zip(rows, partners, strict=True)]),
         paired=column([other is not None for other in partners]),
+        also=column(_even([row.also for row in rows]), dtype=torch.long),
+        more_foils=column(_even([some[1:] for some in own]), dtype=torch.long),
+        compared=column(compared),
     )
     return replace(prompts, ranks=full_ranks(model, prompts, progress))
 
 
-def draw_partners(alike: Sequence[Any], answers: Sequence[int], draw: random.Random) -> list[int | None]:
-    """For each prompt another one that is `alike` and whose answer starts otherwise, or None."""
+def draw_partners(alike: Sequence[Any], firsts: Sequence[set[int]], draw: random.Random) -> list[int | None]:
+    """For each prompt another one that is `alike` and whose answers start otherwise, or None."""
     found: list[int | None] = []
-    for own, answer in zip(alike, answers, strict=True):
-        others = [i for i, one in enumerate(alike) if one == own and answers[i] != answer]
+    for own, first in zip(alike, firsts, strict=True):
+        others = [i for i, one in enumerate(alike) if one == own and firsts[i].isdisjoint(first)]
         found.append(draw.choice(others) if others else None)
     return found
 
 
 def _foil(row: PromptTokens, fact: Fact, first: Sequence[int], named: str | None, draw: random.Random) -> int:
-    others = [token for token in first if token != row.answer[0]]
+    others = [token for token in first if token not in row.firsts]
     if named and not others:
         raise DataError(
             f"The foil {named!r:.60} starts with the same token as the answer {fact.object!r:.60} of "
@@ -349,10 +411,24 @@ def _foil(row: PromptTokens, fact: Fact, first: Sequence[int], named: str | None
     return draw.choice(others) if others else -1
 
 
+def _own_foils(row: PromptTokens, place: int) -> list[int]:
+    """What wrong answers have at a place where they begin as the right one does up to it, or -1 if none does."""
+    right = {answer[place] for answer in row.right}
+    found = [wrong[place] for wrong in row.wrong.values() if wrong[:place] == row.answer[:place] and len(wrong) > place]
+    return [token for token in dict.fromkeys(found) if token not in right] or [-1]
+
+
+def _even(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows made as long as the longest by -1."""
+    width = max(map(len, rows))
+    return [[*row, *[-1] * (width - len(row))] for row in rows]
+
+
 @torch.no_grad()
 def full_ranks(model: Model, prompts: Prompts, progress: Progress) -> Int[Tensor, " N"]:
     """The full model's rank of each answer; see `kcwb.tasks.ranks`."""
     steps = torch.arange(max(1, int(prompts.decides.max()) + 1), device=model.device)
+    right = prompts.right
     ranks = []
     with track(progress, len(prompts), "facts") as step:
         for start in range(0, len(prompts), _CHUNK):
@@ -361,7 +437,7 @@ def full_ranks(model: Model, prompts: Prompts, progress: Progress) -> Int[Tensor
             row, place = (steps <= prompts.decides[rows, None]).nonzero(as_tuple=True)
             logits = model.network.logits(residual[row, prompts.positions[rows][row, place]])
             of_tokens = torch.ones(len(residual), len(steps), dtype=torch.long, device=model.device)
-            of_tokens[row, place] = rank_of(logits, prompts.answers[rows][row, place])
+            of_tokens[row, place] = rank_of_best(logits, right[rows][row, place])
             ranks.append(rank_product(of_tokens, prompts.decides[rows]))
             step(len(residual))
     return torch.cat(ranks)

@@ -9,6 +9,10 @@ Why the product, and not the rank at the deciding token alone: among ten digits,
 another, every token is among the first ten. The product counts the beginnings of that length of which every token
 stands at least as high in its place, so that "among the first ten" stays as strict as it is of a single token.
 
+Of several right answers, which have all tokens but their last in common, the rank is that of the best one, against
+which the others do not count: they are right too. Which wrong answers there are can be said of each prompt; then those
+are what its answer is told apart from.
+
 An object whose tokens all begin another object's (S and Si), or are the same (unknown characters), is told apart by no
 token; its rank is `WORST`.
 """
@@ -57,6 +61,14 @@ def rank_of(logits: Float[Tensor, "... V"], token: Int[Tensor, "..."]) -> Int[Te
     """The rank of a token, from 1; ties count against it, as do NaNs: such logits know nothing."""
     own = logits.gather(-1, token[..., None])
     return (~(logits < own)).sum(-1)
+
+
+def rank_of_best(logits: Float[Tensor, "... V"], tokens: Int[Tensor, "... K"]) -> Int[Tensor, "..."]:
+    """The `rank_of` the best of some tokens, against which the others do not count; -1 stands for none."""
+    real = tokens >= 0
+    own = logits.gather(-1, tokens.clamp(min=0)).masked_fill(~real, -torch.inf)
+    best = own.amax(-1, keepdim=True)
+    return (~(logits < best)).sum(-1) - (~(own < best) & real).sum(-1) + 1
 
 
 def rank_product(ranks: Int[Tensor, "... N A"], decides: Int[Tensor, " N"]) -> Int[Tensor, "... N"]:

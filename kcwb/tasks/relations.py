@@ -8,6 +8,10 @@ A relation is one JSON file in the format of the LRE dataset (Hernandez et al., 
 
 where `{}` in a template marks the subject. `prompt_templates_zs` are the zero-shot templates. A relation gives a
 subject one object: of several in a file the first counts, and a warning says how many others were left out.
+
+A sample may say more (`Fact`): `also`, `wrong`, `corrupted`, `span`, `space`. Where samples have a `span`, their
+subjects are whole prompts and the template is `{}`: so `kcwb.tasks.pairs` writes prompts of anybody's own. A table of
+prompts (.csv, .tsv, .jsonl, .parquet) is read by it wherever a relation's file is.
 """
 
 from __future__ import annotations
@@ -30,10 +34,49 @@ from kcwb.verbs import noun, verb
 @noun
 @dataclass(frozen=True, order=True)
 class Fact:
-    """A subject and the object that the relation gives it."""
+    """A subject and the object that the relation gives it.
+
+    Attributes
+    ----------
+    subject, object
+        What is asked about, and the answer.
+    also
+        Other answers that are right as well.
+    wrong
+        Answers that are wrong; none: the relation's other objects are.
+    corrupted
+        The text in the place of the subject in the corrupted prompt; empty: another fact's.
+    span
+        Where the subject proper stands in `subject`, which is a whole prompt: from and to which character. (0, 0) if it
+        is not known. None: all of `subject` is the subject.
+    space
+        Whether a space stands between prompt and answer.
+    """
 
     subject: str
     object: str
+    also: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+    corrupted: str = ""
+    span: tuple[int, int] | None = None
+    space: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse a span that is not one of the subject's text."""
+        if self.span is not None and not 0 <= self.span[0] <= self.span[1] <= len(self.subject):
+            raise DataError(
+                f"The span {list(self.span)} is none of {self.subject!r:.60}, which has {len(self.subject)} characters."
+            )
+
+    @property
+    def named(self) -> str:
+        """The subject proper; empty if it is not known."""
+        return self.subject if self.span is None else self.subject[slice(*self.span)]
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        """All right answers, the first one first."""
+        return (self.object, *self.also)
 
 
 @noun
@@ -81,6 +124,11 @@ class Relation:
         """The different objects, in order of first appearance."""
         return tuple(dict.fromkeys(fact.object for fact in self.facts))
 
+    @property
+    def of_prompts(self) -> bool:
+        """Whether its facts are whole prompts, so that nothing can be done with their subjects alone."""
+        return any(fact.span is not None for fact in self.facts)
+
     @verb
     def template(self, which: int | str, *, shots: bool = False) -> str:
         """A zero-shot template (or a several-shot one, for `shots`) by its number, or one of the caller's own, checked.
@@ -118,7 +166,7 @@ class Relation:
                 "symmetric": self.symmetric,
             },
         }
-        samples = [json.dumps(vars(fact), ensure_ascii=False) for fact in self.facts]
+        samples = [json.dumps(_sample(fact), ensure_ascii=False) for fact in self.facts]
         start = json.dumps(head, ensure_ascii=False, indent=2)[:-2]
         return start + ',\n  "samples": [\n    ' + ",\n    ".join(samples) + "\n  ]\n}\n"
 
@@ -126,6 +174,15 @@ class Relation:
     def save(self, path: str | Path) -> None:
         """Write the relation to a JSON file."""
         write_text(Path(path), self.to_json())
+
+
+def require_subjects(relation: Relation, what: str) -> None:
+    """Refuse a relation of whole prompts for what has to name a subject; DataError."""
+    if relation.of_prompts:
+        raise DataError(
+            f"{what} needs facts with a subject and templates; {relation.name} is made of whole prompts "
+            f"({relation.facts[0].subject!r:.60}), which have neither. Use a relation."
+        )
 
 
 def relation_folder() -> Path:
@@ -156,7 +213,8 @@ def load_relation(name: str | Path) -> Relation:
     Parameters
     ----------
     name
-        The name of a relation that comes with the package, or the path of a file in the LRE format.
+        The name of a relation that comes with the package, or the path of a file: in the LRE format, or a table of
+        prompts as `kcwb.tasks.read_pairs` reads it.
 
     Raises
     ------
@@ -164,6 +222,10 @@ def load_relation(name: str | Path) -> Relation:
         If there is no such relation, or its file is malformed; names the file and the place in it.
     """
     path = Path(name)
+    if path.suffix in TABLES:
+        from kcwb.tasks.pairs import read_pairs  # which makes relations
+
+        return read_pairs(path)
     if path.suffix != ".json":
         known = relation_files()
         if str(name) not in known:
@@ -230,10 +292,11 @@ def read_json(path: Path) -> Any:
 
 def _parse(data: Any, path: Path) -> Relation:
     """A relation out of what its file holds."""
-    name, properties = _text(_get(data, "name", str, path), f"{path}, name"), _get(data, "properties", Mapping, path)
+    name = check_text(_get(data, "name", str, path), f"{path}, name")
+    properties = _get(data, "properties", Mapping, path)
     kinds = {"relation_type": str, "domain_name": str, "range_name": str, "symmetric": bool}
     known = {key: _get(properties, key, kind, path, "properties.") for key, kind in kinds.items()}
-    _text(known["relation_type"], f"{path}, properties.relation_type")
+    check_text(known["relation_type"], f"{path}, properties.relation_type")
     return Relation(
         name,
         **known,
@@ -243,6 +306,8 @@ def _parse(data: Any, path: Path) -> Relation:
     )
 
 
+#: Endings of tables of prompts.
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _KINDS = {str: "a text", bool: "true or false", list: "a list", Mapping: "an object"}
 
 
@@ -256,7 +321,8 @@ def _get(data: Any, key: str, kind: type, path: Path, where: str = "") -> Any:
     return data[key]
 
 
-def _text(value: Any, where: str, strip: bool = False) -> str:
+def check_text(value: Any, where: str, strip: bool = False) -> str:
+    """Return a text that is not empty and has no white space around it (`strip` takes it away), or raise DataError."""
     if strip and isinstance(value, str):
         value = value.strip()
     if not isinstance(value, str) or not value.strip():
@@ -272,7 +338,7 @@ def _text(value: Any, where: str, strip: bool = False) -> str:
 
 def check_template(template: str, where: str) -> str:
     """Return a template that holds `{}` exactly once and does not end in white space, or raise DataError."""
-    _text(template, where)
+    check_text(template, where)
     if template.count("{}") != 1:
         raise DataError(f"{where}: {template!r:.80} must hold {{}} exactly once, where the subject goes.")
     return template
@@ -293,8 +359,12 @@ def _facts(samples: list[Any], path: Path) -> tuple[Fact, ...]:
     others: list[Fact] = []
     for i, sample in enumerate(samples):
         where = f"samples[{i}]."
-        words = (_text(_get(sample, key, str, path, where), f"{path}, {where}{key}", True) for key in vars(_EXAMPLE))
-        fact = Fact(*words)
+        words = [check_text(_get(sample, key, str, path, where), f"{path}, {where}{key}", True) for key in _WORDS]
+        more = _more(sample, path, where)
+        try:
+            fact = Fact(*words, **more)
+        except DataError as error:
+            raise DataError(f"{path}, {where}span: {error}") from error
         if first.setdefault(fact.subject, fact) != fact:
             others.append(fact)
     if others:
@@ -307,4 +377,28 @@ def _facts(samples: list[Any], path: Path) -> tuple[Fact, ...]:
     return tuple(first.values())
 
 
-_EXAMPLE = Fact("subject", "object")
+_WORDS = ("subject", "object")
+#: What else a sample may say, and how JSON says it.
+_MORE = {"also": list, "wrong": list, "corrupted": str, "span": list, "space": bool}
+
+
+def _more(sample: Mapping[str, Any], path: Path, where: str) -> dict[str, Any]:
+    """What a sample says beside subject and object."""
+    found = {key: _get(sample, key, kind, path, where) for key, kind in _MORE.items() if key in sample}
+    for key in ("also", "wrong"):
+        texts = enumerate(found.get(key, ()))
+        found[key] = tuple(check_text(text, f"{path}, {where}{key}[{i}]", True) for i, text in texts)
+    if "corrupted" in found:
+        check_text(found["corrupted"], f"{path}, {where}corrupted")
+    if "span" in found:
+        ends = found["span"]
+        if len(ends) != 2 or not all(type(end) is int for end in ends):
+            raise DataError(f"{path}, {where}span: expected two whole numbers, [start, stop], found {ends!r:.60}.")
+        found["span"] = tuple(ends)
+    return found
+
+
+def _sample(fact: Fact) -> dict[str, Any]:
+    """A fact as JSON says it: what is as usual is not said."""
+    usual = vars(Fact("", ""))
+    return {key: value for key, value in vars(fact).items() if key in _WORDS or value != usual[key]}

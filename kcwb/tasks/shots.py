@@ -36,7 +36,7 @@ from kcwb.progress import Progress
 from kcwb.settings import Count, Natural, Seed
 from kcwb.tasks.demonstrations import GROUPS, Context, UnrelatedText, deranged
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, assemble, draw_partners, encode, split
-from kcwb.tasks.relations import Relation, load_relation
+from kcwb.tasks.relations import Relation, load_relation, require_subjects
 from kcwb.tasks.tokens import encode_one, object_tokens, told_apart
 from kcwb.verbs import verb
 
@@ -141,8 +141,9 @@ def make_shots(
     Raises
     ------
     DataError
-        If more facts are to be shown than can be set aside, a prompt does not fit into the context (both before
-        anything is computed), the model knows none of the facts, or no unrelated text of the length can be made.
+        If the relation is made of whole prompts, more facts are to be shown than can be set aside, a prompt does not
+        fit into the context (all before anything is computed), the model knows none of the facts, or no unrelated text
+        of the length can be made.
     SettingError
         If a setting cannot be meant.
     """
@@ -181,6 +182,7 @@ def shot_tasks(
         (k, kind) -> task, in the order of `wanted`.
     """
     relation = load_relation(relation) if isinstance(relation, str) else relation
+    require_subjects(relation, "A prompt with demonstrations")
     for _, kind in wanted:
         choose("The kind of context", kind, KINDS)
     text = relation.template(template, shots=True)
@@ -197,7 +199,7 @@ def shot_tasks(
             f"(Hit@{KNOWN_RANK}, no shot); the best rank is {int(zero.ranks.min())}. Try another template or relation."
         )
     rows = split(known, len(zero), n, seed, n_test)
-    partners = draw_partners(zero.lengths.tolist(), zero.answers[:, 0].tolist(), random.Random(seed))
+    partners = draw_partners(zero.lengths.tolist(), zero.firsts, random.Random(seed))
     reference_rows = rows.reference[:_REFERENCE_SIZE]
     references = {k: deal.reference(k, zero, reference_rows, partners) for k, _ in contexts}
     tasks = {}

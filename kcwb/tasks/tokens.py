@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,29 @@ from kcwb.tasks.relations import Fact, Relation
 
 
 class PromptTokens(NamedTuple):
-    """A prompt's tokens, its answer's, and where among the former the subject's start and stop."""
+    """A prompt's tokens, its answer's, and where among the former the subject's start and stop.
+
+    `also` are the last tokens of other right answers, which have those before in common with the first one; `wrong` the
+    tokens of the prompt's own wrong answers, by name; `corrupted` those of its own corrupted prompt.
+    """
 
     prompt: list[int]
     answer: list[int]
     start: int
     stop: int
+    also: tuple[int, ...] = ()
+    wrong: Mapping[str, list[int]] = MappingProxyType({})
+    corrupted: list[int] | None = None
+
+    @property
+    def right(self) -> list[list[int]]:
+        """The tokens of every right answer."""
+        return [self.answer, *([*self.answer[:-1], last] for last in self.also)]
+
+    @property
+    def firsts(self) -> set[int]:
+        """The tokens that a right answer may begin with."""
+        return {answer[0] for answer in self.right}
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "N T"]:
@@ -35,18 +53,36 @@ def encode_one(model: Model, fact: Fact, template: str) -> PromptTokens:
     """Tokens of one prompt and answer, and the subject's span among them by character offsets."""
     text = template.replace("{}", fact.subject)
     encoding: Any = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    start = template.index("{}")
-    stop = start + len(fact.subject)
+    before, after = fact.span or (0, len(fact.subject))
+    start, stop = template.index("{}") + before, template.index("{}") + after
     inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < stop and b > start]
-    if not inside:
-        raise DataError(f"The subject {fact.subject!r:.60} has no token of its own in {text!r:.120}.")
+    if not inside and fact.named:
+        raise DataError(f"The subject {fact.named!r:.60} has no token of its own in {text!r:.120}.")
     bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
+    answers = object_tokens(model, template, fact.subject, (*fact.right, *fact.wrong), fact.space)
+    corrupted = template.replace("{}", fact.corrupted)
     return PromptTokens(
         prompt=bos + list(encoding["input_ids"]),
-        answer=answer_tokens(model, template, fact.subject, fact.object),
-        start=inside[0] + len(bos),
-        stop=inside[-1] + 1 + len(bos),
+        answer=answers[fact.object],
+        start=inside[0] + len(bos) if inside else 0,
+        stop=inside[-1] + 1 + len(bos) if inside else 0,
+        also=_last_tokens(fact, answers, text),
+        wrong={name: answers[name] for name in fact.wrong},
+        corrupted=bos + model.tokenizer(corrupted, add_special_tokens=False).input_ids if fact.corrupted else None,
     )
+
+
+def _last_tokens(fact: Fact, answers: Mapping[str, list[int]], text: str) -> tuple[int, ...]:
+    """The last tokens of other right answers, each once; DataError if one differs from the first in more than that."""
+    first = answers[fact.object]
+    for name in fact.also:
+        if answers[name][:-1] != first[:-1]:
+            raise DataError(
+                f"{text!r:.120}: the right answers {fact.object!r:.40} ({len(first)} tokens) and {name!r:.40} "
+                f"({len(answers[name])}) do not have all tokens but the last one in common, so that no place tells "
+                "whether one of them is given. Leave one out, or shorten both to what they begin with."
+            )
+    return tuple(dict.fromkeys(answers[name][-1] for name in fact.also if answers[name] != first))
 
 
 def answer_tokens(model: Model, template: str, subject: str, answer: str) -> list[int]:
@@ -54,15 +90,34 @@ def answer_tokens(model: Model, template: str, subject: str, answer: str) -> lis
     return object_tokens(model, template, subject, [answer])[answer]
 
 
-def object_tokens(model: Model, template: str, subject: str, objects: Iterable[str]) -> dict[str, list[int]]:
-    """The `answer_tokens` of many answers to one prompt, by name."""
+def object_tokens(
+    model: Model, template: str, subject: str, objects: Iterable[str], space: bool = True
+) -> dict[str, list[int]]:
+    """The `answer_tokens` of many answers to one prompt, by name; without `space` they follow it at once."""
     names = list(dict.fromkeys(objects))
     text = template.replace("{}", subject)
-    prompt, *wholes = model.tokenizer([text, *(f"{text} {name}" for name in names)], add_special_tokens=False).input_ids
+    joint = " " if space else ""
+    texts = [text, *(f"{text}{joint}{name}" for name in names)]
+    prompt, *wholes = model.tokenizer(texts, add_special_tokens=False).input_ids
     for name, whole in zip(names, wholes, strict=True):
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
             raise DataError(f"The answer {name!r:.60} runs into the last token of {text!r:.120}. Use another template.")
     return {name: list(whole[len(prompt) :]) for name, whole in zip(names, wholes, strict=True)}
+
+
+def deciding_places(
+    facts: Sequence[Fact], rows: Sequence[PromptTokens], objects: Mapping[str, Sequence[int]]
+) -> list[int]:
+    """For each fact the index of the first token that tells its answer apart (`kcwb.tasks.ranks`), or `NEVER`.
+
+    It is told apart from its own wrong answers where it has some, else from the relation's other objects.
+    """
+    places = []
+    for fact, row in zip(facts, rows, strict=True):
+        others = row.wrong or {name: tokens for name, tokens in objects.items() if name not in fact.also}
+        found = deciding_tokens([fact.object] * len(row.right), row.right, others)
+        places.append(NEVER if NEVER in found else max(found))
+    return places
 
 
 def told_apart(model: Model, facts: Sequence[Fact], template: str, relation: Relation) -> list[Fact]:
@@ -73,12 +128,18 @@ def told_apart(model: Model, facts: Sequence[Fact], template: str, relation: Rel
     DataError
         If none is left.
     """
-    tokens = object_tokens(model, template, facts[0].subject, relation.objects)
-    decides = dict(zip(tokens, deciding_tokens([*tokens], [*tokens.values()], tokens), strict=True))
-    kept = [fact for fact in facts if decides[fact.object] != NEVER]
+    tokens = object_tokens(model, template, facts[0].subject, relation.objects, facts[0].space)
+    if any(fact.wrong or fact.also for fact in facts):
+        places = deciding_places(facts, [encode_one(model, fact, template) for fact in facts], tokens)
+        names = dict.fromkeys(fact.object for fact, place in zip(facts, places, strict=True) if place == NEVER)
+    else:
+        decides = dict(zip(tokens, deciding_tokens([*tokens], [*tokens.values()], tokens), strict=True))
+        places = [decides[fact.object] for fact in facts]
+        names = [name for name, place in decides.items() if place == NEVER]
+    kept = [fact for fact, place in zip(facts, places, strict=True) if place != NEVER]
     if len(kept) == len(facts):
         return kept
-    alike = ", ".join(f"{name!r:.60}" for name, place in decides.items() if place == NEVER)
+    alike = ", ".join(f"{name!r:.60}" for name in names)
     words = (
         f"{len(facts) - len(kept)} of {len(facts)} facts of {relation.name} have an object whose tokens all begin "
         f"another object's, so that nothing tells whether it is meant ({alike:.300})"

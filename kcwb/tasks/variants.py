@@ -49,15 +49,15 @@ def with_other_partners(task: Task, seed: int) -> Task:
     """The task with the corrupted partners of D_val drawn anew.
 
     They are drawn from all of its prompts that are as long and begin alike up to the subject: after the same
-    demonstrations, where there are any.
+    demonstrations, where there are any. Prompts that bring their own corrupted one keep it.
     """
     parts = (task.val, task.test, task.reference)
     pool = [row for part in parts for row in zip(*_tokens(part), part.subject_start.tolist(), strict=True)]
-    prompts, first = [prompt for prompt, _, _ in pool], [answer[0] for _, answer, _ in pool]
+    prompts, firsts = [prompt for prompt, _, _ in pool], [first for part in parts for first in part.firsts]
     alike = [(len(prompt), prompt[:start]) for prompt, _, start in pool]
-    drawn = draw_partners(alike, first, random.Random(seed))[: len(task.val)]
-    old = _corrupted(task.val)
-    partners = [old[i] if partner is None else prompts[partner] for i, partner in enumerate(drawn)]
+    drawn = draw_partners(alike, firsts, random.Random(seed))[: len(task.val)]
+    old, given = _corrupted(task.val), [bool(fact.corrupted) for fact in task.val.facts]
+    partners = [old[i] if partner is None or given[i] else prompts[partner] for i, partner in enumerate(drawn)]
     paired = [one is not None for one in partners]
     own, answers = _tokens(task.val)
     corrupted = [(other or prompt) + answer[:-1] for other, prompt, answer in zip(partners, own, answers, strict=True)]
@@ -69,7 +69,8 @@ def with_other_partners(task: Task, seed: int) -> Task:
 def with_shuffled_answers(model: Model, task: Task, seed: int) -> Task:
     """The task with D_val's answers dealt out anew, so that no fact keeps an answer that starts as its own.
 
-    Whatever a method finds on it, the model's knowledge of these facts is not in it.
+    Whatever a method finds on it, the model's knowledge of these facts is not in it. Several right answers, and wrong
+    ones, are dealt together.
 
     Raises
     ------
@@ -77,31 +78,44 @@ def with_shuffled_answers(model: Model, task: Task, seed: int) -> Task:
         If there is no such deal: more than half of the answers start alike.
     """
     val = task.val
-    order = _derangement(val.answers[:, 0].tolist(), random.Random(seed), task)
+    order = _derangement(val.firsts, random.Random(seed), task)
     prompts, answers = _tokens(val)
     dealt = [answers[i] for i in order]
     pad = partial(padded, device=val.tokens.device)
     partners = [other or prompt for other, prompt in zip(_corrupted(val), prompts, strict=True)]
+    facts = [
+        replace(fact, **{name: getattr(val.facts[i], name) for name in ("object", "also", "wrong")})
+        for fact, i in zip(val.facts, order, strict=True)
+    ]
+    bring = torch.tensor([bool(fact.wrong) for fact in facts], device=val.tokens.device)
+    taken = (val.foils[:, None] == val.right[order, 0]).any(-1)
     new = replace(
         val,
-        facts=tuple(Fact(fact.subject, val.facts[i].object) for fact, i in zip(val.facts, order, strict=True)),
+        facts=tuple(facts),
         tokens=pad([prompt + answer[:-1] for prompt, answer in zip(prompts, dealt, strict=True)]),
         answers=val.answers[order],
         answer_mask=val.answer_mask[order],
-        foils=torch.where(val.foils == val.answers[order, 0], val.answers[:, 0], val.foils),
+        foils=torch.where(bring, val.foils[order], torch.where(taken, val.answers[:, 0], val.foils)),
         decides=val.decides[order],
+        also=val.also[order],
+        more_foils=val.more_foils[order],
+        compared=val.compared[order],
         corrupted=pad([other + answer[:-1] for other, answer in zip(partners, dealt, strict=True)]),
     )
     return replace(task, val=replace(new, ranks=full_ranks(model, new, False)))
 
 
-def _derangement(first: Sequence[int], draw: random.Random, task: Task) -> list[int]:
-    """A random order in which no place has a number that is its own: shuffled, then mended by swaps."""
-    order = list(range(len(first)))
+def _derangement(firsts: Sequence[set[int]], draw: random.Random, task: Task) -> list[int]:
+    """A random order in which no place has a token that is its own: shuffled, then mended by swaps."""
+
+    def apart(i: int, j: int) -> bool:
+        return firsts[i].isdisjoint(firsts[j])
+
+    order = list(range(len(firsts)))
     draw.shuffle(order)
-    for i in range(len(first)):
-        if first[order[i]] == first[i]:
-            swaps = [j for j in range(len(first)) if first[order[j]] != first[i] and first[order[i]] != first[j]]
+    for i in range(len(firsts)):
+        if not apart(order[i], i):
+            swaps = [j for j in range(len(firsts)) if apart(order[j], i) and apart(order[i], j)]
             if not swaps:
                 raise DataError(
                     f"The answers of {task.relation.name} cannot be shuffled: more than half of them start as "

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.models.loading import load_model
-from kcwb.tasks.prompts import Prompts, encode, make_task, rank_of
+from kcwb.tasks.prompts import Prompts, encode, make_task
+from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact
 from tests.tasks import (
     TEMPLATE,

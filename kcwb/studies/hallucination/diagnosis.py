@@ -37,7 +37,7 @@ from kcwb.reading.trajectories import WHERE, WHO, Trajectories, read_trajectorie
 from kcwb.settings import Count, Seed
 from kcwb.studies.hallucination.description import describe
 from kcwb.tasks.prompts import Prompts, Task, encode, make_task
-from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.tasks.relations import Fact, Relation, load_relation, require_subjects
 from kcwb.verbs import verb
 
 FAILURES = ("none", "enrichment", "selection")
@@ -155,6 +155,7 @@ def diagnose(
     """
     model.network.require("roles")
     relation = load_relation(relation) if isinstance(relation, str) else relation
+    require_subjects(relation, "A diagnosis")
     text = relation.template(template)
     if isinstance(fact, str):
         facts = {one.subject: one for one in relation.facts}

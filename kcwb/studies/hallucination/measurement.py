@@ -27,7 +27,7 @@ from kcwb.reading.roles import head_roles
 from kcwb.reading.trajectories import read_trajectories
 from kcwb.settings import Seed, at_least
 from kcwb.tasks.prompts import Prompts, Task, encode
-from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.tasks.relations import Fact, Relation, load_relation, require_subjects
 from kcwb.tasks.tokens import object_tokens
 from kcwb.verbs import verb
 
@@ -216,6 +216,7 @@ def _check_relations(relations: Sequence[Relation]) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"The relation {twice[0]!r:.60} is given twice: what is left out must not be learnt from.")
     for relation in relations:
+        require_subjects(relation, "A prediction of wrong answers")
         if len(relation.facts) < FEWEST_FACTS:
             raise DataError(
                 f"{relation.name} has {len(relation.facts)} facts; at least {FEWEST_FACTS} are needed. Leave it out."

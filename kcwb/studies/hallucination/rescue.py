@@ -42,7 +42,7 @@ from kcwb.statistics import matched_head_sets, mean_interval, p_value, proportio
 from kcwb.studies.hallucination.measurement import FEWEST_FACTS, sample_facts, task_of
 from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.ranks import rank_of
-from kcwb.tasks.relations import Relation, load_relation
+from kcwb.tasks.relations import Relation, load_relation, require_subjects
 from kcwb.verbs import verb
 
 _ROLE_FACTS = 16
@@ -118,6 +118,8 @@ def rescue(
     """
     model.network.require("roles")
     found = [load_relation(one) if isinstance(one, str) else one for one in relations]
+    for relation in found:
+        require_subjects(relation, "A rescue of wrong answers")
     texts = _check(model, found, templates, movers)
     rows, counts = [], []
     with track(

@@ -11,15 +11,26 @@ averages it for each sender u over m points between abl_u and a_u, all other sen
 grows, the scores of u's edges sum to what ablating u altogether costs. It takes one such integral per sender where
 `eap-ig` takes one in all.
 
+`ceap` (conductance along the path, CEAP, arXiv 2606.16920) goes the way of `eap-ig`, and lets each sender's output
+change as it does there:
+
+    score(u -> v) = integral of dM/dx_v . (- da_u / dalpha) dalpha
+
+by the trapezoid rule over m + 1 points, k = 0..m. By the chain rule the scores of all edges out of `input` sum to what
+ablating the input costs, and so do those of all edges into `logits`. What cut edges deliver counts for `input` alone.
+
+`gim` and `relp` are `eap` (with more steps, `eap-ig`) with other slopes for gradients: see `kcwb.models.rules`. Their
+norms do not undo a change of scale, so that they say something under `zero` too.
+
 Two choices differ from the authors' code (github.com/hannamw/EAP-IG). Their `EAP-IG-inputs` takes k = 0..m-1, with the
 ablated run and without the clean one; we take the paper's k = 1..m, as their own `EAP-IG-activations` does: both are
 sums for one integral, and ours with m = 1 is `eap`. And their `EAP-IG-activations` interpolates all heads of a layer
 together and averages each gradient over the interpolations of all nodes; we interpolate one sender at a time, and its
 edges take the gradients of its own.
 
-It needs an ablation that leaves the stream's scale alone. Under `zero`, abl_u - a_u = -a_u, and a layer norm does not
-feel a change of its input's scale: the scores into one receiver sum to zero, and those of `input` into the first layer
-vanish one by one. So `mean` is attribution's default.
+The true gradient needs an ablation that leaves the stream's scale alone. Under `zero`, abl_u - a_u = -a_u, and a layer
+norm does not feel a change of its input's scale: the scores into one receiver sum to zero, and those of `input` into
+the first layer vanish one by one. So `mean` is attribution's default.
 
 1. Run the clean prompts: every sender's a_u; and take abl_u from the ablation.
 2. Run the interpolated prompts, all steps in one batch; differentiate by every receiver's input. For activations: run
@@ -29,7 +40,8 @@ vanish one by one. So `mean` is attribution's default.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -40,6 +52,7 @@ from kcwb.models.forward import Pass, forward, prompt_chunks
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
+from kcwb.models.rules import TRUE, Rules
 from kcwb.progress import Progress, cancel_point, track
 from kcwb.settings import Count
 from kcwb.tasks.metrics import Loss, at_answers
@@ -52,9 +65,13 @@ _COPIES_PER_STEP = 24
 STEPS = 5
 
 
+#: The scores of a chunk of prompts together `[S, R]`, or of each of them alone `[N, S, R]`.
+_Chunk = Callable[..., Float[Tensor, "... S R"]]
+
+
 @verb
 def attribution_scores(
-    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = 1, progress: Progress = False
+    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = 1, rules: Rules = TRUE, progress: Progress = False
 ) -> Float[Tensor, "S R"]:
     """Score every edge by attribution.
 
@@ -68,6 +85,8 @@ def attribution_scores(
         What a cut edge would deliver.
     steps
         Points of the integral; 1 is `eap` (the clean run alone).
+    rules
+        What the backward pass takes the network's nonlinear parts for (`kcwb.models.rules`).
     progress
         Reported per chunk of prompts.
 
@@ -76,28 +95,52 @@ def attribution_scores(
     Tensor
         `[S, R]` float32 on the CPU, in the loss's units; 0 where there is no edge.
     """
-    network, prompts = model.network, loss.prompts
-    scores = torch.zeros(model.graph.exists.shape, device=model.device)
-    with track(progress, len(prompts), "attribution") as step:
-        for rows in prompt_chunks(network, prompts.tokens, copies=_COPIES_PER_STEP * steps):
-            part = loss.select(range(len(prompts))[rows])
-            scores += _chunk_scores(network, part, ablation, steps) * (part.total / loss.total)
-            step(len(part.prompts))
-    return scores.cpu()
+    chunk = partial(_chunk_scores, model.network.under(rules), ablation=ablation, steps=steps)
+    return _together(model, loss, chunk, steps, progress)
 
 
 def scores_by_fact(
-    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = 1, progress: Progress = False
+    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = 1, rules: Rules = TRUE, progress: Progress = False
 ) -> Float[Tensor, "N S R"]:
     """What `attribution_scores` gives for each prompt alone, in one run: their mean is the score of them all."""
-    network, prompts = model.network, loss.prompts
-    parts = []
-    with track(progress, len(prompts), "attribution") as step:
-        for rows in prompt_chunks(network, prompts.tokens, copies=_COPIES_PER_STEP * steps):
-            part = loss.select(range(len(prompts))[rows])
-            parts.append(_chunk_scores(network, part, ablation, steps, by_fact=True).cpu())
+    chunk = partial(_chunk_scores, model.network.under(rules), ablation=ablation, steps=steps)
+    return _each(model, loss, chunk, steps, progress)
+
+
+def conductance_scores(
+    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = STEPS, progress: Progress = False
+) -> Float[Tensor, "S R"]:
+    """Score every edge by conductance; parameters as in `attribution_scores`, progress per chunk of prompts."""
+    chunk = partial(_conductance_chunk, model.network, ablation=ablation, steps=steps)
+    return _together(model, loss, chunk, steps + 1, progress)
+
+
+def conductance_by_fact(
+    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = STEPS, progress: Progress = False
+) -> Float[Tensor, "N S R"]:
+    """What `conductance_scores` gives for each prompt alone, in one run."""
+    chunk = partial(_conductance_chunk, model.network, ablation=ablation, steps=steps)
+    return _each(model, loss, chunk, steps + 1, progress)
+
+
+def _together(model: Model, loss: Loss, chunk: _Chunk, points: int, progress: Progress) -> Float[Tensor, "S R"]:
+    scores = torch.zeros(model.graph.exists.shape, device=model.device)
+    for part in _parts(model, loss, points, progress):
+        scores += chunk(part) * (part.total / loss.total)
+    return scores.cpu()
+
+
+def _each(model: Model, loss: Loss, chunk: _Chunk, points: int, progress: Progress) -> Float[Tensor, "N S R"]:
+    return torch.cat([chunk(part, by_fact=True).cpu() for part in _parts(model, loss, points, progress)])
+
+
+def _parts(model: Model, loss: Loss, points: int, progress: Progress) -> Iterator[Loss]:
+    """The metric on chunks of the prompts that fit into memory at so many points."""
+    with track(progress, len(loss.prompts), "attribution") as step:
+        for rows in prompt_chunks(model.network, loss.prompts.tokens, copies=_COPIES_PER_STEP * points):
+            part = loss.select(range(len(loss.prompts))[rows])
+            yield part
             step(len(part.prompts))
-    return torch.cat(parts)
 
 
 def activation_scores(
@@ -145,32 +188,72 @@ def _behind(graph: Graph, sender: int, clean: Pass) -> tuple[int, bool, Float[Te
 
 
 def _chunk_scores(
-    network: Network, loss: Loss, ablation: Ablation, steps: int, *, by_fact: bool = False
+    network: Network, loss: Loss, ablation: Ablation, steps: int, by_fact: bool = False
 ) -> Float[Tensor, "... S R"]:
-    """The scores of some prompts together, or of each of them alone."""
-    prompts, graph = loss.prompts, network.graph
-    ablated = ablation.values(prompts)
+    """Differences between the clean and the ablated outputs, times the gradients averaged over the points."""
+    prompts, ablated = loss.prompts, ablation.values(loss.prompts)
     with torch.no_grad():
         clean = forward(network, prompts.tokens, senders=True).senders
     start = torch.zeros_like(clean[0]) if ablated is None else ablated[0]
     shares = torch.arange(1, steps + 1, device=network.device, dtype=clean.dtype) / steps
     points = start + shares[:, None, None, None] * (clean[0] - start)
     change = (-clean if ablated is None else ablated - clean).float()
-    scores = torch.zeros((len(prompts) if by_fact else 1, *graph.exists.shape), device=network.device)
-    for columns, gradient in _gradients(network, loss, points):
+    return _products(network.graph, change, _gradients(network, loss, points), by_fact)
+
+
+def _conductance_chunk(
+    network: Network, loss: Loss, ablation: Ablation, steps: int, by_fact: bool = False
+) -> Float[Tensor, "... S R"]:
+    """Differences between the outputs at neighbouring points, times the mean gradient of the two."""
+    prompts, ablated = loss.prompts, ablation.values(loss.prompts)
+    clean = network.embed(prompts.tokens)
+    start = torch.zeros_like(clean) if ablated is None else ablated[0]
+    shares = torch.arange(steps + 1, device=network.device, dtype=clean.dtype) / steps
+    points = start + shares[:, None, None, None] * (clean - start)
+    tokens = prompts.tokens.repeat(len(points), 1)
+    with torch.no_grad():
+        outputs = forward(network, tokens, embedding=points.flatten(0, 1), senders=True).senders
+    outputs = outputs.float().unflatten(1, points.shape[:2])
+    change = (outputs[:, :-1] - outputs[:, 1:]).transpose(1, 2)  # [S, N, m, T, D]
+
+    def between(gradient: Float[Tensor, "r m N T D"]) -> Float[Tensor, "r N m T D"]:
+        return (len(points) * (gradient[:, :-1] + gradient[:, 1:]) / 2).transpose(1, 2)
+
+    gradients = ((columns, between(each)) for columns, each in _gradients(network, loss, points, summed=False))
+    return _products(network.graph, change, gradients, by_fact)
+
+
+def _products(
+    graph: Graph,
+    change: Float[Tensor, "S N ..."],
+    gradients: Iterable[tuple[slice, Float[Tensor, "r N ..."]]],
+    by_fact: bool,
+) -> Float[Tensor, "... S R"]:
+    """What senders change, times the gradients at receivers: summed over prompts, or of each alone."""
+    n_prompts = change.shape[1]
+    scores = torch.zeros((n_prompts if by_fact else 1, *graph.exists.shape), device=change.device)
+    for columns, gradient in gradients:
         before = graph.senders_before(columns.start)
         if by_fact:  # the loss is a mean over prompts, of which this is one
             left, right = change[:before].flatten(2).transpose(0, 1), gradient.flatten(2).permute(1, 2, 0)
-            scores[:, :before, columns] = len(prompts) * (left @ right)
+            scores[:, :before, columns] = n_prompts * (left @ right)
         else:
             scores[0, :before, columns] = change[:before].flatten(1) @ gradient.flatten(1).T
     return scores if by_fact else scores[0]
 
 
 def _gradients(
-    network: Network, loss: Loss, points: Float[Tensor, "m N T D"], first: int = 0, attention: bool = True
-) -> list[tuple[slice, Float[Tensor, "r N T D"]]]:
-    """dM/dx_v averaged over points of the stream, from a layer on: the columns of each, and their gradients."""
+    network: Network,
+    loss: Loss,
+    points: Float[Tensor, "m N T D"],
+    first: int = 0,
+    attention: bool = True,
+    summed: bool = True,
+) -> list[tuple[slice, Float[Tensor, "r ... N T D"]]]:
+    """dM/dx_v averaged over points of the stream, from a layer on: the columns of each, and their gradients.
+
+    If they are not `summed`, what each point contributes to the average, `[r, m, N, T, D]`.
+    """
     graph, (steps, n_prompts) = network.graph, points.shape[:2]
     tokens = loss.prompts.tokens.repeat(steps, 1)
     with torch.enable_grad():
@@ -189,6 +272,9 @@ def _gradients(
         gradients = torch.autograd.grad(value, [x for _, x in read])
 
     def over_steps(gradient: Tensor) -> Tensor:
-        return gradient.unflatten(-3, (steps, n_prompts)).sum(-4).float().reshape(-1, *points.shape[1:])
+        of_points = gradient.unflatten(-3, (steps, n_prompts))
+        if not summed:
+            return of_points.float().reshape(-1, *points.shape)
+        return of_points.sum(-4).float().reshape(-1, *points.shape[1:])
 
     return [(columns, over_steps(gradient)) for (columns, _), gradient in zip(read, gradients, strict=True)]

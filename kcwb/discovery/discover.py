@@ -47,10 +47,10 @@ def discover(
     model, task
         The model, and a task made for it.
     method
-        One of `kcwb.discovery.registry.METHODS`. `eap-ig`, `eap`, `eap-ig-activations` (an integral per sender: minutes
-        on the built-in model): attribution, then the edges of highest score, without dangling ones. `exact`: the same
-        with the exact effect of each edge (one run per edge, so for tiny models). `acdc`: greedy pruning, one edge at a
-        time; exact, and minutes on the built-in model.
+        One of `kcwb.discovery.registry.METHODS`. `eap-ig`, `eap`, `gim`, `relp`, `ceap`, `eap-ig-activations` (an
+        integral per sender: minutes on the built-in model): attribution, then the edges of highest score, without
+        dangling ones. `exact`: the same with the exact effect of each edge (one run per edge, so for tiny models).
+        `acdc`: greedy pruning, one edge at a time; exact, and minutes on the built-in model.
     metric
         The loss that a cut is judged by: `nll`, `kl` (not for eap: its gradient at the full model is zero) or
         `logit_diff`; nats, averaged over answer tokens and prompts.
@@ -65,7 +65,7 @@ def discover(
     select
         Of the same: `signed` (default), `absolute` or `greedy`, see `kcwb.discovery.selection.select_edges`.
     steps
-        eap-ig, eap-ig-activations: points of the integral, default 5.
+        eap-ig, eap-ig-activations, ceap: points of the integral, default 5; gim, relp: default 1, the clean run.
     tau, absolute
         acdc: the loss increase below which an edge is cut, default 0.01 (`tau_from_kc` converts that of the Knowledge
         Circuits code); and whether its absolute value counts.

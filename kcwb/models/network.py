@@ -25,6 +25,7 @@ the embedding, `Network.device`; each function computes where its layer's weight
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -36,7 +37,8 @@ from torch import Tensor
 from kcwb.errors import KcwbError, ModelError
 from kcwb.models.families import FAMILIES, covered_family
 from kcwb.models.graph import Graph
-from kcwb.models.weights import detached, read_activation, read_context, read_layer, read_norm, read_positions
+from kcwb.models.rules import TRUE, Rules, share
+from kcwb.models.weights import Norm, detached, read_activation, read_context, read_layer, read_norm, read_positions
 from kcwb.progress import cancel_point
 
 #: What receivers read, and what each head makes of it; `Q` and `T` are positions of queries and of keys.
@@ -91,6 +93,13 @@ class Network:
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._activation = read_activation(config, about)
         self._group = self.graph.n_heads // self.n_kv_heads
+        self._rules = TRUE
+
+    def under(self, rules: Rules) -> Network:
+        """The same network, whose backward pass follows some rules."""
+        other = copy.copy(self)
+        other._rules = rules
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -133,22 +142,24 @@ class Network:
     def queries(self, layer: int, x: Read, heads: Heads = None, positions: Positions = None) -> Queries:
         """Queries of `heads` at `positions`, rotated, where the architecture does."""
         weights = self.layers[layer]
-        q = _project(weights.norm_attention(x.to(weights.device)), weights.W_Q, weights.b_Q, heads)
-        q = q if weights.norm_query is None else weights.norm_query(q)
-        return self._rotate(q.to(self.device), positions, weights.rope)
+        q = _project(self._normed(weights.norm_attention, x, weights.device), weights.W_Q, weights.b_Q, heads)
+        q = q if weights.norm_query is None else self._rules.norm(weights.norm_query, q)
+        return self._rotate(share(q.to(self.device), self._rules.queries_keys), positions, weights.rope)
 
     def keys(self, layer: int, x: Read, heads: Heads = None, positions: Positions = None) -> Keys:
         """Keys, rotated like the queries; under grouped-query attention, one per query head."""
         weights = self.layers[layer]
-        k = _project(weights.norm_attention(x.to(weights.device)), weights.W_K, weights.b_K, self._kv_heads(heads))
-        k = k if weights.norm_key is None else weights.norm_key(k)
-        return self._rotate(k.to(self.device), positions, weights.rope)
+        normed = self._normed(weights.norm_attention, x, weights.device)
+        k = _project(normed, weights.W_K, weights.b_K, self._kv_heads(heads))
+        k = k if weights.norm_key is None else self._rules.norm(weights.norm_key, k)
+        return self._rotate(share(k.to(self.device), self._rules.queries_keys), positions, weights.rope)
 
     def values(self, layer: int, x: Read, heads: Heads = None) -> Values:
         """Values; under grouped-query attention, one per query head."""
         weights = self.layers[layer]
-        v = _project(weights.norm_attention(x.to(weights.device)), weights.W_V, weights.b_V, self._kv_heads(heads))
-        return v.to(self.device)
+        normed = self._normed(weights.norm_attention, x, weights.device)
+        v = _project(normed, weights.W_V, weights.b_V, self._kv_heads(heads))
+        return share(v.to(self.device), self._rules.values)
 
     def scores(self, layer: int, q: Queries, k: Keys, positions: Positions = None) -> Float[Tensor, "h ... Q T"]:
         """Attention scores of queries at `positions` over keys at 0..T-1; -inf where hidden."""
@@ -165,7 +176,7 @@ class Network:
 
     def pattern(self, layer: int, q: Queries, k: Keys, positions: Positions = None) -> Float[Tensor, "h ... Q T"]:
         """Attention probabilities: the softmax of `scores`."""
-        return self.scores(layer, q, k, positions).softmax(-1).to(q.dtype)
+        return self._rules.softmax(self.scores(layer, q, k, positions)).to(q.dtype)
 
     def head_outputs(
         self, layer: int, q: Queries, k: Keys, v: Values, heads: Heads = None, positions: Positions = None
@@ -195,7 +206,7 @@ class Network:
         weights = self.layers[layer]
         if weights.norm_heads is None:
             return results
-        return results * weights.norm_heads.factor(results.sum(0).to(weights.device)).to(self.device)
+        return results * self._rules.norm_factor(weights.norm_heads, results.sum(0).to(weights.device)).to(self.device)
 
     def together(self, row: int) -> slice:
         """The senders whose outputs change when what a sender reads changes: itself, or all heads of its layer."""
@@ -216,23 +227,27 @@ class Network:
         """The same, left where the layer is. Every pass comes by here once a layer, and can be cancelled."""
         cancel_point()
         weights = self.layers[layer]
-        x = weights.norm_mlp(x.to(weights.device))
+        x, rules = self._normed(weights.norm_mlp, x, weights.device), self._rules
         hidden = _affine(x, weights.W_in, weights.b_in)
         if weights.W_gate is None:
-            return self._activation(hidden)
-        return self._activation(_affine(x, weights.W_gate, weights.b_gate)) * hidden
+            return rules.activation(self._activation, hidden)
+        gate = rules.activation(self._activation, _affine(x, weights.W_gate, weights.b_gate))
+        return share(gate, rules.factors) * share(hidden, rules.factors)
 
     def mlp_output(self, layer: int, hidden: Float[Tensor, "... M"]) -> Float[Tensor, "... D"]:
         """The MLP's down-projection, and the norm that follows it in some architectures."""
         weights = self.layers[layer]
         output = _affine(hidden.to(weights.device), weights.W_out, weights.b_out)
-        output = output if weights.norm_mlp_output is None else weights.norm_mlp_output(output)
+        output = output if weights.norm_mlp_output is None else self._rules.norm(weights.norm_mlp_output, output)
         return output.to(self.device)
 
     def logits(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits from the final residual stream."""
-        x = self.norm_final(x.to(self.norm_final.weight.device)).to(self.W_U.device)
+        x = self._normed(self.norm_final, x, self.norm_final.weight.device).to(self.W_U.device)
         return _capped(_affine(x, self.W_U, self.b_U), self.softcap).to(self.device)
+
+    def _normed(self, norm: Norm, x: Float[Tensor, "... D"], device: torch.device) -> Float[Tensor, "... D"]:
+        return self._rules.norm(norm, x.to(device))
 
     def logit_shares(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """What a part of the final residual stream adds to the logits; linear in `x`.

@@ -37,6 +37,14 @@ class Norm:
             return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
+    def frozen(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """The same, with a scale that is a constant to gradients."""
+        wide = x.float()
+        wide = wide if self.rms else wide - wide.mean(-1, keepdim=True)
+        scale = (wide.detach().square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        normed = wide * scale * self.weight.float()
+        return (normed if self.bias is None else normed + self.bias.float()).to(x.dtype)
+
     def factor(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """What a root-mean-square norm multiplies `x` by: the gain over the root mean square."""
         wide = x.float()

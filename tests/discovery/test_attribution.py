@@ -9,7 +9,13 @@ from transformer_lens.tools.analysis.attribution_patching import EdgeAttribution
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery import attribution
-from kcwb.discovery.attribution import activation_scores, attribution_scores, scores_by_fact
+from kcwb.discovery.attribution import (
+    activation_scores,
+    attribution_scores,
+    conductance_by_fact,
+    conductance_scores,
+    scores_by_fact,
+)
 from kcwb.errors import SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
@@ -210,6 +216,54 @@ def test_activation_scores_with_one_step_are_eap_and_chunks_change_nothing(tiny,
     again = activation_scores(model, loss, cuts, steps=2, progress=lambda done, total, _: seen.append((done, total)))
     torch.testing.assert_close(again, whole, atol=1e-6, rtol=1e-4)
     assert seen[-1][0] == seen[-1][1] == len(task.val) * model.graph.n_senders
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "gemma2"])
+@pytest.mark.parametrize("ablation", ["mean", "zero"])
+def test_conductance_follows_each_sender_along_the_path(
+    tiny, words: Relation, architecture: str, ablation: str
+) -> None:
+    model, steps = tiny(architecture), 3
+    task = make(model, words)
+    cuts, loss = make_ablation(model, task, ablation), make_loss(model, task.val)
+    tokens, delivered = task.val.tokens, cuts.values(task.val)
+    clean = model.network.embed(tokens)
+    start = torch.zeros_like(clean) if delivered is None else delivered[0]
+    gradients, outputs = [], []
+    for step in range(steps + 1):
+        point = (start + step / steps * (clean - start)).requires_grad_()
+        run = forward(model.network, tokens, embedding=point, senders=True, receivers=True)
+        value = loss(model.network.logits(at_answers(run.residual, task.val)))
+        found = torch.autograd.grad(value, [x for pair in run.receivers for x in pair] + [run.residual])
+        gradients.append(torch.cat([x.reshape(-1, *point.shape) for x in found]))
+        outputs.append(run.senders.detach())
+    slow = torch.zeros(model.graph.exists.shape)
+    for step in range(steps):
+        mean = (gradients[step] + gradients[step + 1]) / 2
+        slow += torch.einsum("sntd,rntd->sr", outputs[step] - outputs[step + 1], mean)
+    slow = slow.masked_fill(~model.graph.exists, 0.0)
+    assert slow.abs().max() > 0.01
+    torch.testing.assert_close(conductance_scores(model, loss, cuts, steps=steps), slow, atol=1e-5, rtol=1e-4)
+    each = conductance_by_fact(model, loss, cuts, steps=steps)
+    torch.testing.assert_close(each.mean(0), slow, atol=1e-5, rtol=1e-4)
+    alone = conductance_scores(model, loss.select([len(each) - 1]), cuts, steps=steps)
+    torch.testing.assert_close(each[-1], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
+def test_conductance_out_of_the_input_and_into_the_logits_is_what_the_input_costs(
+    tiny, words: Relation, architecture: str
+) -> None:
+    model = tiny(architecture)
+    task = make(model, words)
+    cuts, loss = make_ablation(model, task, "mean"), make_loss(model, task.val)
+    scores = conductance_scores(model, loss, cuts, steps=250)
+    kept = model.graph.exists.clone()
+    kept[0] = False
+    cost = float(loss(run_circuit(model, kept, task.val, cuts)) - loss(run_circuit(model, None, task.val, cuts)))
+    assert abs(cost) > 0.05
+    assert float(scores[0].sum()) == pytest.approx(cost, rel=1e-2)
+    assert float(scores[:, -1].sum()) == pytest.approx(cost, rel=1e-2)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

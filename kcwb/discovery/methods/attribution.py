@@ -1,17 +1,26 @@
-"""`eap`, `eap-ig` and `eap-ig-activations`, by `kcwb.discovery.attribution`."""
+"""`eap`, `eap-ig`, `eap-ig-activations`, `ceap`, `gim` and `relp`, by `kcwb.discovery.attribution`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
-from kcwb.discovery.attribution import STEPS, activation_scores, attribution_scores, scores_by_fact
+from kcwb.discovery.attribution import (
+    STEPS,
+    activation_scores,
+    attribution_scores,
+    conductance_by_fact,
+    conductance_scores,
+    scores_by_fact,
+)
 from kcwb.discovery.registry import Method
 from kcwb.errors import SettingError
+from kcwb.models import rules
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Count
@@ -30,6 +39,20 @@ def eap_ig(
     return attribution_scores(model, loss, ablation, steps=steps, progress=progress)
 
 
+def gim(
+    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = 1, progress: Progress = False
+) -> Float[Tensor, "S R"]:
+    """Gradient interaction modifications, arXiv 2505.17630; with more steps, averaged as in `eap_ig`."""
+    return attribution_scores(model, loss, ablation, steps=steps, rules=rules.GIM, progress=progress)
+
+
+def relp(
+    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = 1, progress: Progress = False
+) -> Float[Tensor, "S R"]:
+    """Relevance patching, arXiv 2508.21258; with more steps, averaged as in `eap_ig`."""
+    return attribution_scores(model, loss, ablation, steps=steps, rules=rules.RELP, progress=progress)
+
+
 def _refuse(metric: str, settings: Mapping[str, Any]) -> None:
     """SettingError for `kl` where its gradient is taken at the clean run alone: there KL is at its minimum."""
     if metric == "kl" and settings.get("steps", 1) < 2:
@@ -43,3 +66,6 @@ def _refuse(metric: str, settings: Mapping[str, Any]) -> None:
 EAP = Method("eap", eap, refuse=_refuse, by_fact=scores_by_fact)
 EAP_IG = Method("eap-ig", eap_ig, refuse=_refuse, by_fact=scores_by_fact)
 EAP_IG_ACTIVATIONS = Method("eap-ig-activations", activation_scores, refuse=_refuse)
+CEAP = Method("ceap", conductance_scores, by_fact=conductance_by_fact)
+GIM = Method("gim", gim, refuse=_refuse, by_fact=partial(scores_by_fact, rules=rules.GIM))
+RELP = Method("relp", relp, refuse=_refuse, by_fact=partial(scores_by_fact, rules=rules.RELP))

@@ -30,6 +30,7 @@ from .models.loading import load_model as load_model
 from .models.encoder import load_encoder as load_encoder
 from .tasks.relations import load_relation as load_relation, load_relations as load_relations
 from .tasks.prompts import make_task as make_task
+from .tasks.pairs import make_task_from_pairs as make_task_from_pairs
 from .tasks.masked import make_masked_task as make_masked_task
 from .tasks.metrics import make_loss as make_loss
 from .circuits.ablation import make_ablation as make_ablation

@@ -336,6 +336,17 @@ def check_text(value: Any, where: str, strip: bool = False) -> str:
     return value
 
 
+def check_prompt(value: Any, where: str, space: bool) -> str:
+    """Return a whole prompt, which may end in white space if none is put between it and its answer; or DataError."""
+    check_text(value.strip() if isinstance(value, str) else value, where)
+    if space and value[-1].isspace():
+        raise DataError(
+            f"{where}: {value!r:.60} ends in white space, and a space is put before the answer. Remove it, or say that "
+            "none is to be put there: space=False."
+        )
+    return value
+
+
 def check_template(template: str, where: str) -> str:
     """Return a template that holds `{}` exactly once and does not end in white space, or raise DataError."""
     check_text(template, where)
@@ -361,8 +372,10 @@ def _facts(samples: list[Any], path: Path) -> tuple[Fact, ...]:
         where = f"samples[{i}]."
         words = [check_text(_get(sample, key, str, path, where), f"{path}, {where}{key}", True) for key in _WORDS]
         more = _more(sample, path, where)
+        if "span" in more:
+            words[0] = check_prompt(sample["subject"], f"{path}, {where}subject", more.get("space", True))
         try:
-            fact = Fact(*words, **more)
+            fact = Fact(words[0], words[1], **more)
         except DataError as error:
             raise DataError(f"{path}, {where}span: {error}") from error
         if first.setdefault(fact.subject, fact) != fact:
@@ -389,7 +402,7 @@ def _more(sample: Mapping[str, Any], path: Path, where: str) -> dict[str, Any]:
         texts = enumerate(found.get(key, ()))
         found[key] = tuple(check_text(text, f"{path}, {where}{key}[{i}]", True) for i, text in texts)
     if "corrupted" in found:
-        check_text(found["corrupted"], f"{path}, {where}corrupted")
+        check_prompt(found["corrupted"], f"{path}, {where}corrupted", found.get("space", True))
     if "span" in found:
         ends = found["span"]
         if len(ends) != 2 or not all(type(end) is int for end in ends):

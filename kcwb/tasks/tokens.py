@@ -101,7 +101,10 @@ def object_tokens(
     prompt, *wholes = model.tokenizer(texts, add_special_tokens=False).input_ids
     for name, whole in zip(names, wholes, strict=True):
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise DataError(f"The answer {name!r:.60} runs into the last token of {text!r:.120}. Use another template.")
+            raise DataError(
+                f"The answer {name!r:.60} runs into the last token of {text!r:.120}. Use another template, or end the "
+                "prompt otherwise."
+            )
     return {name: list(whole[len(prompt) :]) for name, whole in zip(names, wholes, strict=True)}
 
 

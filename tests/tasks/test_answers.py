@@ -165,7 +165,7 @@ def test_a_relation_of_prompts_is_saved_and_read_again(tmp_path):
         ('"span": [2]', r"samples\[0\]\.span: expected two whole numbers"),
         ('"wrong": "w3"', r"samples\[0\]\.wrong: expected a list"),
         ('"also": ["w3", ""]', r"samples\[0\]\.also\[1\]: expected a text that is not empty"),
-        ('"corrupted": " w3"', r"samples\[0\]\.corrupted: ' w3' starts or ends with white space"),
+        ('"corrupted": "w3 "', r"samples\[0\]\.corrupted: 'w3 ' ends in white space"),
         ('"space": 1', r"samples\[0\]\.space: expected true or false"),
     ],
 )

@@ -91,7 +91,9 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
 @command(
     option("relation", metavar="RELATION", help="the name of a relation (see kcwb relations), or a .json file"),
     option("--model", default="smollm2-135m", help="built-in name, hub name or local folder (default: %(default)s)"),
-    option("--method", help="eap, eap-ig, eap-ig-activations, ceap, gim, relp, exact or acdc (default: eap-ig)"),
+    option(
+        "--method", help="eap, eap-ig, eap-ig-activations, ceap, gim, relp, ig-prune, exact or acdc (default: eap-ig)"
+    ),
     option("--metric", help="the loss that a cut is judged by: nll, kl (not for eap) or logit_diff (default: nll)"),
     option("--ablation", help="zero, mean, resample, or name(setting=value) (default: mean; acdc: zero or as within)"),
     option("--edges", type=int, help="attribution: how many edges (default: 1%% of all); dangling ones are dropped"),
@@ -100,7 +102,7 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     option("--steps", type=int, help="of eap-ig and its kind, points of the integral (default: 5; gim, relp: 1)"),
     option("--tau", type=float, help="acdc: the loss increase below which an edge is cut (default: 0.01 nats)"),
     option("--absolute", action="store_true", default=None, help="acdc: judge the increase by its absolute value"),
-    option("--within", type=Path, metavar="CIRCUIT", help="acdc: search only among the edges of this circuit file"),
+    option("--within", metavar="CIRCUIT", help="acdc: search only this file's edges, or those of e.g. gim:2000"),
     option("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a method's own setting"),
     option("--facts", type=int, default=8, help="known facts to discover on (default: %(default)s)"),
     option("--seed", type=int, default=0, help="of the draw of facts (default: %(default)s)"),
@@ -118,7 +120,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     if args.out is not None:  # what cannot be written there is told before anything is computed
         if args.out.suffix != ".json":
             raise SettingError(f"--out {args.out}: the name of a circuit's file ends in .json.")
-        inputs = [path for path in (args.relation, args.within) if path is not None]
+        inputs = [Path(path) for path in (args.relation, args.within) if path is not None]
         check_output(args.out, CIRCUIT, what="--out", inputs=inputs, force=args.force)
     from kcwb.circuits.ablation import ABLATIONS
     from kcwb.discovery.discover import discover
@@ -132,7 +134,8 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     given = given_of(args, "ablation", "edges", "threshold", "select", "steps", "tau", "absolute")
     given |= {"method": args.method or "eap-ig", "metric": args.metric or "nll"} | dict(read_parameters(args.set))
     if args.within is not None:
-        given["within"] = kcwb.Circuit.load(args.within)
+        circuit = Path(args.within)
+        given["within"] = kcwb.Circuit.load(circuit) if circuit.suffix or ":" not in args.within else args.within
     for name, known in {"method": METHODS, "metric": METRICS, "ablation": ABLATIONS, "select": SELECTIONS}.items():
         if name in given:
             choose(f"--{name}", given[name].partition("(")[0], known)

@@ -94,7 +94,7 @@ class MaskedRuns:
         if _FEW < float(kept.sum()) / graph.n_edges < 1 - _FEW:
             run = forward(self.network, self.prompts.tokens, kept=kept, ablated=self._ablated)
             return self._logits(self.at(run.residual, False))
-        return self._from(self._begun(kept), 0)
+        return self._from(self._begin(_Stream(self, kept)), 0)
 
     @torch.no_grad()
     def without_each(
@@ -104,7 +104,7 @@ class MaskedRuns:
 
         What comes before an edge's receiver stays as it was, so that edges come from the last layer to the first.
         """
-        stream, graph = self._begun(kept), self.network.graph
+        stream, graph = self._begin(_Stream(self, kept)), self.network.graph
         yield -1, self._from(stream, 0)
         for i in edges[:, 1].argsort(descending=True, stable=True).tolist():
             layer = min(graph.n_layers, int(edges[i, 1]) // (3 * graph.n_heads + 1))
@@ -113,9 +113,8 @@ class MaskedRuns:
             yield i, self._from(stream, layer)
             stream.kept[*edges[i]] = True
 
-    def _begun(self, kept: Bool[Tensor, "S R"]) -> _Stream:
-        """A run of a circuit in which nothing but the embedding has been written."""
-        stream = _Stream(self, kept)
+    def _begin(self, stream: _Stream) -> _Stream:
+        """Write the embedding."""
         if stream.needs[0]:
             stream.write([0], self.at(self._embedding, bool(stream.needs[0] == Need.EVERYWHERE))[None])
         return stream
@@ -221,3 +220,38 @@ class _Stream:
             weights, stack = weights[chosen], stack[chosen.to(stack.device)]
         product = weights.T.to(stack.device) @ stack[: len(weights)].flatten(1)
         return x + product.unflatten(1, x.shape)
+
+
+class SoftRuns(MaskedRuns):
+    """The same for gates between 0 and 1 on some edges, differentiable by them: `gate a_u + (1 - gate) abl_u` arrives.
+
+    All other edges are cut. With gates of 0 and 1 the logits are those of `MaskedRuns`.
+    """
+
+    def gated(
+        self, edges: Int[Tensor, "E 2"], gates: Float[Tensor, " E"], kept: Bool[Tensor, "S R"]
+    ) -> Float[Tensor, "N A V"]:
+        """Logits with a gate on each of some edges, all of which are in the mask `kept`."""
+        matrix = gates.new_zeros(kept.shape).index_put((edges[:, 0], edges[:, 1]), gates)
+        return self._from(self._begin(_SoftStream(self, kept, matrix)), 0)
+
+
+class _SoftStream(_Stream):
+    """What has been written, one tensor per sender and none of them changed in place."""
+
+    def __init__(self, runs: MaskedRuns, kept: Bool[Tensor, "S R"], gates: Float[Tensor, "S R"]) -> None:
+        super().__init__(runs, kept)
+        self._gates = gates
+        self._outputs: dict[bool, dict[int, Tensor]] = {True: {}, False: {}}
+
+    def _add(self, everywhere: bool, rows: list[int], outputs: Tensor) -> None:
+        self._outputs[everywhere].update(zip(rows, outputs, strict=True))
+
+    def read(self, place: int, columns: list[int], everywhere: bool) -> Float[Tensor, "r N P D"]:
+        x, outputs = self._runs.at(self._runs._bases[place], everywhere), self._outputs[everywhere]
+        rows = [row for row, some in zip(outputs, self.kept[list(outputs)][:, columns].any(1), strict=True) if some]
+        if not rows:
+            return x[None]
+        stack = torch.stack([outputs[row] for row in rows])
+        weights = self._gates[rows][:, columns].to(stack.dtype)
+        return x + (weights.T @ stack.flatten(1)).unflatten(1, x.shape)

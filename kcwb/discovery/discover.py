@@ -18,7 +18,7 @@ from kcwb.circuits.run import check_same_model
 from kcwb.discovery.acdc import acdc
 from kcwb.discovery.methods import Pruning, check_method, check_size, scoring
 from kcwb.discovery.methods.acdc import pruning, search_within
-from kcwb.discovery.registry import Settled
+from kcwb.discovery.registry import Settled, read_within
 from kcwb.discovery.selection import select_edges
 from kcwb.errors import SettingError, choose
 from kcwb.models.loading import Model
@@ -49,8 +49,9 @@ def discover(
     method
         One of `kcwb.discovery.registry.METHODS`. `eap-ig`, `eap`, `gim`, `relp`, `ceap`, `eap-ig-activations` (an
         integral per sender: minutes on the built-in model): attribution, then the edges of highest score, without
-        dangling ones. `exact`: the same with the exact effect of each edge (one run per edge, so for tiny models).
-        `acdc`: greedy pruning, one edge at a time; exact, and minutes on the built-in model.
+        dangling ones. `ig-prune`: attribution again and again among the edges that are left. `exact`: the exact effect
+        of each edge (one run per edge, so for tiny models). `acdc`: greedy pruning, one edge at a time; exact, and
+        minutes on the built-in model.
     metric
         The loss that a cut is judged by: `nll`, `kl` (not for eap: its gradient at the full model is zero) or
         `logit_diff`; nats, averaged over answer tokens and prompts.
@@ -65,12 +66,13 @@ def discover(
     select
         Of the same: `signed` (default), `absolute` or `greedy`, see `kcwb.discovery.selection.select_edges`.
     steps
-        eap-ig, eap-ig-activations, ceap: points of the integral, default 5; gim, relp: default 1, the clean run.
+        eap-ig, eap-ig-activations, ceap: points of the integral, default 5; ig-prune: 4; gim, relp: 1, the clean run.
     tau, absolute
         acdc: the loss increase below which an edge is cut, default 0.01 (`tau_from_kc` converts that of the Knowledge
         Circuits code); and whether its absolute value counts.
     within
-        acdc: a circuit whose edges alone are searched, such as an attribution circuit, which takes seconds.
+        acdc: a circuit whose edges alone are searched, such as an attribution circuit, which takes seconds. Or one in
+        words: `gim:2000` is that of 2,000 edges which `gim` finds in the same metric under the same ablation.
     order
         acdc: the seed that the order of a layer's heads is drawn from; None for the last to the first.
     checkpoint
@@ -91,7 +93,7 @@ def discover(
     DataError
         If the metric or the ablation is not defined on the task's prompts.
     """
-    settled, cuts, loss, started = _begin(model, task, method, metric, ablation, settings)
+    settled, cuts, loss, started = _begin(model, task, method, metric, ablation, settings, progress)
     found = settled.run(model, loss, cuts, progress)
     if settled.method.scores:
         chosen: dict[str, Any] = {name: settled.settings.get(name) for name in ("edges", "threshold", "select")}
@@ -114,7 +116,7 @@ def score_edges(
 ) -> Float[Tensor, "S R"]:
     """The scores that a method gives to all edges, `[S, R]`; parameters as in `discover`."""
     choose("The method", method, scoring())
-    settled, cuts, loss, _ = _begin(model, task, method, metric, ablation, settings)
+    settled, cuts, loss, _ = _begin(model, task, method, metric, ablation, settings, progress)
     return settled.run(model, loss, cuts, progress)
 
 
@@ -127,7 +129,7 @@ def tau_path(
     metric: str = "nll",
     ablation: str | AblationKind | None = None,
     absolute: bool = False,
-    within: Circuit | None = None,
+    within: Circuit | str | None = None,
     progress: Progress = True,
 ) -> dict[float, Circuit]:
     """ACDC at several thresholds, which share the ablation, the loss and the unpruned run.
@@ -143,8 +145,8 @@ def tau_path(
         tau -> the circuit that `discover(..., "acdc", tau=tau)` gives, in the order of `taus`.
     """
     same = {"absolute": absolute, "within": within}
-    settled, cuts, loss, _ = _begin(model, task, "acdc", metric, ablation, same)
-    search = search_within(model, loss, cuts, **same)
+    settled, cuts, loss, _ = _begin(model, task, "acdc", metric, ablation, same, progress)
+    search = search_within(model, loss, cuts, absolute=absolute, within=settled.settings["within"])
     circuits = {}
     for tau in taus:
         started = time.perf_counter()
@@ -183,22 +185,33 @@ def predict(
 
 
 def _begin(
-    model: Model, task: Task, method: str, metric: str, ablation: str | AblationKind | None, settings: dict[str, Any]
-) -> tuple[Settled, Ablation, Loss, float]:
+    model: Model, task: Task, method: str, metric: str, ablation: str | AblationKind | None, settings: dict[str, Any],
+    progress: Progress = False,
+) -> tuple[Settled, Ablation, Loss, float]:  # fmt: skip
     """What is run, and on what; refused, before anything is computed, if it cannot be meant."""
     settled = check_method(method, metric, ablation, **settings)
     known = settled.settings
-    for value in known.values():
-        if isinstance(value, Circuit):
-            check_same_model(model, value)
     if settled.method.scores:
         del known["edges" if known["threshold"] is not None else "threshold"]
         if "edges" in known:
             known["edges"] = check_size(model.graph, known["edges"], model.name)
-    check_same_weights(model, task)
     started = time.perf_counter()
+    find_circuits(model, task, settled, metric, progress)
     cuts = make_ablation(model, task, settled.ablation)
     return settled, cuts, make_loss(model, cuts.usable(task.val), metric), started
+
+
+def find_circuits(model: Model, task: Task, settled: Settled, metric: str, progress: Progress = False) -> None:
+    """Find the circuit that a setting such as `gim:2000` names; refuse a task, or a circuit, of another model."""
+    known = settled.settings
+    for value in known.values():
+        if isinstance(value, Circuit):
+            check_same_model(model, value)
+    check_same_weights(model, task)
+    if isinstance(known.get("within"), str):
+        method, edges = read_within(known["within"])
+        same: dict[str, Any] = {"metric": metric, "ablation": settled.ablation, "progress": progress}
+        known["within"] = discover(model, task, method.name, edges=edges, **same)
 
 
 def _pruned(model: Model, task: Task, settled: Settled, loss: Loss, started: float, found: Pruning) -> Circuit:

@@ -25,7 +25,7 @@ from kcwb.circuits.ablation import AblationKind
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
 from kcwb.circuits.provenance import origin, record
-from kcwb.circuits.run import check_same_model
+from kcwb.discovery.discover import find_circuits
 from kcwb.discovery.draws import Draw, Plan, make_plan, shares
 from kcwb.discovery.methods import check_method, check_size
 from kcwb.discovery.registry import Settled
@@ -34,7 +34,7 @@ from kcwb.discovery.selection import select_edges
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed, at_least
-from kcwb.tasks.prompts import Task, check_same_weights
+from kcwb.tasks.prompts import Task
 from kcwb.verbs import verb
 
 
@@ -107,11 +107,8 @@ def discover_many(
         If the executor's workers died. What was finished is in the checkpoint: call again.
     """
     settled = check_method(method, metric, ablation, **settings)
-    for value in settled.settings.values():
-        if isinstance(value, Circuit):
-            check_same_model(model, value)
-    check_same_weights(model, task)
     started = time.perf_counter()
+    find_circuits(model, task, settled, metric, progress)
     scores = settled.method.scores
     plan = make_plan(
         model,
@@ -149,7 +146,9 @@ def _circuit(model: Model, settled: Settled, draw: Draw, output: dict[str, Tenso
     graph = model.graph
     if not settled.method.scores:
         return output["kept"], output["scores"]
-    scores: Float[Tensor, "S R"] = torch.tensordot(shares(draw.counts), output["scores"], 1)
+    scores: Float[Tensor, "S R"] = output["scores"]
+    if settled.method.additive:
+        scores = torch.tensordot(shares(draw.counts), scores, 1)
     chosen = {name: settled.settings[name] for name in ("edges", "threshold", "select")} | dict(draw.settings)
     del chosen["edges" if chosen["threshold"] is not None else "threshold"]
     if "edges" in chosen:

@@ -89,6 +89,8 @@ class Method:
     by_fact
         Of a method that scores: the same function for every prompt alone, `[N, S, R]`, in one run; None where it has
         to run once for each.
+    additive
+        Of a method that scores: whether the scores of several facts are the mean of each one's.
     varied
         Settings that an ensemble draws beside how edges are chosen: numbers above 0, and whether or not.
     """
@@ -101,6 +103,7 @@ class Method:
     seconds: Callable[..., float] | None = None
     unrecorded: tuple[str, ...] = ()
     by_fact: Callable[..., Any] | None = None
+    additive: bool = True
     varied: tuple[str, ...] = ()
 
     @property
@@ -213,8 +216,28 @@ def check_method(method: str, metric: str, ablation: str | AblationKind | None =
     if found.scores:
         chosen(**of_choice)
     within = known.get("within")
-    usual: str = found.ablation if within is None else within.ablation
+    if isinstance(within, str):
+        usual = read_within(within)[0].ablation
+    else:
+        usual = found.ablation if within is None else within.ablation
     return Settled(found, str(ablation_kind(usual if ablation is None else ablation)), known)
+
+
+def read_within(text: str) -> tuple[Method, int]:
+    """The method that scores and the number of edges that a text such as `gim:2000` names.
+
+    Raises
+    ------
+    SettingError
+        If it names none.
+    """
+    name, _, size = text.partition(":")
+    if name not in scoring() or not size.isdecimal() or not int(size):
+        raise SettingError(
+            f"within={text!r:.60}: give a circuit, or one of {', '.join(scoring())} with a number of edges, such as "
+            "'gim:2000'."
+        )
+    return METHODS[name], int(size)
 
 
 def check_size(graph: Graph, edges: int | None, name: str = "The model") -> int:

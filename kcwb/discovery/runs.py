@@ -1,6 +1,7 @@
 """The runs that an ensemble's draws need: what each computes, here or on an executor, and where finished ones are kept.
 
-A method that scores runs once per condition, one that prunes once per draw (`kcwb.discovery.many`).
+A method whose scores of some facts are the mean of each one's runs once per condition; another that scores, once for
+all draws of the same facts; one that prunes, once per draw (`kcwb.discovery.many`).
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Run:
             if self.counts is not None:
                 loss = loss.resampled(self.counts)
             if settled.method.scores:
-                return {"scores": settled.by_fact(model, loss, cuts, progress).float().cpu()}
+                run = settled.by_fact if settled.method.additive else settled.run
+                return {"scores": run(model, loss, cuts, progress).float().cpu()}
             if "checkpoint" in settled.method.own:
                 settled.settings["checkpoint"] = checkpoint
             pruned = settled.run(model, loss, cuts, progress)
@@ -67,8 +69,9 @@ class Run:
         scores, kept = output.get("scores"), output.get("kept", exists)
         if scores is None or kept.shape != exists.shape or kept.dtype != torch.bool or bool((kept & ~exists).any()):
             return False
-        facts = () if "kept" in output else (len(self.condition.task.val),)
-        return METHODS[self.method].scores == ("kept" not in output) and scores.shape == (*facts, *exists.shape)
+        method = METHODS[self.method]
+        facts = (len(self.condition.task.val),) if method.scores and method.additive else ()
+        return method.scores == ("kept" not in output) and scores.shape == (*facts, *exists.shape)
 
     def key(self, model: Model) -> str:
         """SHA-256 of all that determines what it computes."""
@@ -100,11 +103,12 @@ def runs_of(plan: Plan, settled: Settled, metric: str) -> list[Run]:
             for one in draws
         ]
     given = {key: value for key, value in known.items() if key in settled.method.own}
-    by_condition: dict[int, list[Draw]] = {}
+    alike: dict[tuple[int, tuple[int, ...] | None], list[Draw]] = {}
     for one in draws:
-        by_condition.setdefault(one.condition, []).append(one)
+        alike.setdefault((one.condition, None if settled.method.additive else one.counts), []).append(one)
     return [
-        Run(plan.conditions[number], metric, name, given, None, tuple(some)) for number, some in by_condition.items()
+        Run(plan.conditions[number], metric, name, given, counts, tuple(some))
+        for (number, counts), some in alike.items()
     ]
 
 

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kcwb.circuits.circuit import Circuit
-from kcwb.discovery.methods import METHODS
 from kcwb.discovery.registry import SELECTIONS
 from kcwb.errors import CircuitError, SettingError, choose
 from kcwb.models.graph import Graph
@@ -100,6 +99,8 @@ def _greedy(graph: Graph, value: Float[Tensor, "S R"], edges: int) -> Bool[Tenso
 
 def was_pruned(circuit: Circuit) -> bool:
     """Whether a method found it that prunes, whose scores are no ranking of edges."""
+    from kcwb.discovery.methods import METHODS  # which select edges themselves
+
     method = METHODS.get(str(circuit.provenance.get("method")))
     return method is not None and method.prunes
 

@@ -252,3 +252,22 @@ def test_attribution_finds_a_circuit_for_capitals_on_the_builtin_model(smollm2: 
     circuit = discover(smollm2, task, "eap-ig", edges=1000, progress=False)
     assert 300 < circuit.n_edges <= 1000
     assert circuit.n_nodes < 300 / 2
+
+
+@pytest.mark.parametrize("ablation", [None, "zero"])
+def test_acdc_within_a_circuit_in_words_finds_that_circuit_first(model, task, ablation: str | None) -> None:
+    start = discover(model, task, "gim", edges=60, ablation=ablation, progress=False)
+    how = {"progress": False, "checkpoint": False}
+    found = discover(model, task, "acdc", within="gim:60", ablation=ablation, **how)
+    same = discover(model, task, "acdc", within=start, **how)
+    assert found.ablation == same.ablation == (ablation or "mean")
+    assert torch.equal(found.kept, same.kept)
+    assert found.provenance["parameters"]["within"]["method"] == "gim"
+    taus = tau_path(model, task, [0.01], within="gim:60", ablation=ablation, progress=False)
+    assert torch.equal(taus[0.01].kept, found.kept)
+
+
+@pytest.mark.parametrize("within", ["gim", "gim:", "gim:0", "gim:many", "acdc:200", "rome:200", ":5", ""])
+def test_words_that_name_no_circuit_are_refused(model, task, within: str) -> None:
+    with pytest.raises(SettingError, match="such as 'gim:2000'"):
+        discover(model, task, "acdc", within=within, progress=False)

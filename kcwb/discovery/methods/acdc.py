@@ -43,12 +43,13 @@ def prune(
     *,
     tau: Positive = 0.01,
     absolute: bool = False,
-    within: Circuit | None = None,
+    within: Circuit | str | None = None,
     order: Seed | None = None,
     checkpoint: str | Path | bool = True,
     progress: Progress = False,
 ) -> Pruning:
-    """The method; settings as in `kcwb.discover`."""
+    """The method; settings as in `kcwb.discover`, which has made a circuit of a `within` that is a text."""
+    assert not isinstance(within, str)
     search = search_within(model, loss, ablation, tau=tau, absolute=absolute, within=within, order=order)
     if isinstance(checkpoint, bool):
         path = checkpoint_folder() / f"{fingerprint(search)}.safetensors" if checkpoint else None

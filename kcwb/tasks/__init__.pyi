@@ -1,4 +1,10 @@
 from .compose import compositions as compositions
+from .generators import (
+    addition_pairs as addition_pairs,
+    docstring_pairs as docstring_pairs,
+    greater_than_pairs as greater_than_pairs,
+    ioi_pairs as ioi_pairs,
+)
 from .hops import ASKED as ASKED, HOPS as HOPS, ask_hops as ask_hops, funnel as funnel, make_hops as make_hops
 from .metrics import answer_ranks as answer_ranks, hit_at_k as hit_at_k
 from .mquake import load_mquake as load_mquake

@@ -95,5 +95,5 @@ def test_corrupted_prompts_have_as_many_tokens_of_the_built_in_model(smollm2, ge
 def test_the_built_in_model_knows_ioi_and_has_heads_for_it(smollm2):
     task = make_task(smollm2, generators.ioi_pairs(10, seed=3), n=4, n_test=0)
     assert task.n_known >= 9 and bool(task.val.paired.all())
-    roles = head_roles(smollm2, None, task, shuffles=10, resamples=2, progress=False)
+    roles = head_roles(smollm2, None, task, shuffles=20, resamples=2, progress=False)
     assert (roles["role"] != "too few to say").all()

@@ -92,13 +92,14 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     option("relation", metavar="RELATION", help="the name of a relation (see kcwb relations), or a .json file"),
     option("--model", default="smollm2-135m", help="built-in name, hub name or local folder (default: %(default)s)"),
     option(
-        "--method", help="eap, eap-ig, eap-ig-activations, ceap, gim, relp, ig-prune, exact or acdc (default: eap-ig)"
+        "--method",
+        help="eap, eap-ig, eap-ig-activations, ceap, gim, relp, ig-prune, edge-pruning, exact, acdc (default: eap-ig)",
     ),
     option("--metric", help="the loss that a cut is judged by: nll, kl (not for eap) or logit_diff (default: nll)"),
     option("--ablation", help="zero, mean, resample, or name(setting=value) (default: mean; acdc: zero or as within)"),
     option("--edges", type=int, help="attribution: how many edges (default: 1%% of all); dangling ones are dropped"),
     option("--threshold", type=float, help="attribution: the least score kept, in nats, instead of --edges"),
-    option("--select", help="attribution: signed, absolute or greedy (default: signed)"),
+    option("--select", help="attribution: signed, absolute, greedy or optimal (default: signed)"),
     option("--steps", type=int, help="of eap-ig and its kind, points of the integral (default: 5; gim, relp: 1)"),
     option("--tau", type=float, help="acdc: the loss increase below which an edge is cut (default: 0.01 nats)"),
     option("--absolute", action="store_true", default=None, help="acdc: judge the increase by its absolute value"),

@@ -19,7 +19,7 @@ from kcwb.discovery.acdc import acdc
 from kcwb.discovery.methods import Pruning, check_method, check_size, scoring
 from kcwb.discovery.methods.acdc import pruning, search_within
 from kcwb.discovery.registry import Settled, read_within
-from kcwb.discovery.selection import select_edges
+from kcwb.discovery.selection import select_edges, sure_signs
 from kcwb.errors import SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
@@ -64,7 +64,10 @@ def discover(
     edges, threshold
         Of methods that score every edge: how many edges, or the least score kept. Default: 1% of all edges.
     select
-        Of the same: `signed` (default), `absolute` or `greedy`, see `kcwb.discovery.selection.select_edges`.
+        Of the same: `signed` (default), `absolute`, `greedy` or `optimal`, see `kcwb.discovery.selection.select_edges`.
+    stable
+        Of the same, where scores are means over facts: only edges whose score has the same sign in this share of
+        bootstrap resamples of the facts, such as .95; the others' scores are 0. None (default): all edges.
     steps
         eap-ig, eap-ig-activations, ceap: points of the integral, default 5; ig-prune: 4; gim, relp: 1, the clean run.
     tau, absolute
@@ -94,10 +97,16 @@ def discover(
         If the metric or the ablation is not defined on the task's prompts.
     """
     settled, cuts, loss, started = _begin(model, task, method, metric, ablation, settings, progress)
-    found = settled.run(model, loss, cuts, progress)
+    stable = settled.settings.get("stable")
+    if stable is not None:
+        each = settled.by_fact(model, loss, cuts, progress)
+        sure = sure_signs(each, stable)
+        found = each.mean(0) * sure
+    else:
+        found, sure = settled.run(model, loss, cuts, progress), None
     if settled.method.scores:
         chosen: dict[str, Any] = {name: settled.settings.get(name) for name in ("edges", "threshold", "select")}
-        kept = select_edges(model.graph, found, **chosen)
+        kept = select_edges(model.graph, found, among=sure, **chosen)
         scored = Circuit(model.graph, kept, found.masked_fill(~model.graph.exists, torch.nan).float())
         return replace(scored.without_dangling(), provenance=_provenance(model, task, settled, loss, started))
     return _pruned(model, task, settled, loss, started, found)
@@ -193,8 +202,10 @@ def _begin(
     known = settled.settings
     if settled.method.scores:
         del known["edges" if known["threshold"] is not None else "threshold"]
-        if "edges" in known:
-            known["edges"] = check_size(model.graph, known["edges"], model.name)
+        if known["stable"] is None:
+            del known["stable"]
+    if "edges" in known:
+        known["edges"] = check_size(model.graph, known["edges"], model.name)
     started = time.perf_counter()
     find_circuits(model, task, settled, metric, progress)
     cuts = make_ablation(model, task, settled.ablation)

@@ -31,6 +31,7 @@ from kcwb.discovery.methods import check_method, check_size
 from kcwb.discovery.registry import Settled
 from kcwb.discovery.runs import Finished, outputs, runs_of
 from kcwb.discovery.selection import select_edges
+from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed, at_least
@@ -107,6 +108,8 @@ def discover_many(
         If the executor's workers died. What was finished is in the checkpoint: call again.
     """
     settled = check_method(method, metric, ablation, **settings)
+    if settled.settings.get("stable") is not None:
+        raise SettingError("stable is for a single circuit: an ensemble's pi says how sure each edge is.")
     started = time.perf_counter()
     find_circuits(model, task, settled, metric, progress)
     scores = settled.method.scores

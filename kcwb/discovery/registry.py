@@ -27,11 +27,12 @@ from kcwb.errors import SettingError, choose
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.settings import Count
+from kcwb.settings import Count, Share
 from kcwb.tasks.metrics import METRICS, Loss
 from kcwb.verbs import check_settings, noun, verb
 
-SELECTIONS = ("signed", "absolute", "greedy")
+SELECTIONS = ("signed", "absolute", "greedy", "optimal")
+OPTIMAL_HAS_A_SIZE = "select='optimal' is the best circuit of a size: give edges, not threshold."
 #: The share of all edges that an attribution circuit keeps where nothing else is said.
 _SHARE = 0.01
 
@@ -54,11 +55,15 @@ class Pruning(NamedTuple):
     report: Mapping[str, Any] = MappingProxyType({})
 
 
-def chosen(*, edges: Count | None = None, threshold: float | None = None, select: str = "signed") -> None:
+def chosen(
+    *, edges: Count | None = None, threshold: float | None = None, select: str = "signed", stable: Share | None = None
+) -> None:
     """What every method that scores also takes: by which scores edges are kept, see `select_edges`."""
     choose("The selection", select, SELECTIONS)
     if edges is not None and threshold is not None:
         raise SettingError("Give either edges (how many) or threshold (the least score), not both.")
+    if threshold is not None and select == "optimal":
+        raise SettingError(OPTIMAL_HAS_A_SIZE)
 
 
 def _anything(metric: str, settings: Mapping[str, Any]) -> None:
@@ -215,6 +220,8 @@ def check_method(method: str, metric: str, ablation: str | AblationKind | None =
             raise SettingError(f"{method} takes {', '.join(known)}; {name} is not one of them.")
     if found.scores:
         chosen(**of_choice)
+        if known["stable"] is not None and not found.additive:
+            raise SettingError(f"stable: the scores of {method} are no mean over facts, of which some could be drawn.")
     within = known.get("within")
     if isinstance(within, str):
         usual = read_within(within)[0].ablation

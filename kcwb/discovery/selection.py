@@ -10,11 +10,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kcwb.circuits.circuit import Circuit
-from kcwb.discovery.registry import SELECTIONS
+from kcwb.discovery.optimal import optimal_edges
+from kcwb.discovery.registry import OPTIMAL_HAS_A_SIZE, SELECTIONS
 from kcwb.errors import CircuitError, SettingError, choose
 from kcwb.models.graph import Graph
 from kcwb.settings import Count
+from kcwb.statistics import resample_counts
 from kcwb.verbs import verb
+
+_RESAMPLES = 200
 
 
 def select_edges(
@@ -24,6 +28,7 @@ def select_edges(
     edges: int | None = None,
     threshold: float | None = None,
     select: str = "signed",
+    among: Bool[Tensor, "S R"] | None = None,
 ) -> Bool[Tensor, "S R"]:
     """Choose edges by score; ties go to the earlier sender, then the earlier receiver.
 
@@ -36,7 +41,10 @@ def select_edges(
     select
         `signed` takes the highest scores; `absolute` the highest |scores|; `greedy` grows from `logits`, each time
         adding the edge of highest |score| into a node that is already there (arXiv 2403.17806), which leaves no dead
-        ends.
+        ends; `optimal` the connected circuit of at most `edges` edges with the largest sum of scores
+        (`kcwb.discovery.optimal`; seconds for hundreds of edges).
+    among
+        The edges that may be chosen; None for all.
 
     Returns
     -------
@@ -50,22 +58,39 @@ def select_edges(
         raise SettingError(f"edges={edges}: this graph has {graph.n_edges:,}; ask for 1 to that many.")
     if bool(scores[graph.exists].isnan().any()):
         raise SettingError("Some edges have no score (NaN); only a full set of scores can be selected from.")
+    if threshold is not None and select == "optimal":
+        raise SettingError(OPTIMAL_HAS_A_SIZE)
     if threshold is not None and math.isnan(threshold):
         raise SettingError("threshold=nan: give the least score that is kept.")
-    value = scores if select == "signed" else scores.abs()
-    value = value.masked_fill(~graph.exists, -torch.inf)
+    value = scores if select in ("signed", "optimal") else scores.abs()
+    allowed = graph.exists if among is None else graph.exists & among
+    value = value.masked_fill(~allowed, -torch.inf)
     if threshold is not None:
-        enough = (value >= threshold) & graph.exists
+        enough = (value >= threshold) & allowed
         return _greedy(graph, value.masked_fill(~enough, -torch.inf), graph.n_edges) if select == "greedy" else enough
     assert edges is not None  # one of the two was given
     if select == "greedy":
         return _greedy(graph, value, edges)
+    if select == "optimal":
+        return optimal_edges(graph, value, edges)
     flat = value.flatten()
     least = flat.topk(edges).values[-1]
     kept = flat > least
     ties = (flat == least).nonzero()[:, 0]
     kept[ties[: edges - int(kept.sum())]] = True
-    return kept.view_as(value)
+    return kept.view_as(value) & allowed
+
+
+def sure_signs(each: Float[Tensor, "N S R"], share: float, seed: int = 0) -> Bool[Tensor, "S R"]:
+    """Edges whose mean score has the same sign in at least a share of 200 bootstrap resamples of facts.
+
+    The filter of arXiv 2510.25786: an edge whose sign depends on which facts were drawn says nothing of others.
+    """
+    counts = torch.from_numpy(resample_counts(len(each), _RESAMPLES, seed)).to(each)
+    same = torch.zeros_like(each[0])
+    for some in counts:
+        same += torch.tensordot(some, each, 1).sign() == each.mean(0).sign()
+    return same / len(counts) >= share
 
 
 def _greedy(graph: Graph, value: Float[Tensor, "S R"], edges: int) -> Bool[Tensor, "S R"]:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.run import run_circuit
+from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.discover import discover, score_edges, tau_from_kc, tau_path
 from kcwb.discovery.many import discover_many
 from kcwb.discovery.methods import METHODS, check_method
@@ -119,7 +121,7 @@ def test_exact_beats_nothing_by_construction(model, task) -> None:
 @pytest.mark.parametrize(
     ("method", "setting", "message"),
     [
-        ("edge-pruning", {}, "eap"),
+        ("eap-gi", {}, "eap-ig"),
         ("eap", {"tau": 0.1}, "tau is not one of them"),
         ("eap", {"steps": 3}, "steps is not one of them"),
         ("acdc", {"edges": 3}, "edges is not one of them"),
@@ -271,3 +273,32 @@ def test_acdc_within_a_circuit_in_words_finds_that_circuit_first(model, task, ab
 def test_words_that_name_no_circuit_are_refused(model, task, within: str) -> None:
     with pytest.raises(SettingError, match="such as 'gim:2000'"):
         discover(model, task, "acdc", within=within, progress=False)
+
+
+def test_stable_keeps_edges_whose_sign_is_sure(model, task) -> None:
+    """Against the plain loop over resamples of the scores of each fact."""
+    how = {"edges": 60, "progress": False}
+    found = discover(model, task, "eap", stable=0.9, **how)
+    loss, cuts = make_loss(model, task.val), make_ablation(model, task, "mean")
+    each = torch.stack([attribution_scores(model, loss.select([i]), cuts) for i in range(len(task.val))])
+    rng, agree = np.random.default_rng(0), torch.zeros_like(each[0])
+    for counts in rng.multinomial(len(each), np.full(len(each), 1 / len(each)), 200):
+        drawn = torch.cat([each[i].expand(count, *each[i].shape) for i, count in enumerate(counts) if count])
+        agree += (drawn.mean(0) > 0) == (each.mean(0) > 0)
+    sure = (agree / 200 >= 0.9) & model.graph.exists
+    assert 0 < int(sure.sum()) < model.graph.n_edges
+    assert not (found.kept & ~sure).any() and found.provenance["parameters"]["stable"] == 0.9
+    torch.testing.assert_close(found.scores[sure], each.mean(0)[sure], atol=1e-5, rtol=1e-4)
+    plain = discover(model, task, "eap", **how)
+    assert not torch.equal(found.kept, plain.kept)
+    with pytest.raises(SettingError, match="no mean over facts"):
+        discover(model, task, "ig-prune", stable=0.9, **how)
+    with pytest.raises(SettingError, match="pi says how sure"):
+        discover_many(model, task, "eap", stable=0.9, draws=3, progress=False)
+
+
+def test_optimal_needs_a_size(model, task) -> None:
+    with pytest.raises(SettingError, match="give edges, not threshold"):
+        discover(model, task, "eap", threshold=0.1, select="optimal", progress=False)
+    found = discover(model, task, "eap", edges=25, select="optimal", progress=False)
+    assert 0 < found.n_edges <= 25

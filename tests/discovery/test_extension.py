@@ -87,7 +87,11 @@ def test_a_method_that_prunes_says_what_is_kept_and_what_is_recorded(model, task
     ("method", "settings", "said"),
     [
         ("toy-scores", {"seed": -1}, "seed=-1 is not a whole number"),
-        ("toy-scores", {"share": 0.5}, "toy-scores takes edges, threshold, select, seed; share is not one of them."),
+        (
+            "toy-scores",
+            {"share": 0.5},
+            "toy-scores takes edges, threshold, select, stable, seed; share is not one of them.",
+        ),
         ("toy-scores", {"edges": 2.5}, "edges=2.5"),
         ("toy-scores", {"select": "best"}, "The selection 'best'"),
         ("toy-prunes", {"share": 1.5}, "share=1.5 is not a number above 0 and at most 1"),

@@ -7,6 +7,7 @@ line imports the modules that installed packages name as entry points of the gro
 from kcwb.discovery.attribution import STEPS
 from kcwb.discovery.methods.acdc import ACDC
 from kcwb.discovery.methods.attribution import CEAP, EAP, EAP_IG, EAP_IG_ACTIVATIONS, GIM, RELP
+from kcwb.discovery.methods.edgepruning import EDGE_PRUNING
 from kcwb.discovery.methods.exact import EXACT
 from kcwb.discovery.methods.gates import IG_PRUNE
 from kcwb.discovery.registry import (
@@ -21,5 +22,5 @@ from kcwb.discovery.registry import (
 
 __all__ = ["METHODS", "STEPS", "Pruning", "check_method", "check_size", "load_extensions", "register_method", "scoring"]
 
-for _method in (EAP, EAP_IG, EAP_IG_ACTIVATIONS, CEAP, GIM, RELP, IG_PRUNE, EXACT, ACDC):
+for _method in (EAP, EAP_IG, EAP_IG_ACTIVATIONS, CEAP, GIM, RELP, IG_PRUNE, EDGE_PRUNING, EXACT, ACDC):
     register_method(_method)

@@ -7,6 +7,7 @@ from .generators import (
 )
 from .hops import ASKED as ASKED, HOPS as HOPS, ask_hops as ask_hops, funnel as funnel, make_hops as make_hops
 from .metrics import answer_ranks as answer_ranks, hit_at_k as hit_at_k
+from .mib import load_mib_task as load_mib_task
 from .mquake import load_mquake as load_mquake
 from .pairs import read_pairs as read_pairs
 from .prompts import encode as encode

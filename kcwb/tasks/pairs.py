@@ -160,7 +160,7 @@ def read_pairs(
     """
     if not isinstance(table, pd.DataFrame):
         path = Path(table)
-        table, name = _read(path), name or path.stem
+        table, name = read_table(path), name or path.stem
         where = str(path)
     else:
         where = "The table"
@@ -277,7 +277,7 @@ def _empty(cell: Any) -> bool:
     return cell is None or cell is pd.NA or (isinstance(cell, float) and math.isnan(cell)) or cell == ""
 
 
-def _read(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
     """What a file holds, text as it is written there."""
     if path.suffix not in TABLES:
         raise DataError(f"{path} is no table that is read; the name of one ends in {', '.join(TABLES)}.")

@@ -265,7 +265,9 @@ def test_a_relation_written_as_whole_prompts_is_the_same_task(model):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_finds_a_circuit(model, task, method):
-    size = {} if "edges" in METHODS[method].own or not METHODS[method].scores else {"edges": 60}
+    given = {"edges": 60, "updates": 20, "rounds": 3}
+    takes = {*METHODS[method].own, *(["edges"] if METHODS[method].scores else [])}
+    size = {key: value for key, value in given.items() if key in takes}
     circuit = kcwb.discover(model, task, method=method, ablation="resample", progress=False, **size)
     assert 0 < circuit.n_edges <= int(model.graph.exists.sum())
     assert circuit.provenance["relation"]["digest"] == task.relation.digest

@@ -97,19 +97,19 @@ def discover(
         If the metric or the ablation is not defined on the task's prompts.
     """
     settled, cuts, loss, started = _begin(model, task, method, metric, ablation, settings, progress)
-    stable = settled.settings.get("stable")
-    if stable is not None:
+    if settled.method.prunes:
+        return _pruned(model, task, settled, loss, started, settled.run(model, loss, cuts, progress))
+    stable, sure = settled.settings.get("stable"), None
+    if stable is None:
+        scores = settled.run(model, loss, cuts, progress)
+    else:
         each = settled.by_fact(model, loss, cuts, progress)
         sure = sure_signs(each, stable)
-        found = each.mean(0) * sure
-    else:
-        found, sure = settled.run(model, loss, cuts, progress), None
-    if settled.method.scores:
-        chosen: dict[str, Any] = {name: settled.settings.get(name) for name in ("edges", "threshold", "select")}
-        kept = select_edges(model.graph, found, among=sure, **chosen)
-        scored = Circuit(model.graph, kept, found.masked_fill(~model.graph.exists, torch.nan).float())
-        return replace(scored.without_dangling(), provenance=_provenance(model, task, settled, loss, started))
-    return _pruned(model, task, settled, loss, started, found)
+        scores = each.mean(0) * sure
+    chosen: dict[str, Any] = {name: settled.settings.get(name) for name in ("edges", "threshold", "select")}
+    kept = select_edges(model.graph, scores, among=sure, **chosen)
+    scored = Circuit(model.graph, kept, scores.masked_fill(~model.graph.exists, torch.nan).float())
+    return replace(scored.without_dangling(), provenance=_provenance(model, task, settled, loss, started))
 
 
 @verb

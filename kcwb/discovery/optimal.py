@@ -57,10 +57,10 @@ def optimal_edges(graph: Graph, value: Float[Tensor, "S R"], edges: int) -> Bool
     rows, columns = (flat // value.shape[1]).cpu(), (flat % value.shape[1]).cpu()
     senders, receivers = rows.numpy(), graph.receiver_node[columns].numpy()
     n_edges, n_nodes = len(flat), graph.n_senders + 1
-    each, edge = np.arange(n_edges), sparse.eye(n_edges, format="csr")
+    each, edge = np.arange(n_edges), sparse.csr_matrix(sparse.identity(n_edges))
     nodes = [sparse.csr_matrix((np.ones(n_edges), (each, of)), (n_edges, n_nodes)) for of in (senders, receivers)]
     out_of, into = nodes
-    own = sparse.eye(n_nodes, format="csr")
+    own = sparse.csr_matrix(sparse.identity(n_nodes))
     count = sparse.csr_matrix(np.ones((1, n_edges)))
     blocks = [[count, sparse.csr_matrix((1, n_nodes))], [-count, sparse.csr_matrix((1, n_nodes))]]
     blocks += [[edge, -side] for side in nodes]
@@ -69,7 +69,7 @@ def optimal_edges(graph: Graph, value: Float[Tensor, "S R"], edges: int) -> Bool
     most[:2] = edges, -1
     result = milp(
         np.concatenate([-value.flatten()[flat].double().cpu().numpy(), np.zeros(n_nodes)]),
-        constraints=LinearConstraint(sparse.bmat(blocks, format="csr"), ub=most),
+        constraints=LinearConstraint(sparse.bmat(blocks, format="csr"), -np.inf, most),  # pyright: ignore
         integrality=np.ones(n_edges + n_nodes),
         bounds=Bounds(0, 1),
         options={"time_limit": _SECONDS, "mip_rel_gap": 1e-9},

@@ -162,7 +162,10 @@ def edge_changes(
         step(1 + len(edges))
     lots = len(chosen.lots)
     return {
-        key: tuple(np.concatenate([one[key] for one in some]) for some in (found[:lots], found[lots:]))
+        key: (
+            np.concatenate([one[key] for one in found[:lots]]),
+            np.concatenate([one[key] for one in found[lots:]]),
+        )
         for key in scores.metrics
     }
 

@@ -1,0 +1,212 @@
+"""How good circuits are for their size, and what finding them takes: the frontier of edges and faithfulness.
+
+For every method one run scores all edges on D_val; the circuits of growing size that these scores give are run on
+facts that they were not found on. Of each method the table says how many edges reach 90% and 99% of faithfulness (on a
+line through the measured sizes, edges on a log scale), the area under the curve, seconds and peak memory. Methods that
+prune give circuits of one size each: hand these in as `circuits`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.integrate import trapezoid
+
+from kcwb.circuits.ablation import AblationKind, make_ablation
+from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.run import check_same_model
+from kcwb.discovery.discover import score_edges
+from kcwb.discovery.methods import scoring
+from kcwb.discovery.selection import select_edges
+from kcwb.errors import DataError, SettingError, choose
+from kcwb.evaluation.faithfulness import recovered_share
+from kcwb.evaluation.referee.scores import Scores
+from kcwb.models.loading import Model
+from kcwb.progress import Progress, track
+from kcwb.settings import Count, Seed
+from kcwb.statistics import resample_counts, statistic_interval
+from kcwb.tasks.prompts import Task, check_same_weights
+from kcwb.verbs import verb
+
+SIZES = (25, 50, 100, 200, 400, 800, 1600, 3200, 6400, 12800)
+LEVELS = (0.9, 0.99)
+_RESAMPLES = 2000
+
+
+@verb
+def frontier(
+    model: Model,
+    task: Task,
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("eap", "eap-ig", "gim", "relp", "ceap", "ig-prune"),
+    *,
+    circuits: Mapping[str, Sequence[Circuit]] | None = None,
+    ablation: str | AblationKind = "mean",
+    metric: str = "nll",
+    select: str = "signed",
+    sizes: Sequence[Count] = SIZES,
+    known: bool = True,
+    seed: Seed = 0,
+    progress: Progress = True,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Compare methods by the faithfulness of their circuits of growing size on held-out facts.
+
+    Parameters
+    ----------
+    model, task, metric
+        As in `kcwb.discover`; edges are scored on D_val, and circuits run on D_test.
+    methods
+        Names of methods that score edges; or name -> settings, `method` among them where the name is one of yours.
+    circuits
+        Name -> circuits that were found otherwise, and what they are to be called.
+    ablation, select
+        What cut edges deliver, in finding and running; how edges are chosen by score (a setting `select` of a method
+        comes first).
+    sizes
+        How many edges are asked for, growing; those above the graph's number are left out.
+    known
+        Run on those facts of D_test alone that the model knows.
+    seed
+        Of the bootstrap over facts.
+
+    Returns
+    -------
+    tuple
+        The curves: one row per method and size, `method`, `asked`, `edges` (those left on paths), `faithfulness` with
+        its 95% bootstrap interval `low`, `high`, and `n`, the facts. And the summary, one row per method: `edges_90`,
+        `edges_99` and the intervals of the former, `low_90` and `high_90` (inf: not reached at the sizes asked);
+        `area`, the mean faithfulness over the sizes on a log scale; `seconds` and `peak_mib` of scoring (NaN of what
+        was handed in, and of memory that cannot be asked for).
+
+    Raises
+    ------
+    SettingError
+        If a method does not score edges, or sizes do not grow.
+    DataError
+        If D_test has fewer than two facts to run on, or nothing can be gained on them.
+    """
+    check_same_weights(model, task)
+    named = {name: {} for name in methods} if not isinstance(methods, Mapping) else {**methods}
+    chosen = {name: {"method": name, **settings} for name, settings in named.items()}
+    for settings in chosen.values():
+        choose("The method", settings["method"], scoring())
+    sizes = [size for size in sizes if size <= model.graph.n_edges]
+    if not sizes or (np.diff(sizes) <= 0).any():
+        raise SettingError(f"sizes={sizes}: numbers of edges must grow, from 1 to {model.graph.n_edges:,}.")
+    facts = task.test.select([i for i, hit in enumerate(task.test.known.tolist()) if hit or not known])
+    cuts = make_ablation(model, task, ablation)
+    facts = cuts.usable(facts) if len(facts) else facts
+    if len(facts) < 2:
+        raise DataError(
+            f"D_test of {task.relation.name} has {len(facts)} facts that {model.name} knows; a frontier needs two at "
+            "least. Make the task with a larger n_test, or take known=False."
+        )
+    scores = Scores(model, facts, cuts, [metric])
+    possible = scores.empty.losses[metric] - scores.model_alone.losses[metric]
+    if abs(float(possible.mean())) < 1e-6:
+        raise DataError(f"With all edges cut {model.name} answers {task.relation.name} as well as with none.")
+    curves, summary = [], []
+    with track(progress, len(chosen) * (1 + len(sizes)), "frontier") as step:
+
+        def measure(name: str, asked: Sequence[float], found: Sequence[Circuit], spent: tuple[float, float]) -> None:
+            gained = np.stack([scores.empty.losses[metric] - one.losses[metric] for one in scores.each(found, step)])
+            curve = _curve(name, asked, found, gained, possible, seed)
+            curves.append(curve)
+            summary.append({"method": name, **_summary(curve, gained, possible, seed), **_spent(spent)})
+
+        for name, settings in chosen.items():
+            own = {"select": select, **settings}
+            selection = own.pop("select")
+            with _Measured(model) as spent:
+                of_edges = score_edges(model, task, **own, metric=metric, ablation=ablation, progress=False)
+            step()
+            kept = [select_edges(model.graph, of_edges, edges=size, select=selection) for size in sizes]
+            measure(name, sizes, [Circuit(model.graph, one).without_dangling() for one in kept], spent.found)
+        for name, some in (circuits or {}).items():
+            for one in some:
+                check_same_model(model, one)
+            ordered = sorted(some, key=lambda one: one.n_edges)
+            measure(name, [math.nan] * len(ordered), ordered, (math.nan, math.nan))
+    return pd.concat(curves, ignore_index=True), pd.DataFrame(summary)
+
+
+def edges_for(
+    edges: Sequence[float], faithfulness: Float[np.ndarray, "... sizes"], level: float
+) -> Float[np.ndarray, "..."]:
+    """The number of edges at which curves first reach a level, on straight lines over log edges; inf if they do not."""
+    logs, curves = np.log(np.maximum(edges, 1)), np.asarray(faithfulness, float)
+    reached = curves >= level
+    first = reached.argmax(-1)
+    before = np.maximum(first - 1, 0)
+    here, there = (np.take_along_axis(curves, at[..., None], -1)[..., 0] for at in (before, first))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(first > 0, (level - here) / (there - here), 1.0)
+    found = np.exp(logs[before] + share * (logs[first] - logs[before]))
+    return np.where(reached.any(-1), found, np.inf)
+
+
+def _curve(
+    name: str, asked: Sequence[float], found: Sequence[Circuit], gained: np.ndarray, possible: np.ndarray, seed: int
+) -> pd.DataFrame:
+    rows = []
+    for size, circuit, own in zip(asked, found, gained, strict=True):
+        low, high = statistic_interval([own, possible], recovered_share, seed)
+        share = float(recovered_share(own, possible))
+        rows.append((name, size, circuit.n_edges, share, low, high, len(possible)))
+    return pd.DataFrame(rows, columns=["method", "asked", "edges", "faithfulness", "low", "high", "n"])
+
+
+def _summary(curve: pd.DataFrame, gained: np.ndarray, possible: np.ndarray, seed: int) -> dict[str, float]:
+    """Edges for each level, with a bootstrap interval of the first; and the area."""
+    edges, shares = curve["edges"].to_numpy(float), curve["faithfulness"].to_numpy(float)
+    counts = resample_counts(len(possible), _RESAMPLES, seed)
+    drawn = (counts @ gained.T) / (counts @ possible)[:, None]
+    low, high = np.quantile(edges_for(edges, drawn, LEVELS[0]), [0.025, 0.975], method="inverted_cdf")
+    logs = np.log(np.maximum(edges, 1))
+    width = float(logs[-1] - logs[0])
+    return {
+        **{f"edges_{round(100 * level)}": float(edges_for(edges, shares, level)) for level in LEVELS},
+        "low_90": float(low),
+        "high_90": float(high),
+        "area": float(trapezoid(shares, logs)) / width if width else float(shares.mean()),
+    }
+
+
+def _spent(spent: tuple[float, float]) -> dict[str, float]:
+    return dict(zip(("seconds", "peak_mib"), spent, strict=True))
+
+
+class _Measured:
+    """Seconds, and how much more memory is taken at the peak than at the start, of a `with` block."""
+
+    def __init__(self, model: Model) -> None:
+        self._device = model.device
+        self.found = (math.nan, math.nan)
+
+    def __enter__(self) -> _Measured:
+        self._started, self._before = time.perf_counter(), self._memory(reset=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.found = time.perf_counter() - self._started, self._memory() - self._before
+
+    def _memory(self, reset: bool = False) -> float:
+        """The peak since the last reset, in MiB; NaN where there is no telling."""
+        if self._device.type == "cuda":
+            if reset:
+                torch.cuda.reset_peak_memory_stats(self._device)
+            return torch.cuda.max_memory_allocated(self._device) / 2**20
+        try:
+            if reset:
+                Path("/proc/self/clear_refs").write_text("5")
+            status = Path("/proc/self/status").read_text()
+        except OSError:  # not Linux
+            return math.nan
+        return float(status.partition("VmHWM:")[2].split()[0]) / 1024

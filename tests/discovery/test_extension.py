@@ -147,7 +147,9 @@ def test_the_command_line_imports_what_installed_packages_name(monkeypatch, caps
 def test_a_panel_offers_both(model):
     settings = {"metric": "nll", "edges": 40, "tau": 0.1, "within": None, "ablation": None}
     controls = Controls(model, method="toy-prunes", n=3, seed=0, **settings)
-    assert {"toy-scores", "toy-prunes"} <= set(controls.method.options) and not controls.scores
+    assert {"toy-scores", "toy-prunes"} <= set(controls.method.options) and not controls.sized
+    learned = Controls(model, method="edge-pruning", n=3, seed=0, **settings)  # prunes, to a number of edges
+    assert learned.sized and learned.settings["edges"] == 40 and "tau" not in learned.settings
 
 
 def test_another_function_under_a_name_that_is_taken_is_refused():

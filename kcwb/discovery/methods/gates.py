@@ -38,7 +38,8 @@ def ig_prune(
     It begins with the `start` edges of highest |score| by `gim` (its gradients averaged over five points). In each of
     `rounds` rounds the gates of what is left are scored by integrated gradients over `steps` points, and the weakest
     edges are cut, the same share each time: by |score| as long as there are more than `signed_below` edges, so that
-    what opposes the answer stays to be opposed, and by score below. Edges that then dangle are cut with them.
+    what opposes the answer stays to be opposed, and by score below. Of the edges that a round cuts, those of small
+    |score| go first, and those that then dangle last.
     """
     graph, gated = model.graph, GatedLoss(model, loss, ablation)
     first = attribution_scores(model, loss, ablation, steps=5, rules=rules.GIM)
@@ -48,17 +49,18 @@ def ig_prune(
     order: list[Tensor] = []  # edges that are cut, the weakest first
     with track(progress, rounds + 1, "ig-prune") as step:
         for _ in range(rounds):
-            edges = _by_strength(gated, kept, signed_below, steps)
-            left = torch.zeros_like(kept)
-            left[*edges[len(edges) - max(_FEWEST, int(share * len(edges))) :].T] = True
+            edges, sizes = _by_strength(gated, kept, signed_below, steps)
+            cut = max(0, len(edges) - max(_FEWEST, int(share * len(edges))))
+            left = kept.clone()
+            left[*edges[:cut].T] = False
             left_in_paths = Circuit(graph, left).without_dangling().kept
             if not left_in_paths.any():
                 break
             dangling = left & ~left_in_paths
-            order += [edges[~left[*edges.T]], edges[dangling[*edges.T]]]
+            order += [edges[:cut][sizes[:cut].argsort(stable=True)], edges[dangling[*edges.T]]]
             kept = left_in_paths
             step(note=f"{int(kept.sum()):,} edges")
-        order.append(_by_strength(gated, kept, signed_below, steps))
+        order.append(_by_strength(gated, kept, signed_below, steps)[0])
         step()
     ranked = torch.cat(order)
     places = torch.zeros(graph.exists.shape)
@@ -66,12 +68,16 @@ def ig_prune(
     return places
 
 
-def _by_strength(gated: GatedLoss, kept: Bool[Tensor, "S R"], signed_below: int, steps: int) -> Int[Tensor, "E 2"]:
-    """A circuit's edges, the weakest first."""
+def _by_strength(
+    gated: GatedLoss, kept: Bool[Tensor, "S R"], signed_below: int, steps: int
+) -> tuple[Int[Tensor, "E 2"], Float[Tensor, " E"]]:
+    """A circuit's edges, the weakest first, and the |scores| of these."""
     if not kept.any():
-        return kept.nonzero()
+        return kept.nonzero(), torch.empty(0)
     edges, scores = gated.integrated(kept, [(i + 1) / steps for i in range(steps)])
-    return edges[(scores if len(edges) <= signed_below else scores.abs()).cpu().argsort(stable=True)]
+    scores = scores.cpu()
+    order = (scores if len(edges) <= signed_below else scores.abs()).argsort(stable=True)
+    return edges[order], scores[order].abs()
 
 
 IG_PRUNE = Method("ig-prune", ig_prune, additive=False)

@@ -73,19 +73,19 @@ class Controls(Group):
         return min(max(1, round(self.edges.value)), self._n_edges)
 
     @property
-    def scores(self) -> bool:
-        """Whether the chosen method scores every edge, so that a circuit has a size; if not, it prunes."""
-        return METHODS[str(self.method.value)].scores
+    def sized(self) -> bool:
+        """Whether the chosen method is asked for a number of edges; if not, it is ACDC or its like."""
+        return "edges" in METHODS[str(self.method.value)].defaults
 
     @property
     def settings(self) -> dict[str, Any]:
         """What is on screen; `within` as a number of edges, or None."""
         common = {name: getattr(self, name).value for name in ("n", "seed", "method", "ablation", "metric")}
         common["ablation"] = common["ablation"] or None
-        size = {"edges": self.size} if self.scores else {"tau": self.tau.value, "within": self.within.value or None}
+        size = {"edges": self.size} if self.sized else {"tau": self.tau.value, "within": self.within.value or None}
         return common | size
 
     def offer_size(self) -> None:
         """Edges for attribution; tau, and what to search, for ACDC."""
-        self.edges.layout.display = "" if self.scores else "none"
-        self.tau.layout.display = self.within.layout.display = "none" if self.scores else ""
+        self.edges.layout.display = "" if self.sized else "none"
+        self.tau.layout.display = self.within.layout.display = "none" if self.sized else ""

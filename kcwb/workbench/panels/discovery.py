@@ -282,7 +282,7 @@ class DiscoveryPanel(Panel):
 
     def _offer_size(self) -> None:
         self.controls.offer_size()
-        self._predict_button.layout.display = "none" if self.controls.scores else ""
+        self._predict_button.layout.display = "none" if self.controls.sized else ""
 
     def _recut(self) -> None:
         """Follow the size slider, if the circuit on screen can."""

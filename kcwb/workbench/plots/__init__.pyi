@@ -13,6 +13,7 @@ from .charts import (
     plot_bars as plot_bars,
     plot_completeness as plot_completeness,
     plot_faithfulness as plot_faithfulness,
+    plot_frontier as plot_frontier,
     plot_heads as plot_heads,
     plot_knowledge as plot_knowledge,
     plot_lens as plot_lens,

@@ -249,6 +249,41 @@ def plot_bars(
 # --- shared ---
 
 
+def plot_frontier(curves: pd.DataFrame, *, title: str | None = None) -> Plot:
+    """Draw faithfulness over edges, a line for each method; curves of several tasks (column `task`) side by side.
+
+    Parameters
+    ----------
+    curves
+        The first table of `kcwb.evaluation.frontier`, or several of them with a column `task`.
+    title
+        A heading.
+
+    Raises
+    ------
+    SettingError
+        If the table lacks a column, or is empty.
+    """
+    need(curves, ("method", "edges", "faithfulness", "low", "high"))
+    if curves.empty:
+        raise SettingError("There is no curve to draw: the table is empty.")
+    parts = dict(iter(curves.groupby("task", sort=False))) if "task" in curves else {"": curves}
+    palette = palette_of(curves["method"])
+    figure, drawn = panes(len(parts), 4.2, 3.4)
+    for axes, (task, part) in zip(drawn, parts.items(), strict=True):
+        for level in (0, 0.9, 1):
+            axes.axhline(level, color=MUTED, linewidth=0.8, linestyle="--", zorder=1)
+        for method, curve in part.groupby("method", sort=False):
+            curve = curve[curve["edges"] > 0].sort_values("edges")
+            band(axes, curve["edges"], curve, "faithfulness", palette[method], marker="o", markersize=4)
+        axes.set_xscale("log")
+        axes.set(xlabel="edges", ylim=(-0.25, 1.25))
+        axes.set_title(plain(task), fontsize=10)
+    drawn[0].set_ylabel("faithfulness, held-out facts")
+    finish(figure, [Line2D([], [], color=palette[name], marker="o", label=plain(name)) for name in palette], title)
+    return figure
+
+
 def draw_curves(axes: Axes, table: pd.DataFrame, quantity: str, palette: Mapping[Any, Any]) -> None:
     """Draw `value` over `layer`, a line for each `who`; ranks on a logarithmic axis, the best at the top."""
     for who, curve in table.groupby("who", sort=False):

@@ -18,6 +18,7 @@ from kcwb.workbench.plots import (
     plot_bars,
     plot_completeness,
     plot_faithfulness,
+    plot_frontier,
     plot_heads,
     plot_knowledge,
     plot_lens,
@@ -166,6 +167,27 @@ def test_the_empty_circuit_has_a_place_on_the_axis_of_sizes() -> None:
         plot_faithfulness({})
     with pytest.raises(SettingError, match="no column high"):
         plot_faithfulness(table.drop(columns="high"))
+
+
+def test_the_frontier_is_drawn_over_edges_a_pane_for_each_task() -> None:
+    rows = [
+        (m, edges, f, f - 0.1, f + 0.1)
+        for m, up in (("eap", 0), ("gim", 0.2))
+        for edges, f in ((0, up), (10, up), (90, 0.5))
+    ]
+    table = pd.DataFrame(rows, columns=["method", "edges", "faithfulness", "low", "high"])
+    (axes,) = drawn(plot_frontier(table)).axes
+    assert axes.get_xscale() == "log" and len(axes.lines) == 5  # the levels 0, .9 and 1, and two methods
+    assert [line.get_xdata().tolist() for line in axes.lines[3:]] == [[10, 90]] * 2
+    assert axes.lines[4].get_ydata().tolist() == [0.2, 0.5]
+    both = pd.concat([table.assign(task="capital"), table.assign(task="ioi")])
+    figure = drawn(plot_frontier(both))
+    assert [axes.get_title() for axes in figure.axes] == ["capital", "ioi"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["eap", "gim"]
+    with pytest.raises(SettingError, match="no curve"):
+        plot_frontier(table[:0])
+    with pytest.raises(SettingError, match="no column high"):
+        plot_frontier(table.drop(columns="high"))
 
 
 def bars_table() -> pd.DataFrame:

@@ -117,9 +117,10 @@ def _derangement(firsts: Sequence[set[int]], draw: random.Random, task: Task) ->
         if not apart(order[i], i):
             swaps = [j for j in range(len(firsts)) if apart(order[j], i) and apart(order[i], j)]
             if not swaps:
+                said = f"{task.val.facts[i].object!r:.60}"
+                why = f"have a right answer of {said}'s" if task.val.facts[i].also else f"start as {said} does"
                 raise DataError(
-                    f"The answers of {task.relation.name} cannot be shuffled: more than half of them start as "
-                    f"{task.val.facts[i].object!r:.60} does."
+                    f"The answers of {task.relation.name} cannot be shuffled: more than half of them {why}."
                 )
             j = draw.choice(swaps)
             order[i], order[j] = order[j], order[i]

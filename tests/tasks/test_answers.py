@@ -207,6 +207,13 @@ def test_shuffled_answers_bring_all_their_right_and_wrong_ones(model, task):
     assert all(not set(a.right) & set(b.right) for a, b in zip(dealt.facts, task.val.facts, strict=True))
 
 
+def test_answers_that_have_too_much_in_common_are_not_shuffled(model):
+    facts = [replace(fact, also=("w39",), wrong=()) for fact in some_facts()]
+    task = make_task(model, relation(facts), n=6)
+    with pytest.raises(DataError, match="more than half of them have a right answer of"):
+        with_shuffled_answers(model, task, seed=0)
+
+
 def test_a_search_is_another_one_when_only_further_answers_differ(model, task):
     cuts = make_ablation(model, task, "zero")
     other = replace(task.val, also=task.val.also + 1)

@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model lab test test-fast reports bench lint format clean
+.PHONY: help setup model lab test test-fast reports gpu bench lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ test-fast: $(DONE) ## run those that need neither the built-in model nor a brows
 
 reports: setup ## run every notebook and write it as one HTML file to reports/
 	$(BIN)/kcwb report $(NOTEBOOKS) --out reports/
+
+gpu: setup ## run the tests of a CUDA device, and print its times and memory
+	$(BIN)/python -m pytest tests/gpu -s -q -rs $(PYTEST_ARGS)
 
 bench: setup ## run the benchmarks, side by side with peers
 	$(BIN)/python -m pytest tests/benchmarks -s -q $(PYTEST_ARGS)

@@ -19,7 +19,7 @@ from .workbench import graph as graph, panels as panels, plots as plots
 from .models.loading import Model as Model
 from .models.graph import Graph as Graph
 from .tasks.relations import Fact as Fact, Relation as Relation
-from .tasks.prompts import Task as Task
+from .tasks.task import Task as Task
 from .circuits.circuit import Circuit as Circuit
 from .circuits.ensemble import Ensemble as Ensemble
 from .editing.edit import Edit as Edit
@@ -29,7 +29,7 @@ from .editing.cases import EditCase as EditCase
 from .models.loading import load_model as load_model
 from .models.encoder import load_encoder as load_encoder
 from .tasks.relations import load_relation as load_relation, load_relations as load_relations
-from .tasks.prompts import make_task as make_task
+from .tasks.task import make_task as make_task
 from .tasks.pairs import make_task_from_pairs as make_task_from_pairs
 from .tasks.masked import make_masked_task as make_masked_task
 from .tasks.metrics import make_loss as make_loss

@@ -128,7 +128,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     from kcwb.discovery.methods import METHODS, check_method, load_extensions
     from kcwb.discovery.selection import SELECTIONS
     from kcwb.tasks.metrics import METRICS
-    from kcwb.tasks.prompts import make_task
+    from kcwb.tasks.task import make_task
 
     load_extensions()
     # Misspelt names are told before a model is loaded; discover checks the rest.
@@ -178,7 +178,7 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     """
     from kcwb.discovery.methods import load_extensions
     from kcwb.evaluation.completeness import completeness
-    from kcwb.tasks.prompts import make_task
+    from kcwb.tasks.task import make_task
 
     load_extensions()
     circuit = kcwb.Circuit.load(args.circuit)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kcwb.circuits.ensemble import Ensemble
     from kcwb.evaluation.referee.judgement import Judgement
     from kcwb.models.loading import Model
-    from kcwb.tasks.prompts import Task
+    from kcwb.tasks.task import Task
 
 _KEYS = ("question", "metric", "verdict", "effect", "low", "high", "holm", "power")
 
@@ -87,7 +87,7 @@ def _read(args: argparse.Namespace, files: Sequence[Path]) -> tuple[Model, dict[
     from kcwb.circuits.run import check_same_model
     from kcwb.discovery.methods import load_extensions
     from kcwb.tasks.metrics import METRICS
-    from kcwb.tasks.prompts import make_task
+    from kcwb.tasks.task import make_task
 
     load_extensions()
     metrics = [name for name in METRICS if name != "kl"]  # of which no share is gained

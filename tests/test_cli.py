@@ -28,8 +28,8 @@ from kcwb.evaluation.completeness import completeness
 from kcwb.models.families import ENCODERS, FAMILIES
 from kcwb.models.loading import load_model
 from kcwb.tasks.metrics import METRICS
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import load_relations, relation_files
+from kcwb.tasks.task import make_task
 from tests.tiny import tiny_hf, tokenizer
 
 HEAVY = ("torch", "transformers", "transformer_lens", "pandas", "numpy")

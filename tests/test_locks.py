@@ -18,7 +18,7 @@ from kcwb.errors import SettingError
 from kcwb.locks import WAITING, Exclusive, lock_of
 from kcwb.models.loading import load_model
 from kcwb.progress import cancellable
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.editing.conftest import FACT, QUICK
 from tests.tasks import known_relation
 from tests.tiny import tiny_hf, tiny_model, tokenizer

@@ -24,8 +24,8 @@ from kcwb.models.loading import Model, load_model
 from kcwb.reading.roles import head_roles
 from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.masked import make_masked_task
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import load_relation
+from kcwb.tasks.task import make_task
 from kcwb.world.facts import KINDS, PEOPLE, STEMS, STEPS, make_world, world_tokenizer
 from kcwb.world.models import (
     ARCHITECTURES,

@@ -29,7 +29,8 @@ from kcwb.errors import DataError, SettingError, choose, shown
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
-from kcwb.tasks.prompts import Prompts, Task
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task
 from kcwb.tasks.variants import with_other_partners
 from kcwb.verbs import noun, verb
 

@@ -49,7 +49,7 @@ from kcwb.verbs import noun, verb
 
 if TYPE_CHECKING:
     from kcwb.models.loading import Model
-    from kcwb.tasks.prompts import Task
+    from kcwb.tasks.task import Task
 
 #: Confidences that tables and curves take where nothing else is said.
 CONFIDENCES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -12,8 +12,8 @@ from kcwb.versions import versions
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
     from kcwb.models.loading import Model
-    from kcwb.tasks.prompts import Task
     from kcwb.tasks.relations import Fact
+    from kcwb.tasks.task import Task
 
 #: What a circuit was found with, in the order in which it is told.
 HOW = ("method", "ablation", "metric")

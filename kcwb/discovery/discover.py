@@ -25,7 +25,7 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Positive
 from kcwb.tasks.metrics import Loss, kc_scale, make_loss
-from kcwb.tasks.prompts import Task, check_same_weights
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 

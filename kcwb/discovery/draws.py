@@ -33,7 +33,7 @@ from kcwb.discovery.registry import Settled, check_size
 from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.statistics import resample_counts
-from kcwb.tasks.prompts import Task
+from kcwb.tasks.task import Task
 from kcwb.tasks.variants import in_other_words, with_shuffled_answers
 
 SOURCES = ("facts", "template", "setting", "ablation", "order")

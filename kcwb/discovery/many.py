@@ -35,7 +35,7 @@ from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed, at_least
-from kcwb.tasks.prompts import Task
+from kcwb.tasks.task import Task
 from kcwb.verbs import verb
 
 

@@ -23,7 +23,8 @@ from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed
 from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss
-from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 

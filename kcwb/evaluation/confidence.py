@@ -24,7 +24,8 @@ from kcwb.evaluation.completeness import answered, summarised
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed, Share
-from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 _CROSS, _TEST = "D_val, cross-fitted", "D_test"

@@ -28,7 +28,8 @@ from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.statistics import statistic_interval
 from kcwb.tasks.metrics import METRICS, Loss, make_loss
-from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 #: MIB's edge fractions.

@@ -33,7 +33,7 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.statistics import resample_counts, statistic_interval
-from kcwb.tasks.prompts import Task, check_same_weights
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 SIZES = (25, 50, 100, 200, 400, 800, 1600, 3200, 6400, 12800)

@@ -16,8 +16,8 @@ from kcwb.models.graph import Graph, Node
 from kcwb.progress import Progress, track
 from kcwb.settings import Count
 from kcwb.tasks.masked import MaskedPrompts, MaskedTask, at_masks
-from kcwb.tasks.prompts import check_same_weights
 from kcwb.tasks.ranks import rank_of
+from kcwb.tasks.task import check_same_weights
 from kcwb.verbs import verb
 
 

@@ -19,7 +19,8 @@ from kcwb.progress import Progress, track
 from kcwb.settings import Count
 from kcwb.statistics import proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss, together
-from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 

@@ -42,7 +42,8 @@ from kcwb.reading.roles import TOO_FEW, circuit_heads, sureness
 from kcwb.settings import Count, Seed
 from kcwb.statistics import chance_range, matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.tasks.metrics import answer_ranks, make_loss
-from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.tasks.tokens import object_tokens
 from kcwb.verbs import verb
 

@@ -27,7 +27,8 @@ from kcwb.reading.positions import check_subjects, split_of, told_at_end, withou
 from kcwb.reading.trajectories import follow, layer_streams
 from kcwb.settings import Seed
 from kcwb.statistics import mean_interval, proportion_interval
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.tasks.tokens import answer_tokens
 from kcwb.verbs import verb
 

@@ -29,7 +29,8 @@ from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.reading.dla import final_scale
 from kcwb.settings import Count
-from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 

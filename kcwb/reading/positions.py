@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kcwb.errors import DataError, choose
 from kcwb.models.loading import Model
-from kcwb.tasks.prompts import Prompts, Task
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task
 
 #: The groups of source positions, in the order of `position_groups`.
 GROUPS = ("SUBJECT", "RELATION", "BOS", "END")

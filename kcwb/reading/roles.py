@@ -49,7 +49,8 @@ from kcwb.reading.patterns import PATTERNS, pattern_scores
 from kcwb.reading.positions import check_prompts, position_groups, split_of, told_at_end, without_copies
 from kcwb.settings import Count, Seed, at_least
 from kcwb.statistics import proportion_interval
-from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 #: Roles that say how a head helps the answer, and all roles that a head can have.

@@ -26,8 +26,8 @@ from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.statistics import resample_counts
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import Task
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import Task
 
 
 def scores_by_fact(

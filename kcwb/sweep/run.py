@@ -19,8 +19,8 @@ from kcwb.discovery.registry import Method, register_method
 from kcwb.evaluation.completeness import completeness
 from kcwb.models.loading import Model
 from kcwb.models.worker import WORKER, error_words, leave_with_parent, pinned_device
-from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import Task, make_task
 
 #: The numbers of a finished cell, in the order of the table's columns.
 NUMBERS = ("n_edges", "n_nodes", "share", "facts", "hit_val", "hit_test", "full_hit_test", "nll_val", "full_nll_val")

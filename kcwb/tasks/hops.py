@@ -26,8 +26,9 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.tasks.compose import Composition, Wording
-from kcwb.tasks.prompts import Prompts, Task, encode
+from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.relations import Fact, Relation
+from kcwb.tasks.task import Task
 from kcwb.verbs import verb
 
 #: What is asked about each chain: both hops, both together, and what would do without them.

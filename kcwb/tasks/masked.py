@@ -22,9 +22,10 @@ from torch import Tensor
 from kcwb.errors import DataError
 from kcwb.models.encoder import Encoder, run_encoder
 from kcwb.settings import Count, Seed
-from kcwb.tasks.prompts import KNOWN_RANK, draw_partners, select_rows, split
+from kcwb.tasks.prompts import KNOWN_RANK, draw_partners, select_rows
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact, Relation, load_relation, require_subjects
+from kcwb.tasks.task import split
 from kcwb.tasks.tokens import padded
 from kcwb.verbs import verb
 
@@ -75,7 +76,7 @@ class MaskedPrompts:
 
 @dataclass(frozen=True, eq=False)
 class MaskedTask:
-    """A relation as an encoder meets it in one template; fields as in `kcwb.tasks.prompts.Task`.
+    """A relation as an encoder meets it in one template; fields as in `kcwb.tasks.task.Task`.
 
     `n_facts` are the facts that are asked; `n_left_out` those whose object is not one token, or another object's.
     """

@@ -27,9 +27,9 @@ from kcwb.errors import DataError, nearest
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Count, Natural, Seed
-from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import TABLES, Fact, Relation, check_prompt, check_text
 from kcwb.tasks.subjects import places
+from kcwb.tasks.task import Task, make_task
 from kcwb.tasks.tokens import encode_one
 from kcwb.verbs import verb
 

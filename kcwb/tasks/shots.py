@@ -35,8 +35,9 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Count, Natural, Seed
 from kcwb.tasks.demonstrations import GROUPS, Context, UnrelatedText, deranged
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, assemble, draw_partners, encode, split
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, assemble, draw_partners, encode
 from kcwb.tasks.relations import Relation, load_relation, require_subjects
+from kcwb.tasks.task import Task, split
 from kcwb.tasks.tokens import encode_one, object_tokens, told_apart
 from kcwb.verbs import verb
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from kcwb.errors import DataError
 from kcwb.models.loading import Model
-from kcwb.tasks.prompts import Prompts, Task, draw_partners, encode, full_ranks
+from kcwb.tasks.prompts import Prompts, draw_partners, encode, full_ranks
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import Task
 from kcwb.tasks.tokens import padded
 
 

@@ -30,7 +30,8 @@ from kcwb.models.forward import forward
 from kcwb.models.loading import Model, load_model
 from kcwb.models.selfcheck import self_check
 from kcwb.tasks.metrics import Loss, at_answers, make_loss
-from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.prompts import encode
+from kcwb.tasks.task import make_task
 from kcwb.workbench.graph.page import graph_view
 from tests.tiny import tokenizer, word_relation
 

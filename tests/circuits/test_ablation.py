@@ -14,8 +14,9 @@ from kcwb.circuits.ablation import ABLATIONS, AblationKind, ablation_kind, make_
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.loading import load_model
-from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import make_task
 from tests.tasks import known_relation, relation_of
 from tests.tiny import tiny_hf, tokenizer
 

@@ -20,7 +20,7 @@ from kcwb.evaluation.completeness import completeness
 from kcwb.evaluation.faithfulness import faithfulness_curve
 from kcwb.models.loading import load_model
 from kcwb.sweep.what import read_sweep_file, sweep
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from kcwb.workbench.panels.controls import Controls
 from tests.gaussian import GaussianNoise
 from tests.tasks import known_relation

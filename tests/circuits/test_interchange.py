@@ -191,7 +191,7 @@ def test_pickles_are_refused_unread(tmp_path) -> None:
 def test_a_circuit_of_another_model_is_refused_where_it_is_used(tiny, words) -> None:
     from kcwb.circuits.ablation import make_ablation
     from kcwb.circuits.run import run_circuit
-    from kcwb.tasks.prompts import make_task
+    from kcwb.tasks.task import make_task
 
     model = tiny("gpt2")
     task = make_task(model, words, n=2)

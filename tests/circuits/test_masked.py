@@ -12,7 +12,7 @@ from kcwb.circuits.plan import Need
 from kcwb.discovery.baselines import random_circuit
 from kcwb.models.forward import forward
 from kcwb.tasks.metrics import at_answers
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tasks import known_relation
 
 FAMILIES = ["llama", "gpt2", "neox", "gemma2", "qwen3"]

@@ -17,8 +17,9 @@ from kcwb.errors import CircuitError, KcwbError
 from kcwb.models.digest import state_digest
 from kcwb.models.forward import forward, prompt_chunks
 from kcwb.models.graph import Graph
-from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import make_task
 from tests.tasks import TEMPLATE, answer_ids, known_relation, unpadded_logits, unpadded_tokens
 from tests.tiny import tiny_model
 

@@ -24,8 +24,9 @@ from kcwb.errors import CircuitError, SettingError
 from kcwb.files import write_tensors
 from kcwb.models.loading import Model, load_model
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Relation, load_relation
+from kcwb.tasks.task import make_task
 from tests.full_disk import full_disk
 from tests.tiny import ARCHITECTURES, tiny_model
 
@@ -365,7 +366,7 @@ from safetensors.torch import save_file
 from kcwb.circuits.ablation import make_ablation
 from kcwb.discovery.acdc import Search, acdc
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tiny import tiny_model, word_relation
 
 model = tiny_model("gpt2")

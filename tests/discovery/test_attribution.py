@@ -21,8 +21,8 @@ from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import cancellable
 from kcwb.tasks.metrics import at_answers, make_loss
-from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import Task, make_task
 from tests.tiny import tiny_model
 
 

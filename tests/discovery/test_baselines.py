@@ -14,7 +14,7 @@ from kcwb.discovery.methods.exact import exact_effects
 from kcwb.errors import SettingError
 from kcwb.models.graph import Graph
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tasks import answer_ids, known_relation, unpadded_tokens
 from tests.tiny import tiny_hf
 

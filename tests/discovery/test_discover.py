@@ -23,8 +23,9 @@ from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import cancellable
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import Prompts, Task, encode, make_task
+from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.relations import Fact, Relation
+from kcwb.tasks.task import Task, make_task
 from tests.tiny import word_relation
 
 

@@ -12,7 +12,7 @@ from kcwb.discovery.baselines import random_circuit
 from kcwb.discovery.discover import discover
 from kcwb.discovery.methods.edgepruning import chance_open, edge_pruning, hard_concrete
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tasks import known_relation
 
 

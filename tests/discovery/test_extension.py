@@ -21,7 +21,7 @@ from kcwb.discovery.selection import resize
 from kcwb.errors import CircuitError, SettingError
 from kcwb.models.loading import load_model
 from kcwb.sweep.what import sweep
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from kcwb.workbench.panels.controls import Controls
 from tests import ownmethods
 from tests.gaussian import GaussianNoise

@@ -18,7 +18,7 @@ from kcwb.discovery.methods.gates import ig_prune
 from kcwb.models import rules
 from kcwb.models.forward import forward
 from kcwb.tasks.metrics import at_answers, make_loss
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tasks import known_relation
 
 FAMILIES = ["llama", "gpt2", "neox", "gemma2", "qwen3"]

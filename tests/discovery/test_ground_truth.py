@@ -23,7 +23,8 @@ from kcwb.discovery.discover import discover, score_edges
 from kcwb.discovery.sequential import Pruned, acdc_sequential
 from kcwb.models.graph import Graph
 from kcwb.tasks.metrics import Loss, answer_ranks, make_loss
-from kcwb.tasks.prompts import Task, encode, make_task
+from kcwb.tasks.prompts import encode
+from kcwb.tasks.task import Task, make_task
 from tests.handmade import Handmade, copying_head, induction, key_value_lookup
 
 MAKERS = {

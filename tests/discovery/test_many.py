@@ -24,7 +24,7 @@ from kcwb.discovery.sequential import acdc_sequential
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import load_model
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.handmade import copying_head, induction, key_value_lookup
 from tests.tasks import TEMPLATE, known_relation, relation_of
 from tests.tiny import tiny_hf, tokenizer

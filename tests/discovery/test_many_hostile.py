@@ -19,8 +19,8 @@ from kcwb.discovery.many import discover_many
 from kcwb.errors import CircuitError, DataError, KcwbError, SettingError
 from kcwb.evaluation.confidence import confidence_curve
 from kcwb.models.loading import Model, load_model
-from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.shots import make_shots
+from kcwb.tasks.task import Task, make_task
 from tests.editing.conftest import large_edit
 from tests.full_disk import full_disk
 from tests.tasks import TEMPLATE, known_relation

@@ -10,8 +10,8 @@ from kcwb.circuits.run import run_circuit
 from kcwb.discovery.sequential import acdc_sequential, layer_order, receiver_order, sender_order
 from kcwb.models.graph import Graph
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import make_task
 
 
 def test_receivers_are_visited_from_the_output_to_the_input() -> None:

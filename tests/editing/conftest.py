@@ -13,8 +13,8 @@ import torch
 from kcwb.editing.edit import Edit, edit
 from kcwb.models.loading import Model
 from kcwb.studies.editing_account.comparison import EditComparison, compare_edit
-from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Fact, Relation
+from kcwb.tasks.task import Task, make_task
 from tests.tasks import known_relation
 from tests.tiny import tiny_model
 

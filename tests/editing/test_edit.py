@@ -16,8 +16,8 @@ from kcwb.editing.registry import METHODS
 from kcwb.editing.scores import generate
 from kcwb.errors import KcwbError, ModelError, SettingError
 from kcwb.models.families import FAMILIES
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import make_task
 from tests.editing.conftest import FACT, QUICK, TEMPLATE, same_bits, weights
 from tests.tasks import known_relation
 

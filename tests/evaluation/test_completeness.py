@@ -17,7 +17,7 @@ from kcwb.evaluation.completeness import completeness
 from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
 from kcwb.statistics import mean_interval, proportion_interval
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tasks import answer_ids, known_relation, relation_of, unpadded_logits
 from tests.tiny import tiny_model
 

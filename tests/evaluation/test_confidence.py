@@ -13,7 +13,7 @@ from kcwb.errors import CircuitError, DataError
 from kcwb.evaluation.completeness import completeness
 from kcwb.evaluation.confidence import confidence_curve
 from kcwb.statistics import proportion_interval
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tasks import known_relation
 from tests.tiny import tiny_model
 

@@ -26,7 +26,7 @@ from kcwb.evaluation.faithfulness import (
 )
 from kcwb.statistics import statistic_interval
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tasks import known_relation, relation_of
 from tests.tiny import tiny_model
 

@@ -16,7 +16,7 @@ from kcwb.discovery.selection import select_edges
 from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.evaluation.frontiers import edges_for, frontier
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tasks import known_relation
 
 

@@ -15,7 +15,7 @@ from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.evaluation.overlap import circuit_overlap, relation_matrix, shared_heads
 from kcwb.models.graph import Graph
 from kcwb.reading.roles import TOO_FEW, head_roles
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.ensembles import certain, drawn
 from tests.handmade import additive
 

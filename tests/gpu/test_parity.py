@@ -10,7 +10,7 @@ from kcwb.circuits.run import run_circuit
 from kcwb.discovery.baselines import random_circuit
 from kcwb.discovery.discover import discover, score_edges
 from kcwb.models.loading import Model, load_model
-from kcwb.tasks.prompts import Task, make_task
+from kcwb.tasks.task import Task, make_task
 from tests.tiny import tiny_hf, tokenizer, word_relation
 
 FAMILIES = ["gpt2", "llama", "qwen3", "neox", "gemma2", "opt"]

@@ -14,7 +14,7 @@ import transformers as T
 
 from kcwb.discovery.discover import discover, score_edges
 from kcwb.models.loading import load_model
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tasks import known_relation
 from tests.tiny import WORDS, tokenizer
 

@@ -14,8 +14,9 @@ from kcwb.circuits.run import run_circuit
 from kcwb.errors import CircuitError, SettingError
 from kcwb.interventions.nodes import ablate_nodes, ablation_summary
 from kcwb.studies.hallucination.measurement import task_of as task_with
-from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import make_task
 from tests.handmade import copying_head
 from tests.reading.test_nodes import half, task_of
 from tests.tasks import TEMPLATE, answer_ids, relation_of, slow_rank, unpadded_logits

@@ -23,8 +23,9 @@ from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.reading.roles import TOO_FEW, head_roles
 from kcwb.statistics import matched_head_sets
-from kcwb.tasks.prompts import Prompts, Task, make_task
+from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.tasks.task import Task, make_task
 from tests.ensembles import certain, drawn
 from tests.handmade import Handmade, additive, copying_head, key_value_lookup
 

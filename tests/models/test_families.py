@@ -16,8 +16,8 @@ from kcwb.errors import ModelError, SettingError
 from kcwb.evaluation.completeness import completeness
 from kcwb.models.families import ENCODERS, FAMILIES, Family, register
 from kcwb.models.loading import load_model
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import make_task
 from tests import tiny as zoo
 
 

@@ -16,7 +16,7 @@ from kcwb.models.forward import forward
 from kcwb.models.rules import GIM, RELP, TRUE, Rules
 from kcwb.models.weights import Norm
 from kcwb.tasks.metrics import at_answers, make_loss
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tiny import tiny_model
 
 EVERY = Rules(True, 3.0, 0.25, 0.5, 0.5, True, False)

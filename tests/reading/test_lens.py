@@ -14,8 +14,9 @@ from transformer_lens.tools.analysis.logit_lens import logit_lens
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.reading.lens import WHO, arrival, lens, lens_by_fact
-from kcwb.tasks.prompts import Prompts, Task, encode, make_task
+from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.relations import Fact, load_relation
+from kcwb.tasks.task import Task, make_task
 from tests.handmade import Handmade, copying_head, key_value_lookup
 
 OBJECT, SUBJECT, AT_SUBJECT = WHO

@@ -22,7 +22,7 @@ from kcwb.reading.nodes import (
     node_edges,
     node_logits,
 )
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.handmade import copying_head, key_value_lookup
 from tests.tasks import (
     known_relation,

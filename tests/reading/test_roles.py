@@ -24,8 +24,9 @@ from kcwb.reading.roles import (
     head_roles,
     role_agreement,
 )
-from kcwb.tasks.prompts import Task, encode, make_task
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact, load_relation
+from kcwb.tasks.task import Task, make_task
 from tests.ensembles import certain, drawn
 from tests.handmade import Handmade, additive, copying_head, key_value_lookup
 from tests.tiny import tiny_hf, tokenizer

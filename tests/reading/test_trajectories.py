@@ -10,8 +10,9 @@ import torch
 
 from kcwb.reading.lens import lens_by_fact
 from kcwb.reading.trajectories import read_trajectories
-from kcwb.tasks.prompts import Task, encode, make_task
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import Task, make_task
 from tests.handmade import copying_head
 from tests.tasks import known_relation, unpadded_logits
 

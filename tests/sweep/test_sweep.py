@@ -30,8 +30,8 @@ from kcwb.models import worker
 from kcwb.models.loading import load_model
 from kcwb.sweep import what as module
 from kcwb.sweep.what import connect, read_sweep, read_sweep_file, sweep
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Relation, load_relation
+from kcwb.tasks.task import make_task
 from tests.full_disk import full_disk
 from tests.tiny import tiny_hf, tokenizer
 

@@ -14,9 +14,10 @@ from kcwb.discovery.acdc import Search
 from kcwb.discovery.checkpoint import fingerprint
 from kcwb.errors import DataError
 from kcwb.tasks.metrics import answer_ranks, make_loss
-from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.ranks import NEVER, rank_of, rank_of_best
 from kcwb.tasks.relations import Fact, Relation, load_relation
+from kcwb.tasks.task import make_task
 from kcwb.tasks.variants import with_other_partners, with_shuffled_answers
 from tests.tiny import WORDS
 

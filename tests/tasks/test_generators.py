@@ -9,7 +9,7 @@ import pytest
 from kcwb.errors import SettingError
 from kcwb.reading.roles import head_roles
 from kcwb.tasks import generators
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from kcwb.tasks.tokens import encode_one
 
 ALL = [

@@ -12,8 +12,8 @@ import pytest
 
 from kcwb.errors import DataError, SettingError
 from kcwb.tasks.mib import load_mib_task
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import make_task
 
 _IOI = "When {0} and {1} went to the park, {2} gave a ball to"
 IOI = {

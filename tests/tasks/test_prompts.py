@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.models.loading import load_model
-from kcwb.tasks.prompts import Prompts, encode, make_task
+from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import make_task
 from tests.tasks import (
     TEMPLATE,
     answer_ids,

@@ -14,10 +14,11 @@ from kcwb.circuits.run import run_circuit
 from kcwb.editing.cases import edit_cases
 from kcwb.errors import DataError
 from kcwb.tasks.metrics import answer_ranks, at_answers, hit_at_k
-from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.ranks import NEVER, WORST, deciding_tokens, rank_product
 from kcwb.tasks.relations import Fact, Relation, load_relation
 from kcwb.tasks.shots import make_shots
+from kcwb.tasks.task import make_task
 from tests.tasks import TEMPLATE, answer_ids, relation_of, slow_rank
 
 #: Objects of one to three tokens; all but the last two begin as another one does.

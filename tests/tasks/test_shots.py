@@ -12,9 +12,9 @@ import torch
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import load_model
 from kcwb.tasks.demonstrations import deranged
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Fact
 from kcwb.tasks.shots import GROUPS, KINDS, ShotTask, make_shots, shot_tasks
+from kcwb.tasks.task import make_task
 from tests.tasks import known_relation, prompt_ids, relation_of
 from tests.tiny import tiny_hf, tokenizer
 

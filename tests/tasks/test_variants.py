@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from kcwb.errors import DataError
-from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
 from kcwb.tasks.shots import make_shots
+from kcwb.tasks.task import make_task
 from kcwb.tasks.variants import in_other_words, with_other_partners, with_shuffled_answers
 from tests.tasks import answer_ids, known_relation, prompt_ids, relation_of
 

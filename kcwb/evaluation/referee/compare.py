@@ -15,7 +15,7 @@ from kcwb.evaluation.referee.referee import referee
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Share
-from kcwb.tasks.prompts import Task
+from kcwb.tasks.task import Task
 from kcwb.verbs import verb
 
 

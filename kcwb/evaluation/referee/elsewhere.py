@@ -32,8 +32,8 @@ from kcwb.evaluation.referee.scores import Scores
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.statistics import statistic_interval
-from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Relation, load_relation, relation_files
+from kcwb.tasks.task import Task, make_task
 
 ABLATIONS = ("zero", "mean", "resample")
 _FALLBACK = "eap-ig"

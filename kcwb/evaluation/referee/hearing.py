@@ -29,8 +29,9 @@ from kcwb.evaluation.referee.words import ALPHA, questions_table
 from kcwb.models.loading import Model
 from kcwb.parallel import on_each_core
 from kcwb.progress import Progress, track
-from kcwb.tasks.prompts import Prompts, Task, encode
+from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import Task
 from kcwb.tasks.tokens import told_apart
 
 #: Of what the model gains over nothing: a difference of scores that is no matter.

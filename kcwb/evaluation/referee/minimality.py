@@ -29,7 +29,7 @@ from kcwb.parallel import on_each_core
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.tasks.metrics import METRICS
-from kcwb.tasks.prompts import Task, check_same_weights
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 _TRIES = 1000

@@ -34,8 +34,8 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Count, Natural, Seed, Share
 from kcwb.tasks.metrics import METRICS
-from kcwb.tasks.prompts import Task, check_same_weights
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 _VERSION = 3  # of what is asked; a kept judgement of another one is not read

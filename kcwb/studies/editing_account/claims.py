@@ -18,8 +18,8 @@ from kcwb.reading.roles import strongest_movers
 from kcwb.settings import Count, Seed, at_least
 from kcwb.statistics import mean_interval
 from kcwb.studies.editing_account.comparison import compare_edit
-from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import Task, make_task
 from kcwb.verbs import verb
 
 

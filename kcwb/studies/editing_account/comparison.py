@@ -58,8 +58,9 @@ from kcwb.settings import Count, Seed, at_least
 from kcwb.studies.editing_account.transport import mlp_outputs, trace_blocks, transport
 from kcwb.studies.fact_circuits import FactDraw, fact_draws, fact_ensemble, found_with
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, Task, check_same_weights, encode
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, encode
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 #: Logits: the least |D_S| + |D_R| with which a head has a role on a single prompt.

@@ -36,8 +36,9 @@ from kcwb.reading.roles import circuit_heads, strongest_movers
 from kcwb.reading.trajectories import WHERE, WHO, Trajectories, read_trajectories
 from kcwb.settings import Count, Seed
 from kcwb.studies.hallucination.description import describe
-from kcwb.tasks.prompts import Prompts, Task, encode, make_task
+from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.relations import Fact, Relation, load_relation, require_subjects
+from kcwb.tasks.task import Task, make_task
 from kcwb.verbs import verb
 
 FAILURES = ("none", "enrichment", "selection")

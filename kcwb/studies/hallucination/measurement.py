@@ -26,8 +26,9 @@ from kcwb.reading.positions import check_prompts, position_groups, says_its_obje
 from kcwb.reading.roles import head_roles
 from kcwb.reading.trajectories import read_trajectories
 from kcwb.settings import Seed, at_least
-from kcwb.tasks.prompts import Prompts, Task, encode
+from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.relations import Fact, Relation, load_relation, require_subjects
+from kcwb.tasks.task import Task
 from kcwb.tasks.tokens import object_tokens
 from kcwb.verbs import verb
 

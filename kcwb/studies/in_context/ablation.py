@@ -15,8 +15,9 @@ from kcwb.reading.positions import split_of, told_at_end
 from kcwb.settings import Count, Seed
 from kcwb.statistics import matched_head_sets, p_value
 from kcwb.studies.in_context.accuracy import hit_shares
-from kcwb.tasks.prompts import Prompts, check_same_weights
+from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.shots import ShotTask
+from kcwb.tasks.task import check_same_weights
 from kcwb.verbs import verb
 
 #: What is taken out, in the order of the paper's table.

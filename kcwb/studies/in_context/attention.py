@@ -16,8 +16,8 @@ from kcwb.reading.trajectories import layer_streams
 from kcwb.settings import Seed
 from kcwb.statistics import chance_range, matched_head_sets, p_value
 from kcwb.studies.in_context.ablation import asked_prompts
-from kcwb.tasks.prompts import check_same_weights
 from kcwb.tasks.shots import GROUPS, ShotTask
+from kcwb.tasks.task import check_same_weights
 from kcwb.verbs import verb
 
 

@@ -18,8 +18,8 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed, Share
 from kcwb.studies.fact_circuits import found_with, resampled_circuit, resampled_weights, scores_by_fact, senders_in
-from kcwb.tasks.prompts import check_same_weights
 from kcwb.tasks.shots import ShotTask
+from kcwb.tasks.task import check_same_weights
 from kcwb.verbs import verb
 
 #: In how many of the resamples a head must be new, or shared.

@@ -20,7 +20,7 @@ from kcwb.progress import Progress, track
 from kcwb.settings import Count
 from kcwb.studies.fact_circuits import found_with, scores_by_fact
 from kcwb.tasks.hops import HOPS, Hops
-from kcwb.tasks.prompts import Task, check_same_weights
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
 #: The union of the two hops' circuits.

@@ -25,9 +25,10 @@ from kcwb.reading.trajectories import layer_streams
 from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.compose import Wording
 from kcwb.tasks.hops import Hops
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, check_same_weights
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import check_same_weights
 from kcwb.tasks.tokens import answer_tokens, encode_one
 from kcwb.verbs import verb
 

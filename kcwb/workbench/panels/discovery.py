@@ -20,8 +20,8 @@ from kcwb.models.loading import Model
 from kcwb.outputs import CIRCUIT, check_output
 from kcwb.progress import ProgressCallback
 from kcwb.reading.roles import head_roles
-from kcwb.tasks.prompts import Task
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import Task
 from kcwb.workbench import tables
 from kcwb.workbench.graph.page import graph_view
 from kcwb.workbench.panels import results

@@ -21,8 +21,8 @@ from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
 from kcwb.studies.editing_account.comparison import EditComparison, compare_edit
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import make_task
 from kcwb.workbench import tables
 from kcwb.workbench.graph.page import GraphView, graph_view
 from kcwb.workbench.panels.base import Panel

@@ -20,8 +20,8 @@ from kcwb.evaluation.confidence import confidence_curve
 from kcwb.models.loading import Model
 from kcwb.outputs import ENSEMBLE, check_output
 from kcwb.progress import ProgressCallback
-from kcwb.tasks.prompts import Task, check_same_weights
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.workbench import tables
 from kcwb.workbench.graph.page import graph_view
 from kcwb.workbench.panels import sureness

@@ -20,7 +20,8 @@ from kcwb.interventions.nodes import ablate_nodes, ablation_summary
 from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
 from kcwb.reading.nodes import attention_pattern, component_logits, node_edges
-from kcwb.tasks.prompts import Prompts, Task, check_same_weights
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task, check_same_weights
 from kcwb.workbench import tables
 from kcwb.workbench.graph.page import graph_view
 from kcwb.workbench.panels.base import Panel

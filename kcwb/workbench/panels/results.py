@@ -10,7 +10,8 @@ import pandas as pd
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.selection import was_pruned
 from kcwb.evaluation.referee.judgement import Judgement
-from kcwb.tasks.prompts import Prompts, Task
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task
 from kcwb.workbench import tables
 from kcwb.workbench.panels.widgets import brief
 

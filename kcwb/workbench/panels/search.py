@@ -14,8 +14,8 @@ from kcwb.discovery.selection import resize
 from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
-from kcwb.tasks.prompts import Task, make_task
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import Task, make_task
 from kcwb.workbench.panels.runner import Latest
 from kcwb.workbench.panels.widgets import duration
 

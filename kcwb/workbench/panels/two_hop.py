@@ -23,8 +23,8 @@ from kcwb.studies.two_hop.lens import PLACES, hop_arrival, hop_lens, lens_summar
 from kcwb.studies.two_hop.overlap import hop_overlap
 from kcwb.tasks.compose import Composition
 from kcwb.tasks.hops import ASKED, HopAnswers, Hops, ask_hops, funnel, make_hops
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.task import make_task
 from kcwb.workbench import tables
 from kcwb.workbench.graph.page import compare_view
 from kcwb.workbench.panels.base import Panel

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from kcwb.circuits.circuit import Circuit
     from kcwb.models.loading import Model
-    from kcwb.tasks.prompts import Task
+    from kcwb.tasks.task import Task
 
 PROVENANCE = "application/vnd.kcwb.provenance+json"
 """The type of output whose content goes into the footer of a report: `{"entries": [{"kind", "name", "digest", …}]}`."""
@@ -46,7 +46,7 @@ def _describe_model(name: str, digest: str, dtype: str, device: str) -> dict[str
 
 
 def _describe(item: Task | Circuit) -> list[dict[str, Any]]:
-    from kcwb.tasks.prompts import Task
+    from kcwb.tasks.task import Task
 
     if isinstance(item, Task):
         relation = {"kind": "relation", "name": item.relation.name, "digest": item.relation.digest}

@@ -15,7 +15,7 @@ from kcwb.errors import CircuitError, SettingError
 from kcwb.evaluation.referee.minimality import choose_edges, minimality, random_path
 from kcwb.models.graph import Graph
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.tasks import known_relation
 
 

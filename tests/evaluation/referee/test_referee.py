@@ -23,7 +23,7 @@ from kcwb.evaluation.referee.hearing import judged_facts
 from kcwb.evaluation.referee.judgement import NO, YES, Judgement
 from kcwb.evaluation.referee.referee import referee
 from kcwb.tasks.metrics import make_loss
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests import handmade
 from tests.ensembles import drawn
 

@@ -10,8 +10,8 @@ import torch
 from kcwb.editing.cases import EditCase
 from kcwb.studies.editing_account.claims import account, compare_edits, edit_claims
 from kcwb.studies.editing_account.comparison import compare_edit
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import make_task
 from tests.editing.conftest import TEMPLATES, large_edit, same_bits, weights
 from tests.tasks import prompt_ids
 

@@ -17,7 +17,7 @@ from kcwb.studies.editing_account.comparison import (
 )
 from kcwb.studies.editing_account.transport import transport
 from kcwb.studies.fact_circuits import FactDraw
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.editing.conftest import large_edit, same_bits, weights
 from tests.tasks import prompt_ids
 from tests.tiny import tiny_model

@@ -13,8 +13,9 @@ from kcwb.reading.dla import dla_by_source
 from kcwb.reading.lens import lens_by_fact
 from kcwb.reading.trajectories import WHERE, WHO
 from kcwb.studies.hallucination.diagnosis import Diagnosis, diagnose
-from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
+from kcwb.tasks.task import make_task
 from tests.handmade import Handmade, additive, copying_head
 from tests.tasks import unpadded_logits
 

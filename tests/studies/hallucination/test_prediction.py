@@ -26,8 +26,9 @@ from kcwb.studies.hallucination.prediction import (
     head_features,
     predict_wrong,
 )
-from kcwb.tasks.prompts import encode, make_task
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact, Relation
+from kcwb.tasks.task import make_task
 from tests.handmade import additive
 from tests.tasks import known_relation
 

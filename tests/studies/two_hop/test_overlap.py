@@ -21,7 +21,7 @@ from kcwb.studies.two_hop.lens import hop_arrival, hop_lens
 from kcwb.studies.two_hop.overlap import PARTS, hop_overlap
 from kcwb.tasks.compose import compose
 from kcwb.tasks.hops import ask_hops, make_hops
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from tests.ensembles import certain, drawn
 from tests.studies.two_hop.conftest import made_by_hand
 

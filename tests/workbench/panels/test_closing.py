@@ -15,7 +15,7 @@ from ipywidgets.widgets import widget as registry
 import kcwb
 from kcwb.editing.edit import edit
 from kcwb.errors import CircuitError, KcwbError, SettingError
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from kcwb.workbench.panels import life, search
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.discovery import DiscoveryPanel

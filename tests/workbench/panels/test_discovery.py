@@ -19,8 +19,8 @@ import kcwb
 from kcwb.discovery.discover import discover
 from kcwb.errors import CircuitError, DataError, KcwbError, SettingError
 from kcwb.reading.nodes import node_edges
-from kcwb.tasks.prompts import make_task
 from kcwb.tasks.relations import Fact, Relation
+from kcwb.tasks.task import make_task
 from kcwb.workbench.panels import discovery as panels
 from kcwb.workbench.panels import life, search
 from kcwb.workbench.panels.discovery import DiscoveryPanel

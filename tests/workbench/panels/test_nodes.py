@@ -17,7 +17,7 @@ from kcwb.errors import CircuitError, SettingError
 from kcwb.interventions.nodes import ablate_nodes
 from kcwb.models.graph import Graph
 from kcwb.reading.nodes import attention_pattern, component_logits, node_edges
-from kcwb.tasks.prompts import Task, make_task
+from kcwb.tasks.task import Task, make_task
 from kcwb.workbench.panels import nodes as nodepanel
 from kcwb.workbench.panels.clicks import GRAPH_CLASS, GraphClicks
 from kcwb.workbench.panels.life import PANEL_CLASS

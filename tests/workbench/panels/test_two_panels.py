@@ -16,7 +16,7 @@ import pytest
 import kcwb
 from kcwb.discovery.discover import discover
 from kcwb.errors import KcwbError, SettingError
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from kcwb.workbench.panels import discovery as panels
 from kcwb.workbench.panels import edit as editpanel
 from kcwb.workbench.panels import search

@@ -21,7 +21,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.cli import main
 from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.models.graph import Graph
-from kcwb.tasks.prompts import make_task
+from kcwb.tasks.task import make_task
 from kcwb.workbench.report import pdf
 from kcwb.workbench.report import provenance as provenances
 from kcwb.workbench.report.page import _STATE, _VIEW, notebook_body, tex_to_html

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
@@ -34,13 +35,22 @@ class _Parser(argparse.ArgumentParser):
         raise SettingError(f"{message}. See {self.prog} --help.")
 
 
+class _Help(argparse.HelpFormatter):
+    """Lines that do not end within a name such as `ig-prune`."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kcwb", description="Knowledge Circuits Workbench.")
     parser.add_argument("--version", action="version", version=f"kcwb {kcwb.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (run, options) in COMMANDS.items():
         words = run.__doc__ or name
-        one = commands.add_parser(name, help=words.splitlines()[0].replace("%", "%%"), description=words)
+        one = commands.add_parser(
+            name, help=words.splitlines()[0].replace("%", "%%"), description=words, formatter_class=_Help
+        )
         one.set_defaults(run=run)
         for names, settings in options:
             one.add_argument(*names, **settings)

@@ -13,14 +13,13 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed
 from kcwb.tasks.prompts import encode
+from kcwb.tasks.records import read_json, readable
 from kcwb.tasks.relations import (
     Fact,
     Relation,
     check_template,
     load_relation,
     load_relations,
-    read_json,
-    readable,
     require_subjects,
 )
 from kcwb.tasks.subjects import blank

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from kcwb.errors import DataError
 from kcwb.settings import Count
 from kcwb.tasks.compose import Chain, Composition, Wording, drop_copies
-from kcwb.tasks.relations import Fact, Relation, read_json, readable
+from kcwb.tasks.records import read_json, readable
+from kcwb.tasks.relations import Fact, Relation
 from kcwb.tasks.subjects import blank
 from kcwb.verbs import verb
 

@@ -20,14 +20,15 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from kcwb.errors import DataError, SettingError, nearest
 from kcwb.files import write_text
+from kcwb.tasks.records import read_json, readable
 from kcwb.verbs import noun, verb
 
 
@@ -249,45 +250,6 @@ def load_relations(folder: str | Path | None = None) -> list[Relation]:
         If there is no such folder, or files in it but none that can be read.
     """
     return readable(relation_files(folder).values(), load_relation, "relations")
-
-
-Place = TypeVar("Place")
-Read = TypeVar("Read")
-
-
-def readable(places: Iterable[Place], read: Callable[[Place], Read], what: str) -> list[Read]:
-    """What can be read of some places; warns of the others, or raises DataError if there is nothing else."""
-    found, reasons = [], []
-    for place in places:
-        try:
-            found.append(read(place))
-        except DataError as error:
-            reasons.append(f"{error}")
-    if reasons:
-        shown = [*reasons[:5], *(["..."] if len(reasons) > 5 else [])]
-        words = f"{len(reasons)} of {len(found) + len(reasons)} {what} cannot be read: {' '.join(shown)}"
-        if not found:
-            raise DataError(words if len(reasons) > 1 else reasons[0])
-        warnings.warn(f"Left out: {words}", stacklevel=3)
-    return found
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; DataError, which names the place, if it cannot be read."""
-    try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"There is no file {path}.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}. Save it as UTF-8."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}.") from error
 
 
 def _parse(data: Any, path: Path) -> Relation:

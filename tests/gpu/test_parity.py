@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -45,10 +47,10 @@ def test_scores(pair, method: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "settings"), [("acdc", {"tau": 0.003}), ("ig-prune", {"edges": 20})])
-def test_searches(pair, method: str, settings) -> None:
+def test_searches(pair, method: str, settings: dict[str, Any]) -> None:
     """Rounding may decide a near tie otherwise, and what follows it; most edges are the same."""
     (here, task), (there, other) = pair
-    settings = {**settings, "progress": False} | ({"checkpoint": False} if method == "acdc" else {})
+    settings = {**settings, "progress": False, **({"checkpoint": False} if method == "acdc" else {})}
     ours, theirs = (discover(m, t, method, **settings).kept for m, t in ((here, task), (there, other)))
     assert ours.any() and int((ours & theirs).sum()) >= 0.7 * int((ours | theirs).sum())
 

@@ -18,7 +18,12 @@ from kcwb.tasks.task import make_task
 from tests.tasks import known_relation
 from tests.tiny import WORDS, tokenizer
 
-_LLAMA = {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4}
+_LLAMA: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
 
 
 def _gpt2(layers: int, width: int, heads: int) -> Any:

@@ -113,7 +113,8 @@ def frontier(
     if abs(float(possible.mean())) < 1e-6:
         raise DataError(f"With all edges cut {model.name} answers {task.relation.name} as well as with none.")
     curves, summary = [], []
-    with track(progress, len(chosen) * (1 + len(sizes)), "frontier") as step:
+    runs = len(chosen) * (1 + len(sizes)) + sum(map(len, (circuits or {}).values()))
+    with track(progress, runs, "frontier") as step:
 
         def measure(name: str, asked: Sequence[float], found: Sequence[Circuit], spent: tuple[float, float]) -> None:
             gained = np.stack([scores.empty.losses[metric] - one.losses[metric] for one in scores.each(found, step)])

@@ -10,7 +10,9 @@ from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery.baselines import random_circuit
 from kcwb.discovery.discover import discover
+from kcwb.discovery.methods import edgepruning as module
 from kcwb.discovery.methods.edgepruning import chance_open, edge_pruning, hard_concrete
+from kcwb.errors import SettingError
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.task import make_task
 from tests.tasks import known_relation
@@ -72,3 +74,13 @@ def test_it_can_be_cancelled(tiny) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         discover(model, task, "edge-pruning", progress=stop)
+
+
+def test_a_start_that_holds_no_path_is_refused(tiny, monkeypatch) -> None:
+    model = tiny("llama")
+    task = make_task(model, known_relation(model, 9), n=3)
+    first = torch.zeros(model.graph.exists.shape)
+    first[model.graph.edge_index("input->m0")] = 1.0  # whose output nothing reads
+    monkeypatch.setattr(module, "attribution_scores", lambda *_, **__: first)
+    with pytest.raises(SettingError, match="start=1"):
+        discover(model, task, "edge-pruning", edges=1, start=1, progress=False)

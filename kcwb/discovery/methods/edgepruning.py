@@ -25,6 +25,7 @@ from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.gates import GatedLoss
 from kcwb.discovery.registry import Method, Pruning, check_size
 from kcwb.discovery.selection import matched_circuit, select_edges
+from kcwb.errors import SettingError
 from kcwb.models import rules
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -59,7 +60,8 @@ def edge_pruning(
 ) -> Pruning:
     """Edges whose gates are open in the end, about `edges` of them on paths (1% of all); scores are `log_alpha`.
 
-    `updates` of Adam at learning rate `rate`; `seed` of the draws of gates.
+    `updates` of Adam at learning rate `rate`; `seed` of the draws of gates. SettingError if no path is among the edges
+    that it starts with.
     """
     graph, gated, device = model.graph, GatedLoss(model, loss, ablation), model.device
     edges = check_size(graph, edges, model.name)
@@ -68,8 +70,10 @@ def edge_pruning(
     kept = select_edges(graph, first, edges=min(max(start, edges), graph.n_edges), select="absolute")
     kept = Circuit(graph, kept).without_dangling().kept
     places = kept.nonzero()
+    if not len(places):
+        raise SettingError(f"start={start}: the edges of highest score lead from nowhere to nowhere. Start with more.")
     ranks = first[*places.T].abs().argsort().argsort().float()
-    log_alpha = ((ranks + 0.5) / max(1, len(places))).logit().to(device).requires_grad_()
+    log_alpha = ((ranks + 0.5) / len(places)).logit().to(device).requires_grad_()
     multipliers = torch.zeros(2, device=device, requires_grad=True)
     descent = torch.optim.Adam([log_alpha], lr=rate)
     ascent = torch.optim.Adam([multipliers], lr=5 * rate, maximize=True)
@@ -92,6 +96,7 @@ def edge_pruning(
     scores = torch.full(graph.exists.shape, -1e9)
     scores[*places.T] = log_alpha.detach().cpu()
     found = matched_circuit(graph, scores, min(edges, len(places))).kept & kept
+    found = Circuit(graph, found).without_dangling().kept
     report = {"loss": gated.of(found), "open": float(chance_open(log_alpha.detach()).sum())}
     return Pruning(found, scores.masked_fill(~kept, math.nan), report)
 

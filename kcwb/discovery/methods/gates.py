@@ -35,18 +35,19 @@ def ig_prune(
 ) -> Float[Tensor, "S R"]:
     """The place of each edge in the order in which edges are cut, over how many there are: 1 for the one cut last.
 
-    It begins with the `start` edges of highest |score| by `gim` (its gradients averaged over five points). In each of
-    `rounds` rounds the gates of what is left are scored by integrated gradients over `steps` points, and the weakest
-    edges are cut, the same share each time: by |score| as long as there are more than `signed_below` edges, so that
-    what opposes the answer stays to be opposed, and by score below. Of the edges that a round cuts, those of small
-    |score| go first, and those that then dangle last.
+    All but the `start` edges of highest |score| by `gim` (its gradients averaged over five points) are cut at once, and
+    rank by that. In each of `rounds` rounds the gates of what is left are scored by integrated gradients over `steps`
+    points, and the weakest edges are cut, the same share each time: by |score| as long as there are more than
+    `signed_below` edges, so that what opposes the answer stays to be opposed, and by score below. Of the edges that a
+    round cuts, those of small |score| go first, and those that then dangle last.
     """
     graph, gated = model.graph, GatedLoss(model, loss, ablation)
     first = attribution_scores(model, loss, ablation, steps=5, rules=rules.GIM)
     kept = select_edges(graph, first, edges=min(start, graph.n_edges), select="absolute")
     kept = Circuit(graph, kept).without_dangling().kept
     share = (_FEWEST / max(_FEWEST, int(kept.sum()))) ** (1 / rounds)
-    order: list[Tensor] = []  # edges that are cut, the weakest first
+    others = (graph.exists & ~kept).nonzero()
+    order = [others[first[*others.T].abs().argsort(stable=True)]]  # edges that are cut, the weakest first
     with track(progress, rounds + 1, "ig-prune") as step:
         for _ in range(rounds):
             edges, sizes = _by_strength(gated, kept, signed_below, steps)
@@ -64,7 +65,7 @@ def ig_prune(
         step()
     ranked = torch.cat(order)
     places = torch.zeros(graph.exists.shape)
-    places[*ranked.T] = torch.arange(1, len(ranked) + 1) / max(1, len(ranked))
+    places[*ranked.T] = torch.arange(1, len(ranked) + 1) / len(ranked)
     return places
 
 

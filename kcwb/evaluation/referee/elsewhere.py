@@ -24,7 +24,7 @@ from torch import Tensor
 from kcwb.circuits.ablation import AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import score_edges
-from kcwb.discovery.methods import scoring
+from kcwb.discovery.methods import METHODS, scoring
 from kcwb.discovery.selection import matched_circuit
 from kcwb.errors import DataError, SettingError
 from kcwb.evaluation.faithfulness import recovered_share
@@ -135,10 +135,12 @@ def edge_scores(
     method = str(recorded.get("method"))
     method = method if method in scoring() else _FALLBACK
     given = recorded.get("parameters")
-    steps = given.get("steps") if isinstance(given, dict) and method == recorded.get("method") else None
+    own: dict[str, Any] = {}
+    if isinstance(given, dict) and method == recorded.get("method"):
+        own = {name: given[name] for name in METHODS[method].own if name in given}
     metric = metric or str(recorded.get("metric", "nll"))
     try:
-        return score_edges(model, task, method, metric=metric, ablation=ablation, steps=steps, progress=False)
+        return score_edges(model, task, method, metric=metric, ablation=ablation, progress=False, **own)
     except SettingError as error:  # a metric, or a setting, of another version
         warnings.warn(f"Other circuits are scored by {_FALLBACK}, not as this one was found: {error}", stacklevel=2)
         return score_edges(model, task, _FALLBACK, ablation=ablation, progress=False)

@@ -26,8 +26,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kcwb.errors import DataError, SettingError, choose, shown
-from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.forward import forward
 from kcwb.models.loading import Model
+from kcwb.models.memory import by_prompts
 from kcwb.models.network import Network
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task
@@ -315,7 +316,10 @@ def _mean_outputs(network: Network, prompts: Prompts) -> tuple[Float[Tensor, "S 
     classes = PositionClasses.over(prompts.ends, real)
     weights = classes.weights(prompts.ends, real)
     means = torch.zeros(network.graph.n_senders, weights.shape[-1], network.d_model, device=network.device)
-    for rows in prompt_chunks(network, prompts.tokens):
-        senders = sender_outputs(network, prompts.tokens[rows])
-        means += weights[rows].flatten(0, 1).T @ senders.flatten(1, 2).float()
+
+    def work(rows: slice) -> Tensor:
+        return weights[rows].flatten(0, 1).T @ sender_outputs(network, prompts.tokens[rows]).flatten(1, 2).float()
+
+    for part in by_prompts(network, prompts.tokens, work, what="mean"):
+        means += part
     return means.to(network.dtype), classes

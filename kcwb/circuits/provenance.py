@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kcwb.errors import CircuitError
+from kcwb.models.memory import noted_pieces
 from kcwb.versions import versions
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ HOW = ("method", "ablation", "metric")
 
 
 def record(model: Model, task: Task, facts: Sequence[Fact], **more: Any) -> dict[str, Any]:
-    """What a circuit of some facts records of the model and the task that it was found on, ready for JSON."""
+    """What a circuit of some facts records of the model and the task that it was found on, ready for JSON.
+
+    `at_once` says how many prompts (or candidates) were computed together, by what was computed: their number decides
+    how sums are rounded, and it follows the free memory.
+    """
     return {
         "model": {
             "name": model.name,
@@ -37,6 +42,7 @@ def record(model: Model, task: Task, facts: Sequence[Fact], **more: Any) -> dict
         "facts": [[fact.subject, fact.object] for fact in facts],
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
+        **({"at_once": noted} if (noted := noted_pieces()) else {}),
         **more,
     }
 

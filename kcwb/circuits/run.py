@@ -13,8 +13,9 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.masked import MaskedRuns
 from kcwb.circuits.provenance import part
 from kcwb.errors import CircuitError
-from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.forward import forward
 from kcwb.models.loading import Model
+from kcwb.models.memory import by_prompts
 from kcwb.tasks.metrics import at_answers
 from kcwb.tasks.prompts import Prompts
 from kcwb.verbs import verb
@@ -61,16 +62,17 @@ def run_circuit(
             f"The mask has shape {tuple(kept.shape)}; {model.name} has {tuple(model.graph.exists.shape)} "
             "(senders, receivers)."
         )
-    logits = []
-    for rows in prompt_chunks(model.network, prompts.tokens):
-        part = prompts.select(range(len(prompts))[rows])
+
+    def work(rows: slice) -> Tensor:
+        part = prompts.select(rows)
         if kept is None:
             of_part = model.network.logits(at_answers(forward(model.network, part.tokens).residual, part))
         else:
             of_part = MaskedRuns(model.network, part, ablation.values(part)).logits(kept)
         missing = prompts.answers.shape[1] - of_part.shape[1]
-        logits.append(torch.nn.functional.pad(of_part, (0, 0, 0, missing)))
-    return torch.cat(logits)
+        return torch.nn.functional.pad(of_part, (0, 0, 0, missing))
+
+    return torch.cat([*by_prompts(model.network, prompts.tokens, work)])
 
 
 def check_same_model(model: Model, circuit: Circuit | Ensemble) -> None:

@@ -41,8 +41,8 @@ from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.propagate import Current, Need, Plan
 from kcwb.discovery.checkpoint import Checkpoint
 from kcwb.discovery.sequential import NEAR_TIE, Pruned, receiver_order, sender_order
-from kcwb.models.forward import memory_budget
 from kcwb.models.loading import Model
+from kcwb.models.memory import halving, memory_budget
 from kcwb.progress import Progress, track
 from kcwb.tasks.metrics import Loss
 from kcwb.verbs import verb
@@ -209,15 +209,10 @@ class Search:
 
         A batch for which there is not enough memory is halved.
         """
-        while True:
-            size = min(self._size(), one.largest, len(one.rows) - one.start)
-            batch = slice(one.start, one.start + size)
-            try:
-                return self._losses(one, batch)
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                one.largest = (size + 1) // 2
+        size = min(self._size(), one.largest, len(one.rows) - one.start)
+        losses = halving(size, lambda n: self._losses(one, slice(one.start, one.start + n)), "candidates")
+        one.largest = one.largest if len(losses) == size else len(losses)
+        return losses
 
     def _losses(self, one: _Receiver, batch: slice) -> list[float]:
         network, guess = self.model.network, one.expected[batch]

@@ -48,9 +48,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
-from kcwb.models.forward import Pass, forward, prompt_chunks
+from kcwb.models.forward import Pass, forward
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
+from kcwb.models.memory import by_prompts
 from kcwb.models.network import Network
 from kcwb.models.rules import TRUE, Rules
 from kcwb.progress import Progress, cancel_point, track
@@ -125,22 +126,28 @@ def conductance_by_fact(
 
 def _together(model: Model, loss: Loss, chunk: _Chunk, points: int, progress: Progress) -> Float[Tensor, "S R"]:
     scores = torch.zeros(model.graph.exists.shape, device=model.device)
-    for part in _parts(model, loss, points, progress):
-        scores += chunk(part) * (part.total / loss.total)
+    for found in _pieces(model, loss, points, lambda part: chunk(part) * (part.total / loss.total), progress):
+        scores += found
     return scores.cpu()
 
 
 def _each(model: Model, loss: Loss, chunk: _Chunk, points: int, progress: Progress) -> Float[Tensor, "N S R"]:
-    return torch.cat([chunk(part, by_fact=True).cpu() for part in _parts(model, loss, points, progress)])
+    return torch.cat([*_pieces(model, loss, points, lambda part: chunk(part, by_fact=True).cpu(), progress)])
 
 
-def _parts(model: Model, loss: Loss, points: int, progress: Progress) -> Iterator[Loss]:
-    """The metric on chunks of the prompts that fit into memory at so many points."""
+def _pieces(
+    model: Model, loss: Loss, points: int, chunk: Callable[[Loss], Tensor], progress: Progress
+) -> Iterator[Tensor]:
+    """What is made of the metric on as many of the prompts at once as fit into memory at so many points."""
+
+    def work(rows: slice) -> Tensor:
+        part = loss.select(rows)
+        found = chunk(part)
+        step(len(part.prompts))
+        return found
+
     with track(progress, len(loss.prompts), "attribution") as step:
-        for rows in prompt_chunks(model.network, loss.prompts.tokens, copies=_COPIES_PER_STEP * points):
-            part = loss.select(range(len(loss.prompts))[rows])
-            yield part
-            step(len(part.prompts))
+        yield from by_prompts(model.network, loss.prompts.tokens, work, _COPIES_PER_STEP * points, "attribution")
 
 
 def activation_scores(
@@ -149,33 +156,37 @@ def activation_scores(
     """Score every edge by EAP-IG, activations; parameters as in `attribution_scores`, progress per sender."""
     network, prompts = model.network, loss.prompts
     scores = torch.zeros(model.graph.exists.shape, device=model.device)
+
+    def work(rows: slice) -> Tensor:
+        part = loss.select(rows)
+        found = _activation_chunk(network, part, ablation, steps, lambda: step(len(part.prompts)))
+        return found * (part.total / loss.total)
+
     with track(progress, len(prompts) * model.graph.n_senders, "attribution") as step:
-        for rows in prompt_chunks(network, prompts.tokens, copies=_COPIES_PER_STEP * steps):
-            part = loss.select(range(len(prompts))[rows])
-            for sender, found in _activation_chunk(network, part, ablation, steps):
-                scores[sender] += found * (part.total / loss.total)
-                step(len(part.prompts))
+        for found in by_prompts(network, prompts.tokens, work, _COPIES_PER_STEP * steps, "attribution"):
+            scores += found
     return scores.cpu()
 
 
 def _activation_chunk(
-    network: Network, loss: Loss, ablation: Ablation, steps: int
-) -> Iterator[tuple[int, Float[Tensor, " R"]]]:
-    """Each sender with the scores of its edges."""
+    network: Network, loss: Loss, ablation: Ablation, steps: int, step: Callable[[], None]
+) -> Float[Tensor, "S R"]:
+    """The scores of some prompts, sender by sender."""
     graph, prompts = network.graph, loss.prompts
     ablated = ablation.values(prompts)
     with torch.no_grad():
         clean = forward(network, prompts.tokens, senders=True, receivers=True)
     shares = torch.arange(1, steps + 1, device=network.device, dtype=clean.residual.dtype) / steps
+    scores = torch.zeros(graph.exists.shape, device=network.device)
     for sender, output in enumerate(clean.senders):
         change = -output if ablated is None else ablated[sender] - output
         first, attention, stream = _behind(graph, sender, clean)
         points = stream + (1 - shares[:, None, None, None]) * change
         gradients = _gradients(network, loss, points, first, attention)
-        scores = torch.zeros(graph.n_receivers, device=network.device)
         for columns, gradient in gradients:
-            scores[columns] = gradient.flatten(1) @ change.flatten().float()
-        yield sender, scores
+            scores[sender, columns] = gradient.flatten(1) @ change.flatten().float()
+        step()
+    return scores
 
 
 def _behind(graph: Graph, sender: int, clean: Pass) -> tuple[int, bool, Float[Tensor, "N T D"]]:

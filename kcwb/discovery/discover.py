@@ -22,6 +22,7 @@ from kcwb.discovery.registry import Settled, read_within
 from kcwb.discovery.selection import select_edges, sure_signs
 from kcwb.errors import SettingError, choose
 from kcwb.models.loading import Model
+from kcwb.models.memory import noting_pieces
 from kcwb.progress import Progress
 from kcwb.settings import Positive
 from kcwb.tasks.metrics import Loss, kc_scale, make_loss
@@ -30,6 +31,7 @@ from kcwb.verbs import verb
 
 
 @verb
+@noting_pieces()
 def discover(
     model: Model,
     task: Task,
@@ -130,6 +132,7 @@ def score_edges(
 
 
 @verb
+@noting_pieces()
 def tau_path(
     model: Model,
     task: Task,

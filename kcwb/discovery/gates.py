@@ -20,12 +20,13 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.masked import SoftRuns
-from kcwb.models.forward import prompt_chunks
 from kcwb.models.loading import Model
+from kcwb.models.memory import HeldPieces
 from kcwb.tasks.metrics import Loss
 
 #: Stacks of all senders' outputs that one differentiated pass holds.
 _COPIES = 12
+_Piece = tuple[Loss, SoftRuns, float]  # the metric on some prompts, their runs, and their share of the whole
 
 
 class GatedLoss:
@@ -38,36 +39,41 @@ class GatedLoss:
     """
 
     def __init__(self, model: Model, loss: Loss, ablation: Ablation) -> None:
-        self.graph, self._parts = model.graph, []
-        for rows in prompt_chunks(model.network, loss.prompts.tokens, copies=_COPIES):
-            part = loss.select(range(len(loss.prompts))[rows])
+        self.graph, self._device = model.graph, model.device
+
+        def made(rows: slice) -> _Piece:
+            part = loss.select(rows)
             runs = SoftRuns(model.network, part.prompts, ablation.values(part.prompts))
-            self._parts.append((part, runs, part.total / loss.total))
+            return part, runs, part.total / loss.total
+
+        self._parts = HeldPieces(model.network, loss.prompts.tokens, made, _COPIES, "gates")
 
     def __call__(
         self, edges: Int[Tensor, "E 2"], gates: Float[Tensor, " E"], kept: Bool[Tensor, "S R"]
     ) -> tuple[float, Float[Tensor, " E"]]:
         """The loss with these gates on the edges that the mask `kept` has, and its gradient by them."""
-        total, gradient = 0.0, torch.zeros(len(edges), device=gates.device)
-        for part, runs, share in self._parts:
+
+        def work(piece: _Piece) -> tuple[float, Tensor]:
+            part, runs, share = piece
             with torch.enable_grad():
                 own = gates.detach().requires_grad_()
                 value = share * part(runs.gated(edges, own, kept))
                 (slope,) = torch.autograd.grad(value, own)
-            total += float(value.detach())
-            gradient += slope.float()
-        return total, gradient
+            return float(value.detach()), slope.float()
+
+        values, slopes = zip(*self._parts.run(work), strict=True)
+        return sum(values), torch.stack(slopes).sum(0)
 
     def of(self, kept: Bool[Tensor, "S R"]) -> float:
         """The loss of a circuit."""
-        return sum(share * float(part(runs.logits(kept))) for part, runs, share in self._parts)
+        return sum(self._parts.run(lambda piece: piece[2] * float(piece[0](piece[1].logits(kept)))))
 
     def integrated(
         self, kept: Bool[Tensor, "S R"], alphas: Sequence[float]
     ) -> tuple[Int[Tensor, "E 2"], Float[Tensor, " E"]]:
         """The edges of a circuit, and the integrated gradients of their gates."""
         edges = kept.nonzero()
-        scores = torch.zeros(len(edges), device=self._parts[0][1].network.device)
+        scores = torch.zeros(len(edges), device=self._device)
         for alpha in alphas:
             scores -= self(edges, torch.full_like(scores, alpha), kept)[1] / len(alphas)
         return edges, scores

@@ -9,6 +9,7 @@ user's cache under the digest of the weights.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import random
@@ -28,6 +29,7 @@ from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.files import write_tensors
 from kcwb.interventions.block import run_block
 from kcwb.models.loading import Model
+from kcwb.models.memory import in_pieces
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.tasks.relations import load_relations
@@ -39,6 +41,7 @@ OPENINGS = ("The", "In", "A", "When", "If", "People", "You", "We", "Today", "The
 TOKENS_PER_DIMENSION = 10
 _LENGTH = 64  # tokens of a text
 _BATCH = 16
+_TEXTS = 128  # that are sampled together: what is drawn for one depends on how many there are
 #: Raised with every change of what the text is.
 _VERSION = 2
 
@@ -182,8 +185,13 @@ def sample_texts(model: Model, openings: Sequence[str], length: int, seed: int, 
         for rows in groups.values():
             ids = torch.tensor([starts[i] for i in rows], device=model.device)
             most = min(length, model.network.n_ctx - ids.shape[1])
-            sampled = continued(model, ids, most, do_sample=True, top_k=top_k, min_new_tokens=most)
-            for i, text in zip(rows, sampled.tolist(), strict=True):
+
+            def sampled(part: slice, ids: Tensor = ids, most: int = most) -> list[list[int]]:
+                found = continued(model, ids[part], most, do_sample=True, top_k=top_k, min_new_tokens=most)
+                return found.tolist()
+
+            found = itertools.chain(*in_pieces(len(ids), _TEXTS, sampled, "sampled texts"))
+            for i, text in zip(rows, found, strict=True):
                 texts[i] = text
     return texts
 
@@ -235,19 +243,22 @@ def _accumulate(
     width = len(network.layers[0].W_out)
     sums = {layer: torch.zeros(2, width, width, device=model.device) for layer in layers}
     middle, each = len(texts) // 2, texts.shape[1] - 1
-    batches = [range(start, min(start + _BATCH, middle)) for start in range(0, middle, _BATCH)]
-    batches += [range(start, min(start + _BATCH, len(texts))) for start in range(middle, len(texts), _BATCH)]
-    with track(progress, len(batches), "covariance") as step:
-        for batch in batches:
-            x, half = network.embed(texts[batch.start : batch.stop]), int(batch.start >= middle)
-            size = each * (len(texts) - middle if half else middle)
-            for layer in range(max(layers) + 1):
-                block = run_block(network, layer, x)
-                if layer in sums:
-                    k = block.hidden[:, 1:].flatten(0, 1).float()
-                    sums[layer][half].addmm_(k.T, k, alpha=1 / size)
-                x = block.after
-            step()
+
+    def keys(texts: Int[Tensor, "n T"]) -> dict[int, Float[Tensor, "nT M"]]:
+        x, found = network.embed(texts), {}
+        for layer in range(max(layers) + 1):
+            block = run_block(network, layer, x)
+            if layer in sums:
+                found[layer] = block.hidden[:, 1:].flatten(0, 1).float()
+            x = block.after
+        return found
+
+    with track(progress, len(texts), "covariance") as step:
+        for half, some in enumerate((texts[:middle], texts[middle:])):
+            for of_layer in in_pieces(len(some), _BATCH, lambda rows, some=some: keys(some[rows])):
+                for layer, k in of_layer.items():
+                    sums[layer][half].addmm_(k.T, k, alpha=1 / (each * len(some)))
+                step(len(next(iter(of_layer.values()))) // each)
     if not all(bool(torch.isfinite(one).all()) for one in sums.values()):
         raise KcwbError(f"The activations of {model.name} are not numbers: they overflow. Use float32.")
     return sums, len(texts) * each

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from kcwb.errors import DataError
 from kcwb.interventions.block import run_block
-from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.forward import forward
 from kcwb.models.loading import Model
+from kcwb.models.memory import by_prompts
 from kcwb.models.network import Network
 from kcwb.tasks.relations import Fact
 from kcwb.tasks.tokens import encode_one, padded
@@ -85,16 +86,23 @@ def read_places(
     deltas: Mapping[int, Float[Tensor, "M D"]] | None = None,
 ) -> dict[int, Place]:
     """What some layers do at one position of each row, the down-projections being changed by `deltas`."""
-    found, deltas = {}, deltas or {}
-    x, rows = network.embed(tokens), torch.arange(len(tokens), device=tokens.device)
-    for layer in range(max(layers) + 1):
-        block = run_block(network, layer, x)
-        x = block.after + block.hidden @ deltas[layer] if layer in deltas else block.after
-        if layer in layers:
-            key = block.hidden[rows, at]
-            output = network.mlp_output(layer, key)
-            found[layer] = Place(key, output + key @ deltas[layer] if layer in deltas else output, x[rows, at])
-    return found
+    changed = deltas or {}
+
+    def work(part: slice) -> dict[int, Place]:
+        found, x, places = {}, network.embed(tokens[part]), at[part]
+        rows = torch.arange(len(x), device=x.device)
+        for layer in range(max(layers) + 1):
+            block = run_block(network, layer, x)
+            x = block.after + block.hidden @ changed[layer] if layer in changed else block.after
+            if layer in layers:
+                key = block.hidden[rows, places]
+                output = network.mlp_output(layer, key)
+                output = output + key @ changed[layer] if layer in changed else output
+                found[layer] = Place(key, output, x[rows, places])
+        return found
+
+    parts = [*by_prompts(network, tokens, work)]
+    return {layer: Place(*map(torch.cat, zip(*(part[layer] for part in parts), strict=True))) for layer in parts[0]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,10 +180,11 @@ def answer_nll(logits: Float[Tensor, "N A V"], rows: Rows) -> Float[Tensor, " N"
 @torch.no_grad()
 def measured_nll(model: Model, rows: Rows) -> Float[Tensor, " N"]:
     """The loss of each row's answer by the model's weights as they are now."""
-    found = []
-    for part in prompt_chunks(model.network, rows.tokens):
+
+    def work(part: slice) -> Tensor:
         some = Rows(*(values[part] for values in rows))
         residual = forward(model.network, some.tokens).residual
         index = torch.arange(len(residual), device=residual.device)[:, None], some.positions
-        found.append(answer_nll(model.network.logits(residual[index]), some))
-    return torch.cat(found)
+        return answer_nll(model.network.logits(residual[index]), some)
+
+    return torch.cat([*by_prompts(model.network, rows.tokens, work)])

@@ -31,8 +31,9 @@ from kcwb.editing.partial_runs import make_rows
 from kcwb.editing.registry import edit_method, many_at_once
 from kcwb.editing.writing import continued, text_tokens
 from kcwb.errors import DataError, SettingError
-from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.forward import forward
 from kcwb.models.loading import Model
+from kcwb.models.memory import by_prompts
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.statistics import mean_interval, proportion_interval, statistic_interval
@@ -104,10 +105,13 @@ def _answer_logits(model: Model, rows: Sequence[_Tokens]) -> Iterator[Float[Tens
     if not rows:
         return
     tokens = padded([prompt + answer[:-1] for prompt, answer in rows], model.device)
-    for part in prompt_chunks(model.network, tokens):
+
+    def work(part: slice) -> Tensor:
         residual = forward(model.network, tokens[part]).residual
         streams = [x[len(p) - 1 : len(p) - 1 + max(1, len(a))] for x, (p, a) in zip(residual, rows[part], strict=True)]
-        yield model.network.logits(torch.cat(streams)).float()
+        return model.network.logits(torch.cat(streams)).float()
+
+    yield from by_prompts(model.network, tokens, work)
 
 
 @verb

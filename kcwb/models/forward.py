@@ -11,7 +11,6 @@ receivers of a layer at once, one matrix product between the mask and the stacke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -157,16 +156,3 @@ class _CutStream:
         assert self._differences is not None  # something is always written first
         weights = self._kept[: self._written, columns].T.to(self._differences.dtype)
         return (weights @ self._differences[: self._written]).unflatten(1, self._shape) + self._base
-
-
-def memory_budget(device: torch.device) -> int:
-    """Bytes that one step of a computation may take: on CUDA a quarter of what is free, elsewhere 1 GiB."""
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
-
-
-def prompt_chunks(network: Network, tokens: Int[Tensor, "N T"], copies: int = 3) -> Iterator[slice]:
-    """Rows of `tokens` in chunks, of one prompt at least, for which `copies` of all senders' outputs fit the budget."""
-    each = copies * network.graph.n_senders * tokens.shape[1] * network.d_model * network.dtype.itemsize
-    size = max(1, memory_budget(network.device) // each)
-    for start in range(0, len(tokens), size):
-        yield slice(start, start + size)

@@ -31,8 +31,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kcwb.errors import CircuitError
-from kcwb.models.forward import prompt_chunks
 from kcwb.models.loading import Model
+from kcwb.models.memory import by_prompts
 from kcwb.models.network import Network
 from kcwb.reading.positions import GROUPS, check_prompts, position_groups, token_text, told_at_end
 from kcwb.reading.trajectories import layer_streams
@@ -92,11 +92,11 @@ def attribute(model: Model, prompts: Prompts, targets: Int[Tensor, "N t"] | None
     """
     model.network.require("roles")
     targets = prompts.answers[:, :1] if targets is None else targets
-    parts = []
-    for rows in prompt_chunks(model.network, prompts.tokens, copies=1):
-        part = prompts.select(range(len(prompts))[rows])
-        parts.append(_attribute_chunk(model.network, part, targets[rows], prompts.tokens.shape[1]))
-    *by_head, scale = zip(*parts, strict=True)
+
+    def work(rows: slice) -> tuple[Tensor, ...]:
+        return _attribute_chunk(model.network, prompts.select(rows), targets[rows], prompts.tokens.shape[1])
+
+    *by_head, scale = zip(*by_prompts(model.network, prompts.tokens, work, copies=1), strict=True)
     by_source, bias, attention, mixed = (torch.cat(field, dim=2) for field in by_head)
     return Attribution(by_source, bias, attention, mixed, torch.cat(scale))
 

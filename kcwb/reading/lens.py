@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 from kcwb.errors import DataError, nearest
-from kcwb.models.forward import prompt_chunks
 from kcwb.models.loading import Model
+from kcwb.models.memory import by_prompts
 from kcwb.progress import Progress, track
 from kcwb.reading.positions import check_subjects, split_of, told_at_end, without_copies
 from kcwb.reading.trajectories import follow, layer_streams
@@ -105,17 +105,19 @@ def lens_by_fact(
         raise DataError(f"The split {split!r} of {task.relation.name} has no facts; make the task with more.")
     check_subjects(prompts)
     prompts = without_copies(model, told_at_end(prompts))
-    chunks, parts = list(prompt_chunks(model.network, prompts.tokens)), []
-    with track(progress, len(chunks) * (model.graph.n_layers + 1), "lens") as step:
-        for rows in chunks:
-            part = prompts.select(range(len(prompts))[rows])
-            firsts = [answer_tokens(model, task.template, fact.subject, fact.named)[0] for fact in part.facts]
-            tokens = torch.stack([part.answers[:, 0], torch.tensor(firsts, device=model.device)], -1)
-            at = torch.arange(part.tokens.shape[1], device=model.device)
-            subject = (at >= part.subject_start[:, None]) & (at < part.subject_stop[:, None])
-            streams = layer_streams(model.network, part.tokens)
-            parts.append(follow(model.network, streams, part, tokens, subject, step))
-    ranks, probabilities = (torch.cat(values, 2) for values in zip(*parts, strict=True))
+
+    def work(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        part = prompts.select(rows)
+        firsts = [answer_tokens(model, task.template, fact.subject, fact.named)[0] for fact in part.facts]
+        tokens = torch.stack([part.answers[:, 0], torch.tensor(firsts, device=model.device)], -1)
+        at = torch.arange(part.tokens.shape[1], device=model.device)
+        subject = (at >= part.subject_start[:, None]) & (at < part.subject_stop[:, None])
+        streams = layer_streams(model.network, part.tokens)
+        return follow(model.network, streams, part, tokens, subject, lambda: step(len(part)))
+
+    with track(progress, len(prompts) * (model.graph.n_layers + 1), "lens") as step:
+        parts = zip(*by_prompts(model.network, prompts.tokens, work), strict=True)
+        ranks, probabilities = (torch.cat(values, 2) for values in parts)
     facts, tables = pd.DataFrame(prompts.facts, columns=["subject", "object"]), []
     for layer, (who, (where, token)) in itertools.product(range(ranks.shape[1]), _LOOKED_FOR.items()):
         found = {"rank": ranks[where, layer, :, token], "probability": probabilities[where, layer, :, token]}

@@ -24,8 +24,9 @@ from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
 from kcwb.errors import CircuitError, SettingError
-from kcwb.models.forward import Pass, forward, prompt_chunks
+from kcwb.models.forward import Pass, forward
 from kcwb.models.loading import Model
+from kcwb.models.memory import by_prompts
 from kcwb.models.network import Network
 from kcwb.reading.dla import final_scale
 from kcwb.settings import Count
@@ -129,19 +130,20 @@ def node_logits(
     graph, network = model.graph, model.network
     whole = graph.node(node).kind == "logits"
     run = _plan(model, task, circuit, ablation, prompt)
-    found = []
-    with torch.no_grad():
-        for rows in prompt_chunks(network, run.prompts.tokens):
-            part = run.prompts.select(range(len(run.prompts))[rows])
-            passed = run.forward(part, senders=not whole)
-            at = torch.arange(len(part), device=part.tokens.device), part.ends
-            residual = passed.residual[at]
-            if whole:
-                found.append(network.logits(residual).float())
-            else:  # the node's summand, by the final norm held at the stream's scale
-                share = network.logit_shares(passed.senders[graph.sender_index(node)][at]).float()
-                found.append(share / final_scale(network, residual)[:, None])
-    return torch.cat(found)
+
+    @torch.no_grad()
+    def written(rows: slice) -> Tensor:
+        part = run.prompts.select(rows)
+        passed = run.forward(part, senders=not whole)
+        at = torch.arange(len(part), device=part.tokens.device), part.ends
+        residual = passed.residual[at]
+        if whole:
+            return network.logits(residual).float()
+        # the node's summand, by the final norm held at the stream's scale
+        share = network.logit_shares(passed.senders[graph.sender_index(node)][at]).float()
+        return share / final_scale(network, residual)[:, None]
+
+    return torch.cat([*by_prompts(network, run.prompts.tokens, written)])
 
 
 @verb

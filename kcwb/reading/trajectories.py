@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.forward import forward
 from kcwb.models.loading import Model
+from kcwb.models.memory import by_prompts
 from kcwb.models.network import Network
 from kcwb.reading.positions import check_prompts, position_groups
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts
@@ -130,11 +131,14 @@ def read_trajectories(model: Model, prompts: Prompts, step: Callable[[int], None
     """
     check_prompts(prompts)
     parts = []
-    for rows in prompt_chunks(model.network, prompts.tokens):
-        part = prompts.select(range(len(prompts))[rows])
-        parts.append(_read_chunk(model.network, part))
+
+    def work(rows: slice) -> tuple[Tensor, ...]:
+        return _read_chunk(model.network, prompts.select(rows))
+
+    for part in by_prompts(model.network, prompts.tokens, work):
+        parts.append(part)
         if step is not None:
-            step(len(part))
+            step(len(part[0]))
     along = (0, 0, 2, 2, 0, 0, 0)  # the axis of prompts in each field
     return Trajectories(*(torch.cat(field, axis) for field, axis in zip(zip(*parts, strict=True), along, strict=True)))
 

@@ -88,8 +88,9 @@ class Loss:
         """How many prompts the mean is over, each as often as it counts."""
         return len(self.prompts) if self.counts is None else sum(self.counts)
 
-    def select(self, rows: Sequence[int]) -> Loss:
+    def select(self, rows: Sequence[int] | slice) -> Loss:
         """The same metric on some of the prompts."""
+        rows = range(len(self.prompts))[rows] if isinstance(rows, slice) else rows
         part = self.prompts.select(rows)
         full = None if self.full is None else self.full[list(rows), : part.answers.shape[1]]
         return Loss(self.metric, part, full, self.counts and tuple(self.counts[i] for i in rows))

@@ -20,6 +20,7 @@ from torch import Tensor
 from kcwb.errors import DataError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
+from kcwb.models.memory import in_pieces
 from kcwb.progress import Progress, track
 from kcwb.tasks.ranks import rank_of_best, rank_product
 from kcwb.tasks.relations import Fact
@@ -137,8 +138,9 @@ class Prompts:
         """Which answers are told apart by their first token, the one that is predicted at END."""
         return self.decides == 0
 
-    def select(self, rows: Sequence[int]) -> Prompts:
+    def select(self, rows: Sequence[int] | slice) -> Prompts:
         """Some of the prompts, without the columns of padding that they do not need."""
+        rows = range(len(self))[rows] if isinstance(rows, slice) else rows
         chosen = select_rows(self, rows)
         width = max(1, int(chosen["answer_mask"].sum(1).max())) if rows else 1
         used = (chosen["lengths"] + chosen["answer_mask"].sum(1) - 1).max() if rows else 0
@@ -275,15 +277,15 @@ def full_ranks(model: Model, prompts: Prompts, progress: Progress) -> Int[Tensor
     """The full model's rank of each answer; see `kcwb.tasks.ranks`."""
     steps = torch.arange(max(1, int(prompts.decides.max()) + 1), device=model.device)
     right = prompts.right
-    ranks = []
+
+    def work(rows: slice) -> Tensor:
+        residual = forward(model.network, prompts.tokens[rows]).residual
+        row, place = (steps <= prompts.decides[rows, None]).nonzero(as_tuple=True)
+        logits = model.network.logits(residual[row, prompts.positions[rows][row, place]])
+        of_tokens = torch.ones(len(residual), len(steps), dtype=torch.long, device=model.device)
+        of_tokens[row, place] = rank_of_best(logits, right[rows][row, place])
+        step(len(residual))
+        return rank_product(of_tokens, prompts.decides[rows])
+
     with track(progress, len(prompts), "facts") as step:
-        for start in range(0, len(prompts), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            residual = forward(model.network, prompts.tokens[rows]).residual
-            row, place = (steps <= prompts.decides[rows, None]).nonzero(as_tuple=True)
-            logits = model.network.logits(residual[row, prompts.positions[rows][row, place]])
-            of_tokens = torch.ones(len(residual), len(steps), dtype=torch.long, device=model.device)
-            of_tokens[row, place] = rank_of_best(logits, right[rows][row, place])
-            ranks.append(rank_product(of_tokens, prompts.decides[rows]))
-            step(len(residual))
-    return torch.cat(ranks)
+        return torch.cat([*in_pieces(len(prompts), _CHUNK, work)])

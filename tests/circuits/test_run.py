@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
-from kcwb.circuits import run as module
 from kcwb.circuits.ablation import ABLATIONS, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.errors import CircuitError, KcwbError
+from kcwb.models import memory
 from kcwb.models.digest import state_digest
-from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
@@ -106,16 +105,8 @@ def test_chunks_do_not_change_the_logits(llama, monkeypatch, ablation, size):
     task = task_of(llama)
     prompts, cuts, kept = task.reference, make_ablation(llama, task, ablation), some_edges(llama)
     whole = run_circuit(llama, kept, prompts, cuts)
-    seen = []
-
-    def chunks(network, tokens):
-        for start in range(0, len(tokens), size):
-            seen.append(start)
-            yield slice(start, start + size)
-
-    monkeypatch.setattr(module, "prompt_chunks", chunks)
+    monkeypatch.setattr(memory, "prompts_at_once", lambda network, tokens, copies: size)
     found = run_circuit(llama, kept, prompts, cuts)
-    assert len(seen) == -(-len(prompts) // size) > 1
     assert found.shape == whole.shape
     torch.testing.assert_close(at_real_answers(found, prompts), at_real_answers(whole, prompts), atol=1e-5, rtol=1e-5)
 
@@ -124,7 +115,7 @@ def test_a_budget_of_no_memory_runs_one_prompt_at_a_time(llama, monkeypatch):
     task = task_of(llama)
     prompts, cuts = task.reference, make_ablation(llama, task, "mean")
     whole = run_circuit(llama, some_edges(llama), prompts, cuts)
-    monkeypatch.setattr(module, "prompt_chunks", partial(prompt_chunks, copies=10**12))
+    monkeypatch.setattr(memory, "memory_budget", lambda device: 1)
     found = run_circuit(llama, some_edges(llama), prompts, cuts)
     torch.testing.assert_close(at_real_answers(found, prompts), at_real_answers(whole, prompts), atol=1e-5, rtol=1e-5)
 

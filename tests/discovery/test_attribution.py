@@ -17,6 +17,7 @@ from kcwb.discovery.attribution import (
     scores_by_fact,
 )
 from kcwb.errors import SettingError
+from kcwb.models import memory
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import cancellable
@@ -208,11 +209,7 @@ def test_activation_scores_with_one_step_are_eap_and_chunks_change_nothing(tiny,
         activation_scores(model, loss, cuts, steps=1), attribution_scores(model, loss, cuts), atol=1e-6, rtol=1e-4
     )
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        attribution,
-        "prompt_chunks",
-        lambda network, tokens, copies: (slice(i, i + 2) for i in range(0, len(tokens), 2)),
-    )
+    monkeypatch.setattr(memory, "prompts_at_once", lambda network, tokens, copies: 2)
     again = activation_scores(model, loss, cuts, steps=2, progress=lambda done, total, _: seen.append((done, total)))
     torch.testing.assert_close(again, whole, atol=1e-6, rtol=1e-4)
     assert seen[-1][0] == seen[-1][1] == len(task.val) * model.graph.n_senders
@@ -273,11 +270,7 @@ def test_chunks_of_prompts_change_nothing(tiny, words: Relation, monkeypatch, st
     cuts = make_ablation(model, task, "mean")
     loss = make_loss(model, task.val, "kl")
     whole = attribution_scores(model, loss, cuts, steps=steps)
-    monkeypatch.setattr(
-        attribution,
-        "prompt_chunks",
-        lambda network, tokens, copies: (slice(i, i + 2) for i in range(0, len(tokens), 2)),
-    )
+    monkeypatch.setattr(memory, "prompts_at_once", lambda network, tokens, copies: 2)
     torch.testing.assert_close(attribution_scores(model, loss, cuts, steps=steps), whole, atol=1e-6, rtol=1e-4)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kcwb.models.forward import forward, prompt_chunks
+from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from tests.tiny import ARCHITECTURES, WORDS
 
@@ -160,11 +160,3 @@ def test_recorded_receivers_are_what_each_node_read(tiny) -> None:
         before = run.senders[: network.graph.head_senders(layer).start].sum(0)
         torch.testing.assert_close(x, before.expand_as(x))
         torch.testing.assert_close(network.mlp(layer, y), run.senders[network.graph.mlp_sender(layer)])
-
-
-def test_chunks_cover_all_prompts_in_order(tiny) -> None:
-    network = tiny("llama").network
-    tokens = torch.zeros(1000, 60, dtype=torch.long)
-    rows = [range(1000)[part] for part in prompt_chunks(network, tokens, copies=2000)]
-    assert [i for part in rows for i in part] == list(range(1000))
-    assert len(rows) > 1

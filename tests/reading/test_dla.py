@@ -121,9 +121,7 @@ def test_chunks_of_prompts_give_the_same(tiny, monkeypatch):
     model = tiny("gpt2")
     prompts = some_prompts(model)
     whole = attribute(model, prompts)
-    monkeypatch.setattr(
-        "kcwb.reading.dla.prompt_chunks", lambda *_, **__: iter([slice(0, 2), slice(2, 3), slice(3, 9)])
-    )
+    monkeypatch.setattr("kcwb.models.memory.prompts_at_once", lambda *_: 2)
     parts = attribute(model, prompts)
     for field in ("by_source", "bias", "attention", "mixed", "scale"):
         torch.testing.assert_close(getattr(parts, field), getattr(whole, field), atol=1e-6, rtol=1e-5)

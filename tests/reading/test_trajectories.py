@@ -92,7 +92,7 @@ def test_small_batches_read_the_same(tiny, monkeypatch):
     relation = known_relation(model, 7)
     prompts = encode(model, relation.facts, relation.template(0), relation.objects)
     whole, seen = read_trajectories(model, prompts), []
-    monkeypatch.setattr("kcwb.models.forward.memory_budget", lambda device: 1)
+    monkeypatch.setattr("kcwb.models.memory.memory_budget", lambda device: 1)
     parts = read_trajectories(model, prompts, seen.append)
     assert seen == [1] * 7
     assert torch.equal(whole.ranks, parts.ranks) and torch.equal(whole.tokens, parts.tokens)

@@ -14,8 +14,8 @@ from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.masked import MaskedRuns
 from kcwb.errors import KcwbError
-from kcwb.models.forward import prompt_chunks
 from kcwb.models.loading import Model
+from kcwb.models.memory import HeldPieces
 from kcwb.parallel import on_each_core
 from kcwb.tasks.metrics import Loss, answer_ranks, make_loss
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts
@@ -38,11 +38,13 @@ class Scores:
 
     def __init__(self, model: Model, prompts: Prompts, ablation: Ablation, metrics: Sequence[str]) -> None:
         self.model, self.prompts, self.metrics = model, prompts, tuple(metrics)
-        self._parts = []
-        for rows in prompt_chunks(model.network, prompts.tokens):
-            part = prompts.select(range(len(prompts))[rows])
+
+        def made(rows: slice) -> tuple[MaskedRuns, list[Loss]]:
+            part = prompts.select(rows)
             runs = MaskedRuns(model.network, part, ablation.values(part))
-            self._parts.append((runs, [make_loss(model, part, metric) for metric in metrics]))
+            return runs, [make_loss(model, part, metric) for metric in metrics]
+
+        self._parts = HeldPieces(model.network, prompts.tokens, made)
         self._known: dict[bytes, Answered] = {}
 
     def __call__(self, circuit: Circuit | Bool[Tensor, "S R"]) -> Answered:
@@ -81,15 +83,17 @@ class Scores:
 
     def without_each(self, kept: Bool[Tensor, "S R"], edges: Int[Tensor, "E 2"]) -> tuple[Answered, list[Answered]]:
         """What a circuit answers, and what it answers without each of some edges."""
-        parts: list[dict[int, Answered]] = []
-        for runs, losses in self._parts:
-            answered = runs.without_each(kept, edges)
-            parts.append({i: _answered(runs.prompts, losses, logits) for i, logits in answered})
+
+        def work(part: tuple[MaskedRuns, list[Loss]]) -> dict[int, Answered]:
+            runs, losses = part
+            return {i: _answered(runs.prompts, losses, logits) for i, logits in runs.without_each(kept, edges)}
+
+        parts = self._parts.run(work)
         found = [self._joined([some[i] for some in parts]) for i in range(-1, len(edges))]
         return found[0], found[1:]
 
     def _run(self, kept: Bool[Tensor, "S R"]) -> Answered:
-        return self._joined([_answered(runs.prompts, losses, runs.logits(kept)) for runs, losses in self._parts])
+        return self._joined(self._parts.run(lambda part: _answered(part[0].prompts, part[1], part[0].logits(kept))))
 
     def _joined(self, parts: list[Answered]) -> Answered:
         losses = {metric: np.concatenate([one.losses[metric] for one in parts]) for metric in self.metrics}

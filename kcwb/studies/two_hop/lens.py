@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kcwb.models.forward import prompt_chunks
 from kcwb.models.loading import Model
+from kcwb.models.memory import by_prompts
 from kcwb.progress import Progress, track
 from kcwb.reading.lens import geometric_mean
 from kcwb.reading.positions import rows_told_at_end
@@ -64,20 +64,22 @@ def hop_lens(model: Model, hops: Hops, *, progress: Progress = True) -> pd.DataF
     bridges = torch.tensor(firsts, device=model.device)
     objects = prompts.answers[:, 0]
     places = _places(model, prompts, hops.wording)
-    parts = []
-    chunks = list(prompt_chunks(model.network, prompts.tokens))
-    with track(progress, len(chunks) * (model.graph.n_layers + 1), "bridge lens") as step:
-        for rows in chunks:
-            with torch.no_grad():
-                streams = layer_streams(model.network, prompts.tokens[rows])
-            for layer, residual in enumerate(streams, start=-1):
-                for place, at in places.items():
-                    some = [i for i in range(rows.start, min(rows.stop, len(prompts))) if at[i] is not None]
-                    if some:
-                        found = _read(model, residual, rows.start, some, at, bridges, objects)
-                        parts.append(found.assign(layer=layer, place=place))
-                step()
-    table = pd.concat(parts).join(chains, on="chain")
+
+    @torch.no_grad()
+    def work(rows: slice) -> pd.DataFrame:
+        parts = []
+        for layer, residual in enumerate(layer_streams(model.network, prompts.tokens[rows]), start=-1):
+            for place, at in places.items():
+                some = [i for i in range(rows.start, rows.stop) if at[i] is not None]
+                if some:
+                    found = _read(model, residual, rows.start, some, at, bridges, objects)
+                    parts.append(found.assign(layer=layer, place=place))
+            step(rows.stop - rows.start)
+        return pd.concat(parts)
+
+    with track(progress, len(prompts) * (model.graph.n_layers + 1), "bridge lens") as step:
+        table = pd.concat([*by_prompts(model.network, prompts.tokens, work)])
+    table = table.join(chains, on="chain")
     order = ["subject", "bridge", "object", "layer", "place", "who", "rank", "hit_10"]
     table["place"] = pd.Categorical(table["place"], PLACES)
     table["who"] = pd.Categorical(table["who"], WHO)

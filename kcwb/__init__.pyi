@@ -54,6 +54,7 @@ from .evaluation.referee.minimality import minimality as minimality
 from .evaluation.referee.judgement import Judgement as Judgement
 from .evaluation.referee.referee import referee as referee
 from .evaluation.compare import compare_circuits as compare_circuits
+from .evaluation.play import Play as Play
 from .evaluation.knowledge import knowledge_table as knowledge_table
 
 # What is in it

@@ -26,13 +26,16 @@ class SettingError(KcwbError, ValueError):
     """A parameter has a value that cannot be meant."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Words that list the known names nearest to a misspelt one, to end an error message with."""
+def nearest(name: str, known: Iterable[str], few: int | None = None) -> str:
+    """Words that list the known names nearest to a misspelt one, to end an error message with.
+
+    If none is near, all are listed; of more than `few`, so many.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {' or '.join(repr(c) for c in close)}?"
-    return f"Known: {', '.join(known)}."
+    return f"Known: {', '.join(known[:few])}{'.' if len(known[:few]) == len(known) else ', ...'}"
 
 
 def shown(value: object) -> str:

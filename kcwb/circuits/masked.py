@@ -89,12 +89,17 @@ class MaskedRuns:
     @torch.no_grad()
     def logits(self, kept: Bool[Tensor, "S R"]) -> Float[Tensor, "N A V"]:
         """Logits at the positions that predict the answers; 0 where an answer has fewer tokens."""
-        graph = self.network.graph
-        kept = kept.cpu() & graph.exists
-        if _FEW < float(kept.sum()) / graph.n_edges < 1 - _FEW:
-            run = forward(self.network, self.prompts.tokens, kept=kept, ablated=self._ablated)
-            return self._logits(self.at(run.residual, False))
+        kept = kept.cpu() & self.network.graph.exists
+        if self._is_dense(kept):
+            return self._dense(kept)
         return self._from(self._begin(_Stream(self, kept)), 0)
+
+    def _is_dense(self, kept: Bool[Tensor, "S R"]) -> bool:
+        return _FEW < float(kept.sum()) / self.network.graph.n_edges < 1 - _FEW
+
+    def _dense(self, kept: Bool[Tensor, "S R"]) -> Float[Tensor, "N A V"]:
+        run = forward(self.network, self.prompts.tokens, kept=kept, ablated=self._ablated)
+        return self._logits(self.at(run.residual, False))
 
     @torch.no_grad()
     def without_each(
@@ -156,6 +161,33 @@ class MaskedRuns:
         stream.write([first + head for head in heads], written)
 
 
+class ChangingRun:
+    """The logits of a circuit that edges leave and enter, step by step.
+
+    What is recomputed: all needed nodes from the first layer on in which a needed node reads other edges than in the
+    run before, or is needed elsewhere than it was. Everything before that layer stands. The logits are bit for bit
+    those of `MaskedRuns.logits`, whatever the steps that led to a circuit.
+    """
+
+    def __init__(self, runs: MaskedRuns) -> None:
+        self._runs = runs
+        self._stream: _Stream | None = None
+
+    @torch.no_grad()
+    def logits(self, kept: Bool[Tensor, "S R"]) -> Float[Tensor, "N A V"]:
+        """What `MaskedRuns.logits` gives."""
+        runs = self._runs
+        before, self._stream = self._stream, None  # a run that is cancelled leaves nothing to go on from
+        kept = kept.cpu() & runs.network.graph.exists
+        if runs._is_dense(kept):
+            return runs._dense(kept)
+        stream = _Stream(runs, kept)
+        start = 0 if before is None else stream.resume(before)
+        logits = runs._from(stream if start else runs._begin(stream), start)
+        self._stream = stream
+        return logits
+
+
 class _Stream:
     """What has been written in a run so far, as differences from what cut edges deliver, and what receivers read of it.
 
@@ -186,6 +218,32 @@ class _Stream:
         """Forget what a layer and those behind it wrote."""
         rows, totals = self._marks[layer]
         self._rows, self._totals = {key: [*some] for key, some in rows.items()}, {**totals}
+
+    def resume(self, before: _Stream) -> int:
+        """Take what another run wrote before the first layer in which they differ, and return that layer.
+
+        With 0 nothing is taken. The other run is of no use afterwards: its room is taken, too.
+        """
+        graph, rows = self._runs.network.graph, (self.needs != before.needs).nonzero()[:, 0]
+        columns = (self._live() != before._live()).any(0).nonzero()[:, 0]
+        layers = [(rows - 1).div(graph.n_heads + 1, rounding_mode="floor"), columns // (3 * graph.n_heads + 1)]
+        start = int(torch.cat([*layers, torch.tensor([graph.n_layers])]).min())
+        if start <= 0:
+            return 0
+        self._marks = {layer: mark for layer, mark in before._marks.items() if layer <= start}
+        self.rewind(start)
+        for everywhere, written in self._rows.items():
+            old = before._stacks[everywhere]
+            if len(old) < len(self._stacks[everywhere]):
+                self._stacks[everywhere][: len(written)] = old[: len(written)]
+            else:
+                self._stacks[everywhere] = old
+        return start
+
+    def _live(self) -> Bool[Tensor, "S R"]:
+        """The kept edges into nodes that matter."""
+        needed = torch.cat([self.needs > 0, torch.tensor([True])])
+        return self.kept & needed[self._runs.network.graph.receiver_node]
 
     def write(self, rows: list[int], outputs: Float[Tensor, "s N P D"]) -> None:
         """Take in the outputs of some senders that matter at the same positions."""

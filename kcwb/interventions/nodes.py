@@ -18,7 +18,7 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count
 from kcwb.statistics import proportion_interval
-from kcwb.tasks.metrics import answer_ranks, make_loss, together
+from kcwb.tasks.metrics import answer_probabilities, answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
@@ -116,15 +116,12 @@ def _answers(model: Model, kept: Bool[Tensor, "S R"] | None, prompts: Prompts, c
     """How a run answers each prompt."""
     logits = run_circuit(model, kept, prompts, cuts)
     ranks = answer_ranks(logits, prompts)
-    steps = torch.arange(prompts.answers.shape[1], device=logits.device)
-    logp = together(logits.float().log_softmax(-1), prompts.right)
-    probability = (logp * (steps <= prompts.decides[:, None])).sum(-1).exp()
     return pd.DataFrame(
         {
             "prompt": prompts.texts,
             "answer": [fact.object for fact in prompts.facts],
             "rank": ranks.tolist(),
-            "probability": probability.tolist(),
+            "probability": answer_probabilities(logits, prompts).tolist(),
             "loss": make_loss(model, prompts, "nll").per_prompt(logits).tolist(),
             "hit": (ranks <= k).tolist(),
         }

@@ -159,6 +159,16 @@ def answer_ranks(logits: Float[Tensor, "... N A V"], prompts: Prompts) -> Int[Te
     return rank_product(torch.stack(ranks, -1), prompts.decides)
 
 
+def answer_probabilities(logits: Float[Tensor, "... N A V"], prompts: Prompts) -> Float[Tensor, "... N"]:
+    """The probability of each answer: the product of those of its tokens up to the one that decides.
+
+    Where no token tells an answer apart it is 1, the product of none; its rank says so (`kcwb.tasks.ranks`).
+    """
+    steps = torch.arange(prompts.answers.shape[1], device=logits.device)
+    logp = together(logits.float().log_softmax(-1), prompts.right)
+    return (logp * (steps <= prompts.decides[:, None])).sum(-1).exp()
+
+
 def together(values: Float[Tensor, "... V"], tokens: Int[Tensor, "... K"]) -> Float[Tensor, "..."]:
     """Logits or log-probabilities of some tokens, as of one: log of the sum of exponentials; -1 stands for none."""
     index = tokens.expand(*values.shape[:-1], tokens.shape[-1])

@@ -1,0 +1,386 @@
+"""Play a circuit: cut edges, nodes and groups out of it, put them back, force others in, and see what it answers.
+
+After every step the circuit is run alone, cut edges delivering ablated values, as in `kcwb.run_circuit`. Beside it
+stand the circuit as it was given (**before**) and the full model.
+
+**What is recomputed.** Of a step, all nodes that matter to the answers, from the first layer on in which one of them
+reads other edges than it did, or matters elsewhere than it did (`kcwb.circuits.masked.ChangingRun`); then the
+unembedding. What lies before stands. The answers of a circuit are bit for bit the same whatever the steps that led to
+it, so that what is undone is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
+from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.masked import ChangingRun, MaskedRuns
+from kcwb.circuits.provenance import origin, part
+from kcwb.circuits.run import check_same_model, run_circuit
+from kcwb.errors import CircuitError, DataError, SettingError, nearest, shown
+from kcwb.locks import WeightsLock
+from kcwb.models.forward import prompt_chunks
+from kcwb.models.graph import Graph
+from kcwb.models.loading import Model
+from kcwb.settings import Count
+from kcwb.tasks.metrics import answer_probabilities, answer_ranks, make_loss
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import Task, check_same_weights
+from kcwb.verbs import verb
+
+
+class Losses(NamedTuple):
+    """The mean nll of the answers (nats): of the circuit as it was given, as it is now, and of the full model."""
+
+    before: float
+    after: float
+    model: float
+
+
+class Play:
+    """A circuit that is played with on some facts.
+
+    Names are those of edges, `a3.h1->m7` (an edge to a head, `m2->a3.h1`, stands for those to its query, key and value,
+    `m2->a3.h1<q>` for one of them), of nodes, for all edges at them, or of groups, for all edges at their nodes. A step
+    is made whole or not at all: if a name is unknown or has nothing to do, all is as it was.
+
+    Parameters
+    ----------
+    model, circuit
+        The circuit is run alone.
+    task
+        The first facts of its D_val are asked; or any prompts.
+    ablation
+        What cut edges deliver, or an Ablation (which prompts without their task need, unless it is `zero`); None for
+        what the circuit was found with.
+    facts
+        How many of the facts are asked, at most.
+    groups
+        Name -> nodes.
+
+    Raises
+    ------
+    CircuitError
+        If the circuit belongs to another model, or a group has an unknown node.
+    DataError
+        If there is no fact, or none that the ablation is defined on.
+    """
+
+    @verb
+    def __init__(
+        self,
+        model: Model,
+        circuit: Circuit,
+        task: Task | Prompts,
+        *,
+        ablation: str | AblationKind | Ablation | None = None,
+        facts: Count = 8,
+        groups: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        check_same_model(model, circuit)
+        asked = task
+        if isinstance(task, Task):
+            check_same_weights(model, task)
+            asked = task.val
+        assert isinstance(asked, Prompts)
+        cuts = ablation or circuit.ablation
+        if not isinstance(cuts, Ablation):
+            cuts = make_ablation(model, task if isinstance(task, Task) else None, cuts)
+        prompts = cuts.usable(asked)
+        if not len(prompts):
+            raise DataError("There is no fact to ask: the task's D_val is empty. Use a relation with more facts.")
+        self.model, self.given, self._digest = model, circuit, model.digest
+        self.prompts = prompts.select(range(min(facts, len(prompts))))
+        self.set_groups(groups or {})
+        self._runs = []
+        for rows in prompt_chunks(model.network, self.prompts.tokens):
+            some = self.prompts.select(range(len(self.prompts))[rows])
+            self._runs.append(ChangingRun(MaskedRuns(model.network, some, cuts.values(some))))
+        self._nll = make_loss(model, self.prompts, "nll")
+        self._steps: list[_Step] = []
+        self._done = 0
+        self._kept = circuit.kept & model.graph.exists
+        self._before = self._after = self._logits(self._kept)
+        full = self._nll(run_circuit(model, None, self.prompts, cuts))
+        self._losses = Losses(float(self._nll(self._before)), float(self._nll(self._after)), float(full))
+
+    # --- steps ---
+
+    @verb
+    def cut(self, *names: str) -> pd.DataFrame:
+        """Cut all edges of the circuit that are named; returns `answers`.
+
+        Raises
+        ------
+        CircuitError
+            If a name is unknown, or nothing of it is in the circuit; says which. All is as it was.
+        """
+        return self._step("cut", names)
+
+    @verb
+    def restore(self, *names: str) -> pd.DataFrame:
+        """Put back what was cut of the circuit as it was given; returns `answers`.
+
+        Raises
+        ------
+        CircuitError
+            If a name is unknown, or nothing of it is cut; says which. All is as it was.
+        """
+        return self._step("restore", names)
+
+    @verb
+    def force(self, *names: str) -> pd.DataFrame:
+        """Put in edges of the model that the circuit has not; returns `answers`.
+
+        Of a node, or a group, these are all edges that join it to `input`, `logits`, the circuit's nodes as they are
+        now, and the group's own.
+
+        Raises
+        ------
+        CircuitError
+            If a name is unknown, the graph has no such edge, or all of it is in the circuit; says which. All is as it
+            was.
+        """
+        return self._step("force", names)
+
+    @verb
+    def undo(self, steps: Count = 1) -> pd.DataFrame:
+        """Take back the last steps, of any number; returns `answers`. CircuitError if there are fewer."""
+        if steps > self._done:
+            raise CircuitError(f"undo: {self._done} steps can be undone, not {steps}.")
+        return self._move(self._done - steps)
+
+    @verb
+    def redo(self, steps: Count = 1) -> pd.DataFrame:
+        """Make steps again that were undone; returns `answers`. CircuitError if there are fewer."""
+        undone = len(self._steps) - self._done
+        if steps > undone:
+            raise CircuitError(f"redo: {undone} steps can be made again, not {steps}.")
+        return self._move(self._done + steps)
+
+    @verb
+    def set_groups(self, groups: Mapping[str, Sequence[str]]) -> None:
+        """Name groups of nodes anew; what has been done stays. CircuitError if a node is unknown."""
+        known, found = self.model.graph.node_names, {}
+        for name, nodes in groups.items():
+            if name in known or not nodes:
+                raise CircuitError(f"The group {shown(name)} has {'the name of a node' if nodes else 'no nodes'}.")
+            found[name] = tuple(_known(f"group {shown(name)}", node, node, known) for node in nodes)
+        self.groups: dict[str, tuple[str, ...]] = found
+
+    # --- what is so now ---
+
+    @property
+    def lock(self) -> WeightsLock:
+        """That of the model."""
+        return self.model.lock
+
+    @property
+    def circuit(self) -> Circuit:
+        """The circuit as it is now; its provenance says, under `played`, which edges a person cut and forced."""
+        if torch.equal(self._kept, self.given.kept):
+            return self.given
+        before = part(self.given.provenance, "played")
+        found = {**origin(self.given), **({"played": dict(before)} if before else {})}
+        played = {"circuit": found, "cut": self.cuts, "forced": self.forced}
+        return replace(
+            self.given,
+            kept=self._kept.clone(),
+            provenance={**self.given.provenance, "method": "played", "played": played},
+        )
+
+    @property
+    def cuts(self) -> list[str]:
+        """The edges of the circuit as it was given that are cut."""
+        return self._names(self.given.kept & ~self._kept)
+
+    @property
+    def forced(self) -> list[str]:
+        """The edges that it had not."""
+        return self._names(self._kept & ~self.given.kept)
+
+    @property
+    def steps(self) -> list[str]:
+        """The steps that led here, in words: `cut a3.h1->m7`."""
+        return [step.words for step in self._steps[: self._done]]
+
+    @property
+    def undone(self) -> list[str]:
+        """The steps that `redo` would make, the next one first."""
+        return [step.words for step in self._steps[self._done :]]
+
+    @property
+    def loss(self) -> Losses:
+        """The mean nll of the answers (nats) before, after, and of the full model."""
+        return self._losses
+
+    @verb
+    def answers(self, k: Count = 5) -> pd.DataFrame:
+        """What the circuit answers, as it was given (before) and as it is now (after).
+
+        Parameters
+        ----------
+        k
+            How many of the likeliest tokens.
+
+        Returns
+        -------
+        DataFrame
+            One row per fact: `prompt`, `answer`; its `probability_before`, `probability_after`, `rank_before` and
+            `rank_after`, up to the token that decides (`kcwb.tasks.ranks`); `top_before` and `top_after`, the likeliest
+            first tokens as `[text, probability]`.
+
+        Raises
+        ------
+        SettingError
+            If the vocabulary has fewer than k tokens.
+        """
+        if k > self.model.network.d_vocab:
+            raise SettingError(f"k={k}: the vocabulary has {self.model.network.d_vocab:,} tokens; ask for fewer.")
+        table: dict[str, Any] = {
+            "prompt": self.prompts.texts,
+            "answer": [fact.object for fact in self.prompts.facts],
+        }
+        runs = {"before": self._before, "after": self._after}
+        for state, logits in runs.items():
+            table[f"probability_{state}"] = answer_probabilities(logits, self.prompts).tolist()
+        for state, logits in runs.items():
+            table[f"rank_{state}"] = answer_ranks(logits, self.prompts).tolist()
+        for state, logits in runs.items():
+            table[f"top_{state}"] = self._top(logits, k)
+        return pd.DataFrame(table)
+
+    @verb
+    def as_traits(self, k: Count = 5) -> dict[str, Any]:
+        """The same, ready for JSON: `facts`, each with `before` and `after`, and the three losses.
+
+        Returns
+        -------
+        dict
+            `{facts: [{prompt, answer, before: {p, rank, top: [[token, p], ...]}, after: {...}}], loss_before,
+            loss_after, loss_model}`; losses in nats.
+        """
+        facts = []
+        for row in self.answers(k).to_dict("records"):
+            states = {
+                state: {"p": row[f"probability_{state}"], "rank": row[f"rank_{state}"], "top": row[f"top_{state}"]}
+                for state in ("before", "after")
+            }
+            facts.append({"prompt": row["prompt"], "answer": row["answer"], **states})
+        return {"facts": facts} | {f"loss_{key}": value for key, value in self.loss._asdict().items()}
+
+    def __repr__(self) -> str:
+        """One line: the circuit, and how far it is from the one that was given."""
+        return f"Play({self.circuit!r}: {len(self.cuts)} edges cut, {len(self.forced)} forced)"
+
+    # --- inside ---
+
+    def _step(self, what: str, names: Sequence[str]) -> pd.DataFrame:
+        if not names:
+            raise SettingError(f"{what}: name at least one edge, node or group.")
+        toggled = torch.zeros_like(self._kept)
+        for name in names:
+            toggled |= self._meant(what, name)
+        step = _Step(f"{what} {', '.join(names)}", toggled.flatten().nonzero()[:, 0])
+        return self._move(self._done + 1, [*self._steps[: self._done], step])
+
+    def _move(self, done: int, steps: list[_Step] | None = None) -> pd.DataFrame:
+        """Go to a place in the history; if that fails, all is as it was."""
+        if self.model.digest != self._digest:
+            raise CircuitError(f"The weights of {self.model.name!r} have changed since this play began. Begin anew.")
+        steps, kept = self._steps if steps is None else steps, self._kept.clone()
+        for step in steps[min(done, self._done) : max(done, self._done)]:
+            kept.view(-1)[step.toggled] ^= True
+        after = self._logits(kept)
+        losses = self._losses._replace(after=float(self._nll(after)))
+        self._kept, self._after, self._losses, self._steps, self._done = kept, after, losses, steps, done
+        return self.answers(min(5, self.model.network.d_vocab))
+
+    def _logits(self, kept: Bool[Tensor, "S R"]) -> Float[Tensor, "N A V"]:
+        width = self.prompts.answers.shape[1]
+        parts = [run.logits(kept) for run in self._runs]
+        return torch.cat([torch.nn.functional.pad(one, (0, 0, 0, width - one.shape[1])) for one in parts])
+
+    def _top(self, logits: Float[Tensor, "N A V"], k: int) -> list[list[list[Any]]]:
+        values, tokens = logits[:, 0].float().softmax(-1).topk(k)
+        decode = self.model.tokenizer.decode
+        return [
+            [[str(decode([token])), p] for token, p in zip(*row, strict=True)]
+            for row in zip(tokens.tolist(), values.tolist(), strict=True)
+        ]
+
+    def _names(self, mask: Bool[Tensor, "S R"]) -> list[str]:
+        return [self.model.graph.edge_name(row, column) for row, column in mask.nonzero().tolist()]
+
+    def _meant(self, what: str, name: str) -> Bool[Tensor, "S R"]:
+        """The edges that a step with a name is about; CircuitError if there are none."""
+        graph, given, kept = self.model.graph, self.given.kept, self._kept
+        edges = self._edges(what, name)
+        if what == "cut":
+            found, words = edges & kept, "is cut already" if (edges & given).any() else "is not in the circuit"
+        elif what == "restore":
+            found, words = edges & given & ~kept, "is not cut" if (edges & kept).any() else "was not in the circuit"
+        else:
+            if "->" not in name or name in self.groups:
+                own = self.groups.get(name, (name,))
+                matrix = self.circuit.node_matrix
+                near = torch.from_numpy(matrix.sum(0) + matrix.sum(1) > 0)
+                near[[0, -1, *(graph.node_names.index(node) for node in own)]] = True
+                edges = edges & near[:-1, None] & near[graph.receiver_node]
+            found, words = edges & ~kept, "is in the circuit already"
+        if not found.any():
+            raise CircuitError(f"{what}: {shown(name)} {words}.")
+        return found
+
+    def _edges(self, what: str, name: str) -> Bool[Tensor, "S R"]:
+        """All edges of the graph that a name stands for; CircuitError if it is unknown, or there are none."""
+        graph = self.model.graph
+        mask = torch.zeros_like(graph.exists)
+        if name not in self.groups and "->" in name:
+            sender, _, receiver = name.partition("->")
+            row = graph.sender_index(_known(what, name, sender, graph.sender_names))
+            _known(what, name, receiver, {*graph.receiver_names, *graph.node_names[1:]})
+            mask[row, _columns(graph, receiver)] = True
+            mask &= graph.exists
+            if not mask.any():
+                raise CircuitError(
+                    f"{what}: there is no edge {name}: {sender} is not computed before {receiver} reads."
+                )
+            return mask
+        for node in self.groups.get(name, (name,)):
+            if name not in self.groups:
+                _known(what, name, node, {*graph.node_names, *self.groups})
+            if node != "logits":
+                mask[graph.sender_index(node)] = True
+            mask[:, _columns(graph, node)] = True
+        return mask & graph.exists
+
+
+class _Step(NamedTuple):
+    """A step in words, and the places in the flattened mask that it changes."""
+
+    words: str
+    toggled: Int[Tensor, " e"]
+
+
+def _known(what: str, name: str, one: str, known: Any) -> str:
+    """A name that is known; CircuitError that tells the nearest."""
+    if one not in known:
+        told = "" if one == name else f" in {shown(name)}"
+        raise CircuitError(f"{what}: {shown(one)}{told} is not known. {nearest(one[:60], known, few=12)}")
+    return one
+
+
+def _columns(graph: Graph, name: str) -> Bool[Tensor, " R"]:
+    """The receiver of that name, or all of the node's."""
+    if name in graph.node_names:
+        return graph.receiver_node == graph.node_names.index(name)
+    return torch.arange(graph.n_receivers) == graph.receiver_index(name)

@@ -27,9 +27,9 @@ from kcwb.circuits.provenance import origin, part
 from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.errors import CircuitError, DataError, SettingError, nearest, shown
 from kcwb.locks import WeightsLock
-from kcwb.models.forward import prompt_chunks
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
+from kcwb.models.memory import HeldPieces
 from kcwb.settings import Count
 from kcwb.tasks.metrics import answer_probabilities, answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts
@@ -98,12 +98,14 @@ class Play:
         if not len(prompts):
             raise DataError("There is no fact to ask: the task's D_val is empty. Use a relation with more facts.")
         self.model, self.given, self._digest = model, circuit, model.digest
-        self.prompts = prompts.select(range(min(facts, len(prompts))))
+        self.prompts = prompts.select(slice(facts))
         self.set_groups(groups or {})
-        self._runs = []
-        for rows in prompt_chunks(model.network, self.prompts.tokens):
-            some = self.prompts.select(range(len(self.prompts))[rows])
-            self._runs.append(ChangingRun(MaskedRuns(model.network, some, cuts.values(some))))
+
+        def begin(rows: slice) -> ChangingRun:
+            some = self.prompts.select(rows)
+            return ChangingRun(MaskedRuns(model.network, some, cuts.values(some)))
+
+        self._runs = HeldPieces(model.network, self.prompts.tokens, begin)
         self._nll = make_loss(model, self.prompts, "nll")
         self._steps: list[_Step] = []
         self._done = 0
@@ -306,7 +308,7 @@ class Play:
 
     def _logits(self, kept: Bool[Tensor, "S R"]) -> Float[Tensor, "N A V"]:
         width = self.prompts.answers.shape[1]
-        parts = [run.logits(kept) for run in self._runs]
+        parts = self._runs.run(lambda run: run.logits(kept))
         return torch.cat([torch.nn.functional.pad(one, (0, 0, 0, width - one.shape[1])) for one in parts])
 
     def _top(self, logits: Float[Tensor, "N A V"], k: int) -> list[list[list[Any]]]:

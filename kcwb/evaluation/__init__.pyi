@@ -1,7 +1,6 @@
 from .confidence import confidence_curve as confidence_curve
 from .faithfulness import cmd as cmd, comprehensiveness as comprehensiveness, cpr as cpr
 from .frontiers import frontier as frontier
-from .play import Losses as Losses
 from .referee.compare import rank_circuits as rank_circuits
 from .overlap import (
     circuit_overlap as circuit_overlap,

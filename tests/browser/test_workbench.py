@@ -18,6 +18,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from tests.workbench.pages import asked, ready, spot
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,17 +109,18 @@ class Workbench:
         """The page inside the graph's frame, once it is drawn."""
         handle = self.panel.locator(".kcwb-graph iframe").element_handle(timeout=60_000)
         frame = handle.content_frame()
-        frame.wait_for_function("document.getElementById('kc-counts')?.textContent", timeout=60_000)
-        return frame
+        frame.wait_for_selector("#kc-counts", timeout=60_000)
+        return ready(frame)
 
     def counts(self) -> str:
         """What the graph says of itself, "47 nodes · 201 edges"."""
-        return self.graph().evaluate("document.getElementById('kc-counts').textContent")
+        return self.graph().inner_text("#kc-counts")
 
     def wait_for_other_counts(self, before: str) -> None:
         self.page.wait_for_function(
             """(before) => [...document.querySelectorAll(".kcwb-graph iframe")].some((frame) => {
-                const counts = frame.contentDocument?.getElementById("kc-counts")?.textContent;
+                const shadow = frame.contentDocument?.querySelector(".kcwb-instrument")?.shadowRoot;
+                const counts = shadow?.getElementById("kc-counts")?.textContent;
                 return counts && counts !== before;
             })""",
             arg=before,
@@ -127,13 +130,8 @@ class Workbench:
     def click_head(self) -> str:
         """Click a head in the graph, as a person does; its name."""
         frame = self.graph()
-        name, spot = frame.evaluate(
-            """() => {
-                const head = nodes.get().find((node) => /^a\\d+\\.h\\d+$/.test(node.name));
-                return [head.name, network.canvasToDOM(network.getPosition(head.id))];
-            }"""
-        )
-        frame.locator("#mynetwork canvas").click(position=spot)
+        name = asked(frame, "graph.boxes().find((label) => /^a\\d+\\.h\\d+$/.test(label))")
+        frame.locator("#kc-canvas").click(position=spot(frame, name))
         return name
 
     def clicked(self, message: dict[str, Any]) -> str:

@@ -100,8 +100,8 @@ def circuit_of(view: GraphView) -> dict[str, Any]:
 
 
 def drawn(view: GraphView, what: str) -> list[dict[str, Any]]:
-    """The nodes or edges given to vis-network."""
-    return circuit_of(view)[what]
+    """The nodes or edges given to the instrument."""
+    return about(view)[what]
 
 
 def ends(edge: dict[str, Any]) -> tuple[str, ...]:
@@ -110,21 +110,43 @@ def ends(edge: dict[str, Any]) -> tuple[str, ...]:
 
 
 def about(view: GraphView) -> dict[str, Any]:
-    """What else the page is given."""
-    return circuit_of(view)["view"]
+    """All that is drawn."""
+    return circuit_of(view)["scene"]
 
 
 def colours(frame: Any) -> int:
     """How many colours the canvas holds: a blank one holds one."""
-    return frame.evaluate("""() => {
-        const canvas = document.querySelector("#mynetwork canvas");
-        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-        return new Set(new Uint32Array(data.buffer)).size;
-    }""")
+    return asked(
+        frame,
+        """(() => {
+            const canvas = shadow.querySelector("canvas");
+            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            return new Set(new Uint32Array(data.buffer)).size;
+        })()""",
+    )
+
+
+def asked(frame: Any, question: str, arg: Any = None) -> Any:
+    """The value of an expression on a page with a graph: of `graph`, what it says of itself, `shadow`, and `arg`."""
+    return frame.evaluate(f"(arg) => {{ {_HOST} return {question}; }}", arg)
+
+
+def until(frame: Any, question: str, arg: Any = None) -> None:
+    """Wait until such an expression is true."""
+    frame.wait_for_function(f"(arg) => {{ {_HOST} return {question}; }}", arg=arg)
+
+
+_HOST = "const host = document.querySelector('.kcwb-instrument'), graph = host?.graph, shadow = host?.shadowRoot;"
 
 
 def ready(frame: Any) -> Any:
-    frame.wait_for_selector("#mynetwork canvas")
-    frame.wait_for_function("document.getElementById('kc-shown').textContent !== ''")
-    frame.wait_for_timeout(200)
+    frame.wait_for_selector("#kc-canvas")
+    until(frame, "graph && graph.view().frames > 0")
+    frame.wait_for_timeout(100)
     return frame
+
+
+def spot(frame: Any, name: str) -> dict[str, float]:
+    """Where a node is on the canvas."""
+    found = asked(frame, "graph.place(arg)", name)
+    return {"x": found["x"], "y": found["y"]}

@@ -28,7 +28,20 @@ from kcwb.workbench.graph.svg import graph_svg
 from kcwb.workbench.report.page import facts_table
 from kcwb.workbench.report.write import index, report
 from tests.hostile import HOSTILE, SURROGATE
-from tests.workbench.pages import TOLD, about, colours, drawn, graph_of, hostile_view, inner, make_circuit, ready
+from tests.workbench.pages import (
+    TOLD,
+    about,
+    asked,
+    colours,
+    drawn,
+    graph_of,
+    hostile_view,
+    inner,
+    make_circuit,
+    ready,
+    spot,
+    until,
+)
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -259,18 +272,16 @@ def test_index_of_hostile_reports_holds_text_only(page: Path, tmp_path: Path) ->
 def test_hostile_graph_does_not_run(show: Any) -> None:
     page = ready(show(hostile_view().page))
     assert colours(page) > 20
-    for node in range(0, len(HOSTILE) + 1, 3):
-        spot = page.evaluate("(id) => network.canvasToDOM(network.getPosition(id))", node)
-        page.hover("#mynetwork canvas", position=spot)
-        page.wait_for_function(
-            "(id) => document.getElementById('kc-tip').firstChild?.textContent === nodes.get(id).lines[0]", arg=node
-        )
+    for name in HOSTILE[::3]:
+        page.hover("#kc-canvas", position=spot(page, name))
+        until(page, "shadow.getElementById('kc-tip').firstChild?.textContent === arg", shortened(name, 120))
     for name in HOSTILE[::5]:
         page.fill("#kc-search", name)
         page.keyboard.press("Enter")
     svg = ElementTree.fromstring(saved(page, "#kc-svg"))
     assert {element.tag.rpartition("}")[2] for element in svg.iter()} == {"svg", "title", "rect", "text", "path", "g"}
     assert page.evaluate("window.hacked") is None
+    assert asked(page, "shadow.querySelectorAll('img, a, h1, link, iframe, script').length") == 0
     assert page.evaluate("document.querySelectorAll('img, a, h1, link, iframe, form').length") == 0
 
 

@@ -1,8 +1,9 @@
 """What is drawn of a circuit and where: places, colours, widths and words, for the page and the SVG alike.
 
-Layers run from bottom to top, a head stands in the column of its index, the MLP beside and just above its heads, the
-input and the logits at the ends. Nothing is left to chance or to physics: a circuit is drawn the same each time, and
-a node stands in the same column in every circuit of a model.
+Layers run from bottom to top, a head stands in the column of its index, the MLP beside and just above its heads (in one
+of three columns, by its layer, so that MLPs do not hide each other's edges), the input and the logits at the ends.
+Nothing is left to chance or to physics: a circuit is drawn the same each time, and a node stands in the same column in
+every circuit of a model.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ COLOURS: Mapping[str, Mapping[str, str]] = {
         "bg": "#ffffff", "ink": "#1f2328", "muted": "#656d76", "line": "#d5d9de", "band": "#f5f6f8",
         "field": "#ffffff", "note": "#8a5300", "rim": "#7b838c", "head": "#e6e9ed", "mlp": "#d3d8de",
         "input": "#3d444d", "logits": "#3d444d", "relation": "#0072b2", "v": "#009e73", "direct": "#6e7781",
-        "shared": "#6e7781", **_COMMON,
+        "shared": "#6e7781", "forced": "#b5179e", **_COMMON,
     },
     "dark": {
         "bg": "#15181c", "ink": "#e6e8eb", "muted": "#9aa3ad", "line": "#353b43", "band": "#1b1f25",
         "field": "#1f242a", "note": "#f0b95a", "rim": "#89929d", "head": "#343b44", "mlp": "#464f5a",
         "input": "#c9d0d8", "logits": "#c9d0d8", "relation": "#3aa0e0", "v": "#14b887", "direct": "#99a2ac",
-        "shared": "#99a2ac", **_COMMON,
+        "shared": "#99a2ac", "forced": "#f06ad8", **_COMMON,
     },
 }  # fmt: skip
 """The only place where colours are named. Those of roles and of q, k, v are Okabe and Ito's, safe for colour blindness;
@@ -52,9 +53,10 @@ what they do not tell apart (head and MLP, key and value) shapes and dashes do."
 
 DASHES: Mapping[str, tuple[int, ...]] = {"q": (8, 4), "k": (2, 3), "v": (), "direct": ()}
 
-_LABEL, _NAME, _TEXT = 12, 120, 600  # characters kept of a label, a name in running text, a long text
+_LABEL, _MARK, _NAME, _TEXT = 12, 22, 120, 600  # characters kept of a label, a mark, a name in a text, a long text
 _CHARACTER, _PADDING = 7.5, 20  # width of a node: of a character, of what is around the text
 _ROW = 26  # the least distance of two layers; a node is 21 high
+_WAVE = (0.0, 1.0, 2.0, 1.0)  # in which column the MLPs of successive layers stand
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 
 Place = tuple[float, float]
@@ -72,6 +74,9 @@ class Node(NamedTuple):
     x: float
     y: float
     side: str | None  # of SIDES, in a comparison
+    layer: int
+    role: str
+    mark: str  # what may stand below the label: its role, or the start of its detail
 
 
 class Edge(NamedTuple):
@@ -86,6 +91,7 @@ class Edge(NamedTuple):
     width: float
     strength: float  # how opaque it is
     bend: tuple[str, float]  # as `control_points` takes it
+    pi: float | None  # the share of draws that keep it, of an ensemble
 
 
 class Drawing(NamedTuple):
@@ -101,6 +107,7 @@ class Drawing(NamedTuple):
     with_roles: bool
     sure: bool  # whether opacity is the share of draws that keep an edge
     sides: dict[str, str]  # side -> how the legend names it; empty unless two circuits are compared
+    plan: dict[str, Any]  # where nodes that are not in the circuit would stand: heads' width and columns, MLPs' x
 
 
 class Look(NamedTuple):
@@ -188,21 +195,22 @@ def _own_share(circuit: Circuit) -> pd.Series:
 def _draw(circuit: Circuit, table: pd.DataFrame, sides: dict[str, str], held: Mapping[str, str], look: Look) -> Drawing:
     """What is drawn of a table of edges; `held` has the side of each node."""
     rows, roles = list(circuit.nodes.itertuples(index=False)), _read_roles(look.roles)
-    places, lines, pitch, tightest = _layout(rows, circuit.graph.n_heads)
+    places, lines, tightest, plan = _layout(rows, circuit.graph.n_heads)
     words = {side: text.rpartition(" (")[0] if side != "shared" else "in both" for side, text in sides.items()}
     nodes = []
     for row in rows:
         name, kind, role = str(row.node), str(row.kind), roles.get(str(row.node), "")
         tone = plain if kind == "head" and (plain := role.strip().lower().removesuffix(" head")) in ROLES else kind
-        hover = _lines(row, role, words.get(held.get(name, "")), (look.details or {}).get(name))
-        nodes.append(Node(name, kind, tone, _label(name), hover, *places[name], held.get(name)))
+        detail = (look.details or {}).get(name)
+        hover, mark = _lines(row, role, words.get(held.get(name, "")), detail), _line(role or str(detail or ""), _MARK)
+        side, layer = held.get(name), int(str(row.layer))
+        nodes.append(Node(name, kind, tone, _label(name), hover, *places[name], side, layer, role, mark))
     shown, sure = table.head(look.max_edges), look.ensemble
     shown = shown.assign(pi=math.nan, told=None) if sure is None else with_sureness(shown, circuit, sure)
     notice = f"showing the {len(shown):,} strongest of {len(table):,} edges" if len(shown) < len(table) else ""
     with_roles, title = any(node.tone in ROLES for node in nodes), shorten(look.title or "", _NAME)
-    return Drawing(
-        title, notice, nodes, _edges(shown, nodes), lines, pitch, tightest, with_roles, sure is not None, sides
-    )
+    edges, pitch = _edges(shown, nodes), plan["pitch"]
+    return Drawing(title, notice, nodes, edges, lines, pitch, tightest, with_roles, sure is not None, sides, plan)
 
 
 def _read_roles(roles: Roles | None) -> dict[str, str]:
@@ -252,7 +260,8 @@ def _edges(table: pd.DataFrame, nodes: Sequence[Node]) -> list[Edge]:
         width = round(thin + (thick - thin) * share, 2)
         strength = round(max(FAINTEST, pi) if pi == pi else faint + (1 - faint) * share**0.5, 2)
         lines = [f"{shorten(sender, _NAME)} → {shorten(receiver, _NAME)}", words, *(told or [])]
-        edges.append(Edge(start, end, port, side or port, lines, float(weight), width, strength, bend))
+        share = float(pi) if pi == pi else None
+        edges.append(Edge(start, end, port, side or port, lines, float(weight), width, strength, bend, share))
     return edges[::-1]
 
 
@@ -268,10 +277,12 @@ def _bend(start: Node, end: Node, port: str) -> tuple[str, float]:
 # --- where things stand ---
 
 
-def _layout(nodes: Sequence[Any], n_heads: int) -> tuple[dict[str, Place], list[dict[str, float]], float, float]:
+def _layout(
+    nodes: Sequence[Any], n_heads: int
+) -> tuple[dict[str, Place], list[dict[str, float]], float, dict[str, Any]]:
     """Layers from bottom to top (on the canvas y points down), heads by their index, then the MLP.
 
-    Places by node, and the layers' labels, pitch and tightest factor as in `Drawing`.
+    Places by node, and the layers' labels, tightest factor and plan as in `Drawing`.
     """
     layers = sorted({int(node.layer) for node in nodes})
     pitch = min(max(_ROW, 540 / max(len(layers), 1)), 76.0)
@@ -289,7 +300,8 @@ def _layout(nodes: Sequence[Any], n_heads: int) -> tuple[dict[str, Place], list[
     widest = max((len(heads) for heads in by_layer.values()), default=1)
     width = max(min(1.5 * abs(y), 150.0 * columns), gap * (widest - 1)) if by_layer else 0.0
     mlp_x = width + max(gap, width / columns) if by_layer else 0.0
-    middle = (mlp_x if any(node.kind == "mlp" for node in nodes) else width) / 2
+    mlps = [round(mlp_x + step * gap, 1) for step in _WAVE]
+    middle = (max(mlps) if any(node.kind == "mlp" for node in nodes) else width) / 2
 
     places: dict[str, Place] = {}
     nearest = max(mlp_x - width, gap)
@@ -299,13 +311,14 @@ def _layout(nodes: Sequence[Any], n_heads: int) -> tuple[dict[str, Place], list[
         places |= {node.node: (x, heights[layer]) for node, x in zip(heads, xs, strict=True)}
     for node in nodes:
         if node.kind == "mlp":
-            places[node.node] = (mlp_x, heights[node.layer] - 0.32 * pitch)
+            places[node.node] = (mlps[node.layer % len(mlps)], heights[node.layer] - 0.32 * pitch)
         elif node.kind != "head":
             places[node.node] = (middle, heights[node.layer])
     named = sorted({int(node.layer) for node in nodes if node.kind in ("head", "mlp")})
     rows = [{"layer": layer, "y": round(heights[layer] - 0.16 * pitch, 1)} for layer in named]
     places = {str(name): (round(x, 1), round(y, 1)) for name, (x, y) in places.items()}
-    return places, rows, round(pitch, 1), round(min(1.0, gap / nearest), 3)
+    plan = {"width": round(width, 1), "columns": columns, "mlps": mlps, "pitch": round(pitch, 1)}
+    return places, rows, round(min(1.0, gap / nearest), 3), plan
 
 
 def _spread(wanted: Sequence[float], gap: float, width: float) -> list[float]:
@@ -330,8 +343,12 @@ def _split(receiver: str) -> tuple[str, str]:
 
 
 def _label(name: str) -> str:
+    return _line(name, _LABEL)
+
+
+def _line(text: str, most: int) -> str:
     """One line of plain characters: no line breaks, no marks that turn the direction of writing."""
-    return shorten(_UNFIT.sub(" ", name), _LABEL)
+    return shorten(_UNFIT.sub(" ", text), most)
 
 
 def _number(value: float) -> str:

@@ -1,18 +1,8 @@
 """A circuit as an interactive picture: one HTML page that asks nothing of the network.
 
-pyvis builds the page around vis-network. What pyvis leaves to be wished for is mended here, in this order:
-
-1. nodes get fixed places, see `kcwb.workbench.graph.drawing`;
-2. pyvis writes the page with everything in line; links to content delivery networks and the doubled heading,
-   which it adds all the same, are taken out;
-3. ``page.html`` adds the search, the slider, the legend, the hover texts and the colours of both themes;
-4. the page is compressed and held by a small loader, so that a notebook of ten graphs stays small.
-
-Steps 2 to 4 are taken once for what all pages share (vis-network, 9 tenths of them); drawing a circuit then only adds
-its nodes and edges, so that a graph can follow a slider.
-
-All text reaches the page as JSON and is set by ``textContent`` or drawn on a canvas, never parsed as HTML.
-For the same reason pyvis's own ``title`` (parsed as HTML as soon as one holds the word "href") is not used.
+The page runs the instrument (`kcwb.workbench.graph.instrument`), the module that the widget runs too, on data that the
+page holds; it is compressed and held by a small loader, so that a notebook of ten graphs stays small. What all pages
+share is compressed once; drawing a circuit then only adds its data, so that a graph can follow a slider.
 """
 
 from __future__ import annotations
@@ -31,23 +21,21 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyvis.network import Network
-
-from kcwb.errors import KcwbError
 from kcwb.files import write_text
 from kcwb.outputs import PAGE, PAGE_MARK, check_output
 from kcwb.settings import Count
 from kcwb.verbs import verb
-from kcwb.workbench.graph.drawing import COLOURS, DASHES, ROLES, Drawing, Look, Roles, draw, draw_two
+from kcwb.workbench.graph.drawing import COLOURS, ROLES, Drawing, Look, Roles, draw, draw_two
+from kcwb.workbench.graph.instrument import scene, script
 
 if TYPE_CHECKING:
+    from pyvis.network import Network
+
     from kcwb.circuits.circuit import Circuit
     from kcwb.circuits.ensemble import Ensemble
 
 __all__ = ["ROLES", "GraphView", "compare_view", "graph_view"]
 
-_ARROWS_UP_TO = 300  # edges; beyond, heads of arrows are clutter, and all edges point upwards anyway
-_EXTERNAL = re.compile(r"""<\w+\b[^>]*?\b(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", re.IGNORECASE)
 _DATA = "__CIRCUIT__"  # where page.html has a circuit
 _MOST = 100_000_000  # letters of a page
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -71,11 +59,14 @@ class GraphView:
         Height of the frame in a notebook, in pixels.
     title : str
         The page's title, as plain text.
+    drawing : Drawing
+        What is drawn and where.
     """
 
     page: str = field(repr=False)
     height: int
     title: str
+    drawing: Drawing = field(repr=False)
 
     def _repr_html_(self) -> str:
         source, title = html.escape(self.page, quote=True), _ascii(self.title)
@@ -110,13 +101,35 @@ class GraphView:
         write_text(Path(filename), self.page)
         return None
 
+    def to_pyvis(self) -> Network:
+        """The same nodes and edges, in the same places and (light) colours, as a network of pyvis to go on with.
+
+        Returns
+        -------
+        pyvis.network.Network
+            Nodes have their place in `drawing.nodes` as id, for a name may be any text and an id may not. There are no
+            hover texts: pyvis would read some of them as HTML.
+        """
+        from pyvis.network import Network
+
+        ink = COLOURS["light"]
+        network = Network(height=f"{self.height}px", width="100%", directed=True, cdn_resources="in_line")
+        network.toggle_physics(False)
+        for i, node in enumerate(self.drawing.nodes):
+            network.add_node(i, node.label or " ", shape="box", x=node.x, y=node.y, color=ink[node.tone])
+        for edge in self.drawing.edges:
+            network.add_edge(
+                edge.start, edge.end, width=edge.width, color={"color": ink[edge.tone], "opacity": edge.strength}
+            )
+        return network
+
 
 @verb
 def graph_view(
     circuit: Circuit | Ensemble,
     *,
     roles: Roles | None = None,
-    max_edges: Count = 2000,
+    max_edges: Count = 20_000,
     height: Count = 640,
     title: str | None = None,
     details: Mapping[str, str] | None = None,
@@ -133,7 +146,8 @@ def graph_view(
         named. Names that are not in the circuit are ignored. A table has the column ``role`` and either ``node`` or
         ``layer`` and ``head``.
     max_edges : int
-        At most this many edges are drawn, the strongest; the page says so when some are left out.
+        At most this many edges are drawn, the strongest; the page says so when some are left out. Of more than 2,000,
+        each layer is drawn as one box, which a double click opens.
     height : int
         Height in a notebook, in pixels.
     title : str, optional
@@ -155,7 +169,7 @@ def graph_view(
     CircuitError
         If an edge names a node that ``circuit.nodes`` lacks, or the ensemble is of another graph.
     """
-    return _view(draw(circuit, Look(roles, max_edges, title, details, ensemble)), height)
+    return view_of(draw(circuit, Look(roles, max_edges, title, details, ensemble)), height)
 
 
 @verb
@@ -165,7 +179,7 @@ def compare_view(
     *,
     names: Sequence[str] = ("left", "right"),
     roles: Roles | None = None,
-    max_edges: Count = 2000,
+    max_edges: Count = 20_000,
     height: Count = 640,
     title: str | None = None,
     details: Mapping[str, str] | None = None,
@@ -195,7 +209,7 @@ def compare_view(
     SettingError
         As in `graph_view`, or if ``names`` are not two.
     """
-    return _view(draw_two(left, right, names, Look(roles, max_edges, title, details)), height)
+    return view_of(draw_two(left, right, names, Look(roles, max_edges, title, details)), height)
 
 
 # --- the page ---
@@ -217,10 +231,7 @@ def is_graph_page(page: str) -> bool:
         text = zlib.decompressobj(wbits=31).decompress(packed, _MOST).decode("utf-8")
     except (ValueError, zlib.error):
         return False
-    return any(_holds(text, *_text(arrows).split(_DATA)) for arrows in (True, False))
-
-
-def _holds(text: str, before: str, after: str) -> bool:
+    before, after = _text().split(_DATA)
     data = text.removeprefix(before).removesuffix(after)
     return f"{before}{data}{after}" == text and not re.search("[<>&]", data)
 
@@ -228,93 +239,34 @@ def _holds(text: str, before: str, after: str) -> bool:
 @cache
 def script_hashes() -> tuple[str, ...]:
     """The scripts of all graphs' pages, as a content security policy names them; circuits are data in these pages."""
-    pages = (_LOADER[-1], _text(True), _text(False))
-    scripts = [one for page in pages for one in re.findall(r"<script>(.*?)</script>", page, re.DOTALL)]
-    digests = (hashlib.sha256(one.encode("utf-8")).digest() for one in dict.fromkeys(scripts))
+    scripts = [one for page in (_LOADER[-1], _text()) for one in re.findall(r"<script>(.*?)</script>", page, re.DOTALL)]
+    digests = (hashlib.sha256(one.encode("utf-8")).digest() for one in scripts)
     return tuple(f"'sha256-{base64.b64encode(digest).decode('ascii')}'" for digest in digests)
 
 
-def _view(drawing: Drawing, height: int) -> GraphView:
-    shell = _shell(len(drawing.edges) <= _ARROWS_UP_TO)
-    view = {key: getattr(drawing, key) for key in ("title", "notice", "rows", "pitch", "tightest", "sides")}
-    view |= {"withRoles": drawing.with_roles, "sure": drawing.sure}
-    data = _json({"nodes": _nodes(drawing), "edges": _edges(drawing), "view": view})
+def view_of(drawing: Drawing, height: int, state: Mapping[str, Any] | None = None) -> GraphView:
+    """The page of a drawing; `state` has what a person did to it, by the names of the widget's traits."""
+    shell = _shell()
+    data = _json({"scene": scene(drawing), **(state or {})})
     compressor = shell.compressor.copy()
     packed = shell.begun + compressor.compress((data + shell.after).encode("utf-8")) + compressor.flush()
     title = drawing.title or "Knowledge circuit"
     before, between, after = _LOADER
     page = f"{before}{_ascii(title)}{between}{base64.b64encode(packed).decode('ascii')}{after}"
-    return GraphView(page=page, height=int(height), title=title)
+    return GraphView(page=page, height=int(height), title=title, drawing=drawing)
 
 
 @cache
-def _shell(arrows: bool) -> _Shell:
-    before, after = _text(arrows).split(_DATA)
+def _shell() -> _Shell:
+    before, after = _text().split(_DATA)
     compressor = zlib.compressobj(9, wbits=31)  # gzip
     return _Shell(compressor.compress(before.encode("utf-8")), compressor, after)
 
 
 @cache
-def _text(arrows: bool) -> str:
-    """What pyvis writes, made free of outside links, between the two parts of ``page.html``."""
-    network = Network(height="100%", width="100%", directed=True, cdn_resources="in_line")
-    options = json.loads(_FILES.joinpath("options.json").read_text(encoding="utf-8"))
-    options["edges"]["arrows"]["to"]["enabled"] = arrows
-    network.set_options(json.dumps(options))
-    built = network.generate_html(notebook=False).replace("\r\n", "\n")
-    built = re.sub(r"<center>\s*<h1>.*?</h1>\s*</center>", "", built, flags=re.DOTALL)
-    built = re.sub(r"<!-- <link.*?-->", "", built, flags=re.DOTALL)
-    built = re.sub(r"<link\b[^>]*https?:[^>]*>", "", built)
-    built = re.sub(r"<script\b[^>]*https?:[^>]*>\s*</script>", "", built)
-    built = re.sub(r"<script\b[^>]*>", "<script>", built)
-    # vis-network's pictures of buttons, none of which is shown, would be a sixth of the page
-    built = re.sub(r'url\("data:image[^)]*\)', "none", built)
-    if found := _EXTERNAL.search(built):
-        raise KcwbError(f"this version of pyvis writes an outside link not known here: {found.group()}")
-    built, spots = re.subn(r"(?<=\b(nodes|edges) = new vis\.DataSet\()\[\](?=\);)", r"circuit.\1", built)
-    if spots != 2:
-        raise KcwbError("this version of pyvis puts nodes and edges into the page in a way not known here")
-    ours = _FILES.joinpath("page.html").read_text(encoding="utf-8")
-    before, after = ours.replace("__COLOURS__", _style()).split("<!-- graph -->")
-    head, _, body = built.partition("<body>")
-    body, _, _ = body.rpartition("</body>")
-    return f"<!doctype html>\n{head}<body>\n{before}{body}{after}</body></html>\n"
-
-
-def _style() -> str:
-    """The colours of both themes as custom properties of CSS."""
-    light, dark = ("".join(f"--{name}:{value};" for name, value in COLOURS[theme].items()) for theme in COLOURS)
-    return f":root {{ color-scheme: light; {light} }}\n:root.dark {{ color-scheme: dark; {dark} }}"
-
-
-def _nodes(drawing: Drawing) -> list[dict[str, Any]]:
-    """For vis-network. Ids are numbers, for a name may be any text and an id may not."""
-    radius = {"head": 3, "mlp": 10}
-    return [
-        {
-            "id": i, "label": node.label or " ", "shape": "box", "tone": node.tone, "x": node.x, "y": node.y,
-            "name": node.name, "lines": node.lines, "side": node.side,
-            "shapeProperties": {"borderRadius": radius.get(node.kind, 2)},
-        }
-        | ({"widthConstraint": {"minimum": 150}} if node.kind in ("input", "logits") else {})
-        for i, node in enumerate(drawing.nodes)
-    ]  # fmt: skip
-
-
-def _edges(drawing: Drawing) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": i, "from": edge.start, "to": edge.end, "port": edge.port, "tone": edge.tone, "lines": edge.lines,
-            "weight": edge.weight, "width": edge.width, "strength": edge.strength,
-            "dashes": list(DASHES[edge.port]) or False, "smooth": _smooth(edge.bend),
-        }
-        for i, edge in enumerate(drawing.edges)
-    ]  # fmt: skip
-
-
-def _smooth(bend: tuple[str, float]) -> dict[str, Any]:
-    kind, roundness = bend
-    return {"type": kind, "roundness": roundness} | ({"forceDirection": "vertical"} if kind == "cubicBezier" else {})
+def _text() -> str:
+    """The page, but for its circuit."""
+    return _FILES.joinpath("page.html").read_text(encoding="utf-8").replace("__SCRIPT__", script())
 
 
 # --- text ---

@@ -15,7 +15,7 @@ from kcwb.workbench.graph.page import graph_view
 from kcwb.workbench.graph.sureness import FAINTEST
 from kcwb.workbench.graph.svg import graph_svg
 from tests.workbench.ensembles import KEPT, TWINS, ensemble_of
-from tests.workbench.pages import TOLD, about, drawn, ends, ready
+from tests.workbench.pages import TOLD, about, asked, drawn, ends, ready, until
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -108,19 +108,32 @@ def test_names_of_sources_are_text() -> None:
 def test_a_click_on_an_edge_lights_it_and_tells_its_ends(show: Any) -> None:
     ensemble = ensemble_of(KEPT, TWINS)
     page = ready(show(graph_view(ensemble.consensus(0.25), ensemble=ensemble).page))
-    assert page.inner_text("#kc-sure") == "opacity: share of draws"
+    assert page.inner_text("#kc-sure").strip() == "opacity: share of draws"
     page.evaluate("addEventListener('message', (e) => { window.told = e.data; })")
-    spot = page.evaluate(
-        """() => {
-            const edge = edges.get().find((one) => one.lines[0] === "input → m1");
-            const place = (t) => network.canvasToDOM(network.body.edges[edge.id].edgeType.getPoint(t));
-            return [0.3, 0.4, 0.5, 0.6, 0.7].map(place).find((one) => network.getEdgeAt(one) === edge.id);
-        }"""
+    place = asked(
+        page,
+        """[0.3, 0.4, 0.5, 0.6, 0.7].map((t) => graph.along("input->m1", t))
+            .find(({ x, y }) => graph.edgeAt(x, y) === "input->m1")""",
     )
-    page.click("#mynetwork canvas", position=spot)
+    page.click("#kc-canvas", position=place)
     page.wait_for_function("window.told")
     assert page.evaluate("window.told") == {"kcwb": "select", "nodes": [], "edges": [["input", "m1"]]}
-    assert page.evaluate("edges.get({ filter: (e) => e.color.opacity === e.strength }).length") == 1
-    page.keyboard.press("Escape")
+    page.mouse.move(1, 1)
+    until(page, "graph.lit()?.links.join() === 'input->m1'")
+    page.press("#kc-canvas", "Escape")
     page.wait_for_function("window.told.edges.length === 0")
-    assert page.evaluate("edges.get({ filter: (e) => e.color.opacity === e.strength }).length") == 5
+    until(page, "graph.lit() === null")
+
+
+@pytest.mark.browser
+def test_a_slider_of_confidence_hides_what_few_draws_keep(show: Any) -> None:
+    ensemble = ensemble_of(KEPT, TWINS)
+    page = ready(show(graph_view(ensemble.consensus(0.25), ensemble=ensemble).page))
+    page.locator("#kc-confidence").fill("0.5")
+    until(page, "shadow.getElementById('kc-shown').textContent.includes('3 of 5 edges')")
+    assert {link["name"] for link in asked(page, "graph.links()")} == {
+        "input->a0.h1<v>",
+        "a0.h1->a1.h0<q>",
+        "a1.h0->logits",
+    }
+    assert not ready(show(graph_view(ensemble.consensus(0.25)).page)).is_visible("#kc-confidence")

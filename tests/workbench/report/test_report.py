@@ -36,6 +36,7 @@ from kcwb.workbench.report.write import (
     write_pdf,
 )
 from tests.tasks import known_relation
+from tests.workbench.pages import asked, colours, ready
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",
@@ -750,16 +751,9 @@ def test_report_opens_from_disk_without_a_network(page: Path, chromium: Any, sch
     tab.on("pageerror", lambda e: complaints.append(str(e)))
     tab.goto(page.as_uri())
     frame = tab.wait_for_selector("iframe").content_frame()
-    frame.wait_for_selector("#mynetwork canvas")
-    frame.wait_for_function("document.getElementById('kc-shown').textContent !== ''")
-    frame.wait_for_timeout(300)
-    colours = frame.evaluate("""() => {
-        const canvas = document.querySelector("#mynetwork canvas");
-        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-        return new Set(new Uint32Array(data.buffer)).size;
-    }""")
-    assert colours > 20
-    assert frame.evaluate("nodes.get().map((n) => n.name)") == ["input", "a0.h1", "a1.h0", "logits"]
+    ready(frame)
+    assert colours(frame) > 20
+    assert asked(frame, "graph.boxes()") == ["input", "a0.h1", "a1.h0", "logits"]
     for where in (tab, frame):
         assert where.evaluate("window.hacked") is None
         assert where.evaluate("getComputedStyle(document.body).backgroundColor") == ground
@@ -799,8 +793,7 @@ def test_screenshot_of_a_report_is_not_blank_and_holds_the_labels_of_nodes(page:
     tab.goto(page.as_uri())
     element = tab.wait_for_selector("iframe")
     frame = element.content_frame()
-    frame.wait_for_selector("#mynetwork canvas")
-    frame.wait_for_function("document.getElementById('kc-shown').textContent !== ''")
+    ready(frame)
     element.scroll_into_view_if_needed()  # Chromium draws a frame out of sight later
     before, written = None, {}
     for _ in range(50):  # until the graph has come to rest
@@ -810,8 +803,7 @@ def test_screenshot_of_a_report_is_not_blank_and_holds_the_labels_of_nodes(page:
             break
     assert {"input", "a0.h1", "a1.h0", "logits", "L0", "L1"} <= set(written)
     picture = imread(BytesIO(element.screenshot()))[..., :3]
-    corner = frame.evaluate("(() => { const { x, y } = document.querySelector('#mynetwork canvas')"
-                            ".getBoundingClientRect(); return [x, y]; })()")  # fmt: skip
+    corner = asked(frame, "['x', 'y'].map((key) => shadow.querySelector('canvas').getBoundingClientRect()[key])")
     inset = element.evaluate("(frame) => [frame.clientLeft, frame.clientTop]")
     for name in ("input", "a0.h1", "a1.h0", "logits"):
         x, y = (round(written[name][i] + corner[i] + inset[i]) for i in (0, 1))

@@ -1,0 +1,52 @@
+// Beside the graph: what the circuit answers before and after, and the paths that explain it.
+
+// An element with properties, ARIA and data attributes, handlers and children; strings become text.
+function make(tag, { on = {}, ...more } = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(more)) {
+    if (value === undefined || value === null) continue;
+    if (name in element && !name.includes("-")) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  for (const [name, handler] of Object.entries(on)) element.addEventListener(name, handler);
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+const rounded = (value, digits = 3) => (Number.isFinite(value) ? Number(value.toPrecision(digits)).toString().replace("-", "\u2212") : "\u2013");
+const counted = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
+const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+
+// The table of facts: for each a bar of the answer's probability before and after.
+function answersOf(answers, opened, toggle) {
+  const facts = Array.isArray(answers.facts) ? answers.facts.filter(isObject) : [];
+  const rows = facts.flatMap((fact, i) => {
+    const states = [["before", fact.before], ["after", fact.after]].filter(([, run]) => isObject(run));
+    const bars = states.map(([name, run]) => {
+      const p = Math.max(0, Math.min(1, Number(run.p) || 0)), bar = make("i");
+      bar.style.width = `${100 * p}%`;
+      return make("div", { className: `bar ${name}`, title: `${name}: probability ${rounded(p)}, rank ${run.rank}` }, make("span", {}, name), bar);
+    });
+    const number = (run) => make("div", {}, `${rounded(Number(run.p), 2)} \u00b7 #${run.rank}`);
+    const tops = (run) => (Array.isArray(run.top) ? run.top : []).map(([token, p]) => `${JSON.stringify(String(token)).slice(1, -1)} ${rounded(Number(p), 2)}`).join("   ");
+    const line = make(
+      "tr", { className: "fact" },
+      make("td", {}, make("button", {
+        className: "key", "aria-expanded": String(opened.has(i)), title: "The most probable tokens", on: { click: () => toggle(i) },
+      }, opened.has(i) ? "\u25be" : "\u25b8"), make("span", { className: "prompt", dir: "auto" }, plainText(fact.prompt, 90)), " ", make("span", { className: "answer", dir: "auto" }, plainText(fact.answer, 40)), bars),
+      make("td", { className: "number" }, make("div", {}, "\u00a0"), states.map(([, run]) => number(run))),
+    );
+    const more = opened.has(i) ? states.map(([name, run]) => make("tr", {}, make("td", { colSpan: 2, className: "tops" }, `${name}:  ${tops(run)}`))) : [];
+    return [line, ...more];
+  });
+  const losses = ["before", "after", "model"].map((one) => [one, Number(answers[`loss_${one}`])]).filter(([one]) => answers[`loss_${one}`] !== undefined);
+  const loss = losses.length ? make("p", { className: "loss" }, "Loss, nats: ", losses.flatMap(([one, value], i) => [i ? " \u00b7 " : "", `${one === "model" ? "full model" : one} `, make("b", {}, rounded(value))])) : null;
+  return make("section", {}, make("h3", {}, "Answers"), loss, make("table", { id: "kc-answers" }, make("tbody", {}, rows)));
+}
+
+function pathsOf(paths, current, choose) {
+  const rows = paths.map((path, i) => make("li", {}, make("button", {
+    "aria-current": String(i === current), on: { click: () => choose(i) },
+  }, `${i + 1}. ${path.map((name) => plainText(name, 20)).join(" \u2192 ")}`)));
+  return make("section", {}, make("h3", {}, "Strongest paths"), make("ol", { className: "paths" }, rows));
+}

@@ -1,0 +1,519 @@
+// The instrument: a circuit that is looked at and played, on a model with get, set, save_changes and on.
+
+const HELP = [
+  ["click, Shift+click", "select a node or an edge; add one"], ["Shift+drag", "select all in a frame"], ["drag, wheel", "move, zoom (the wheel after a click)"],
+  ["double click", "open a group"], ["Tab, Shift+Tab", "walk through the nodes"], ["Enter", "select the node that was walked to"], ["arrows, + \u2212 0", "move, zoom, show all"],
+  ["x or Delete", "cut the selected edges, or all edges of the selected nodes"], ["r", "restore them"], ["f", "force an edge in: a3.h1->m7 or a3.h1->a5.h0<q>"],
+  ["Ctrl+Z, Ctrl+Shift+Z", "undo, redo"], ["p", "pin the selection; pinned nodes stay lit"], ["g", "group the selection; ungroup a group"], ["e, then [ ]", "explain: the strongest paths; the one before, the next"],
+  ["F2, n", "give a node a name, a note"], ["/", "find"], ["F", "full screen"], ["Esc", "clear"], ["?", "these keys"],
+];
+const DEFAULTS = {
+  scene: {}, selected: [], selected_edges: [], pinned: [], cut: [], forced: [], groups: {}, names: {}, notes: {}, threshold: 0, confidence: 0,
+  answers: {}, paths: [], busy: false, problem: "", asked: "", height: 0,
+};
+const BLANK = { title: "", notice: "", nodes: [], edges: [], rows: [], pitch: 40, tightest: 1, sides: {}, withRoles: false, sure: false, plan: {} };
+
+function render({ model, el }) {
+  const get = (name) => {  // of the kind that it should be, whatever the model holds
+    const value = model.get(name), usual = DEFAULTS[name];
+    const same = Array.isArray(usual) ? Array.isArray(value) : isObject(usual) ? isObject(value) : typeof value === typeof usual;
+    return same ? value : usual;
+  };
+  const put = (values) => {
+    for (const [name, value] of Object.entries(values)) model.set(name, value);
+    model.save_changes();
+  };
+  const local = { hidden: new Set(), pinnedOnly: false, open: new Set(), layered: null, hover: null, cursor: null, path: 0, facts: new Set(), folded: false };
+  let circuit = indexed(BLANK, []), view = { boxes: [], links: [], edges: [] }, scene = BLANK, levels = [];
+
+  // --- the page ---
+
+  const host = make("div", { className: "kcwb-instrument", "data-lm-suppress-shortcuts": "true" }), shadow = host.attachShadow({ mode: "open" });
+  const act = (id, words, title, work) => make("button", { id: `kc-${id}`, type: "button", title, "aria-label": words.length > 2 ? undefined : title, on: { click: guarded(work) } }, words);
+  const title = make("h2", { id: "kc-title", dir: "auto" }), counts = make("span", { id: "kc-counts", className: "muted" }), notice = make("span", { id: "kc-notice" });
+  const undo = act("undo", "\u21b6", "Undo (Ctrl+Z)", () => ask("undo")), redo = act("redo", "\u21b7", "Redo (Ctrl+Shift+Z)", () => ask("redo"));
+  const layers = act("layers", "Layers", "One box for each layer", () => { local.layered = !local.layered; local.open.clear(); redraw(true); });
+  const search = make("input", { id: "kc-search", type: "search", placeholder: "a node, or a3.h1->m7", autocomplete: "off", spellcheck: false, on: { change: guarded(find), input: () => search.value || find() } });
+  search.setAttribute("list", "kc-names");
+  const options = make("datalist", { id: "kc-names" }), slider = make("input", { id: "kc-slider", type: "range", min: 0, value: 0, step: 1 });
+  const below = make("span", { id: "kc-below" }, "Hide below |score|"), told = make("output", { id: "kc-shown" });
+  const sure = make("input", { id: "kc-confidence", type: "range", min: 0, max: 1, step: 0.01, value: 0 }), sureTold = make("output"), sureLabel = make("label", {}, "Confidence", sure, sureTold);
+  const canvas = make("canvas", { id: "kc-canvas", tabIndex: 0, role: "application", "aria-label": "Circuit" });
+  const acts = make("div", { className: "bar-of-acts", id: "kc-acts" }), tip = make("div", { className: "tip", id: "kc-tip", role: "tooltip", hidden: true }), aside = make("aside", { id: "kc-aside", "aria-label": "Answers and paths", hidden: true });
+  const empty = make("div", { className: "empty", hidden: true }, "This circuit has no edges."), frame = make("div", { className: "frame", hidden: true }), prompt = make("form", { className: "ask", id: "kc-ask", hidden: true });
+  const mirror = make("ul", { id: "kc-mirror", className: "unseen", "aria-label": "Nodes of the circuit" }), live = make("div", { className: "unseen", id: "kc-live", "aria-live": "polite" });
+  const trouble = make("span"), problem = make("div", { className: "problem", id: "kc-problem", role: "alert", hidden: true }, trouble, make("button", { type: "button", on: { click: () => { problem.hidden = true; put({ problem: "" }); } } }, "Dismiss"));
+  const help = make("div", { className: "help", id: "kc-help", role: "dialog", "aria-label": "Keys", hidden: true }, make("h3", {}, "Keys"), make("dl", {}, HELP.flatMap(([key, words]) => [make("dt", {}, key), make("dd", {}, words)])), make("button", { type: "button", on: { click: () => { help.hidden = true; canvas.focus(); } } }, "Close"));
+  const legend = make("footer"), main = make("main", {}, make("div", { className: "card" }, canvas, empty, acts, prompt, frame, help), aside);
+  const header = make("header", {}, make("div", { className: "top" }, title, counts, notice, make("span", { className: "push" }, undo, redo, layers,
+    act("out", "\u2212", "Zoom out (\u2212)", () => painter.zoom(1 / 1.35)), act("in", "+", "Zoom in (+)", () => painter.zoom(1.35)), act("fit", "Fit", "Show the whole circuit (0)", () => painter.fit()),
+    act("png", "PNG", "Save what is shown as a picture", savePicture), act("svg", "SVG", "Save the whole circuit as a drawing that can be edited", saveDrawing),
+    act("full", corners(), "Full screen (F)", fullScreen), act("keys", "?", "Keys (?)", () => { help.hidden = !help.hidden; }))),
+  make("label", {}, "Find", search), options, make("label", {}, below, slider, told), sureLabel);
+  const root = make("div", { className: "kc" }, header, problem, main, legend, mirror, live, tip);
+  shadow.append(make("style", {}, CSS), root);
+  el.append(host);
+  const painter = new Painter(canvas);
+
+  // --- what goes wrong is said, and what is drawn stays ---
+
+  function say(words) {
+    trouble.textContent = words;
+    problem.hidden = !words;
+  }
+  function guarded(work) {
+    return (...args) => {
+      try { return work(...args); } catch (error) { say(`The graph could not do this: ${error.message}`); return undefined; }
+    };
+  }
+
+  function corners() {
+    const svg = drawn("svg", { viewBox: "0 0 12 12", width: 12, height: 12, "aria-hidden": "true" });
+    svg.append(drawn("path", { d: "M1 4V1H4M8 1H11V4M11 8V11H8M4 11H1V8", fill: "none", stroke: "currentColor", "stroke-width": 1.5 }));
+    return svg;
+  }
+
+  // --- from the model to the picture ---
+
+  // Python answers one request at a time, and clears it; what is asked meanwhile waits.
+  const requests = [];
+  function ask(what) {
+    requests.push(what);
+    next();
+  }
+  function next() { if (requests.length && get("asked") === "") put({ asked: requests.shift() }); }
+
+  function load() {
+    scene = { ...BLANK, ...get("scene") };
+    Object.assign(local, { open: new Set(), layered: scene.edges.length > LAYERED_FROM, hover: null, cursor: null, path: 0 });
+    levels = [...new Set(scene.edges.map((edge) => edge.weight))].sort((a, b) => a - b);
+    title.textContent = scene.title;
+    canvas.setAttribute("aria-label", `${scene.title || "Circuit"}: Tab walks through its nodes, ? shows the keys`);
+    notice.textContent = scene.notice;
+    empty.hidden = scene.edges.length > 0;
+    slider.max = Math.max(0, levels.length - 1);
+    slider.disabled = levels.length < 2;
+    options.replaceChildren(...scene.nodes.map((node) => make("option", { value: node.name })));
+    sureLabel.hidden = !scene.sure;
+    below.textContent = Object.keys(scene.sides).length ? "Hide below share" : "Hide below |score|";
+    root.style.setProperty("--height", get("height") > 0 ? `${get("height")}px` : "100%");
+    drawLegend();
+    redraw(true);
+  }
+  function state() {
+    const groups = Object.entries(get("groups")).filter(([, names]) => Array.isArray(names)), auto = new Set();
+    const closed = groups.filter(([name]) => !local.open.has(name));
+    if (local.layered) {
+      const rows = new Map();
+      for (const node of circuit.nodes) if (node.kind === "head" || node.kind === "mlp") rows.set(node.layer, [...(rows.get(node.layer) ?? []), node.name]);
+      for (const [layer, names] of rows) {
+        if (local.open.has(`L${layer}`) || names.length < 2) continue;
+        auto.add(`L${layer}`);
+        closed.push([`L${layer}`, names]);
+      }
+    }
+    const named = (key) => new Map(Object.entries(get(key)).map(([name, value]) => [name, String(value)]));
+    return { ...local, closed, auto, names: named("names"), notes: named("notes"), cut: get("cut"), pinned: get("pinned"), threshold: get("threshold"), confidence: get("confidence") };
+  }
+  const redraw = guarded((anew = false) => {
+    circuit = indexed(scene, get("forced"));
+    view = shown(circuit, state());
+    painter.draw(view, scene, COLOURS[theme()]);
+    choose();
+    painter.resize();
+    if (anew || !painter.painted && !painter.frames) painter.reshape();
+    counts.textContent = `${counted(scene.nodes.length, "node")} \u00b7 ${counted(scene.edges.length, "edge")}`;
+    counts.hidden = Boolean(scene.notice);
+    const all = circuit.edges.length, threshold = get("threshold"), some = `${view.edges.length.toLocaleString("en")} of ${counted(all, "edge")} shown`;
+    told.textContent = view.edges.length === all ? `all ${counted(all, "edge")} shown` : threshold > 0 ? `${rounded(threshold)} \u00b7 ${some}` : some;
+    slider.value = threshold > 0 ? Math.max(0, levels.findIndex((level) => level >= threshold)) : 0;
+    slider.setAttribute("aria-valuetext", told.textContent);
+    [sure.value, sureTold.textContent] = [get("confidence"), `\u2265 ${get("confidence").toFixed(2)}`];
+    layers.hidden = !local.layered && scene.edges.length <= LAYERED_FROM;
+    layers.setAttribute("aria-pressed", String(Boolean(local.layered)));
+    const played = get("cut").length + get("forced").length > 0 || model.get("steps") > 0;
+    undo.hidden = redo.hidden = !played && !model.get("live");
+    reflect();
+  });
+  function choose() {  // what is selected, pinned to boxes, and lit
+    const names = new Set(get("selected")), chosen = new Set(get("selected_edges"));
+    for (const box of view.boxes) [box.chosen, box.cursor] = [box.members.every((node) => names.has(node.name)), box.key === local.cursor];
+    const picked = view.boxes.filter((box) => box.chosen), links = view.links.filter((link) => link.edges.some((edge) => chosen.has(edge.name)));
+    const path = pathLinks();
+    painter.painted = null;
+    if (local.hover) painter.light(local.hover.boxes ? local.hover : reach([local.hover]));
+    else if (path) painter.light(path);
+    else if (picked.length || links.length) {
+      const lit = new Set([...links, ...picked.flatMap((box) => [...box.into, ...box.out])]);
+      painter.light({ links: lit, boxes: new Set([...picked, ...[...lit].flatMap((link) => [link.from, link.to])]) });
+    } else painter.light(null);
+    drawActs(picked, links);
+  }
+  function pathLinks() {
+    const paths = get("paths").filter(Array.isArray);
+    if (!paths.length) return null;
+    const names = paths[Math.min(local.path, paths.length - 1)], boxes = names.map((name) => view.boxOf?.[circuit.ofName.get(name)?.id]).filter(Boolean);
+    const steps = new Set(boxes.slice(1).map((box, i) => `${boxes[i].id} ${box.id}`));
+    return { boxes: new Set(boxes), links: new Set(view.links.filter((link) => !link.gone && steps.has(`${link.from.id} ${link.to.id}`))) };
+  }
+  function theme() {
+    const page = document.body?.dataset ?? {};
+    let lab = page.jpThemeLight;  // JupyterLab's, also when this page stands in one of its cells
+    try { lab ??= window.parent.document.body.dataset.jpThemeLight; } catch { /* another origin */ }
+    const code = page.vscodeThemeKind;
+    const dark = lab !== undefined ? lab === "false" : code !== undefined ? /dark|(?<!light-)high-contrast$/.test(code.replace("vscode-", "")) : matchMedia("(prefers-color-scheme: dark)").matches;
+    return dark ? "dark" : "light";
+  }
+  function setTheme() {
+    for (const [name, colour] of Object.entries(COLOURS[theme()])) root.style.setProperty(`--${name}`, colour);
+    root.style.colorScheme = theme();
+    if (el === document.body || el.parentElement === document.body) document.body.style.background = COLOURS[theme()].bg;
+    redraw();
+  }
+
+  // --- what can be done, as buttons ---
+
+  function drawActs(picked, links) {
+    const names = get("selected"), edges = get("selected_edges"), cut = new Set(get("cut")), pinned = get("pinned"), touched = touchedEdges();
+    const grouped = picked.find((box) => box.group !== null), row = [];
+    if (names.length || edges.length) {
+      const words = names.length === 1 ? get("names")[names[0]] ?? names[0] : names.length ? counted(names.length, "node") : edges.length === 1 ? edges[0].replace("->", " \u2192 ") : counted(edges.length, "edge");
+      row.push(make("span", { className: "chip", dir: "auto", title: plainText(words, 200) }, plainText(grouped && names.length > 1 ? grouped.label : words, 44)));
+      if (touched.some((name) => !cut.has(name))) row.push(act("cut", "Cut", "Cut (x)", cutThem));
+      if (touched.some((name) => cut.has(name))) row.push(act("restore", "Restore", "Restore (r)", restoreThem));
+      if (names.length) row.push(act("pin", names.every((name) => pinned.includes(name)) ? "Unpin" : "Pin", "Pin (p)", pin));
+      if (grouped && !local.layered || names.length > 1) row.push(act("group", grouped ? "Ungroup" : "Group", "Group (g)", group));
+      if (names.length === 1) row.push(act("rename", "Rename", "Rename (F2)", rename), act("note", "Note", "Note (n)", note));
+    }
+    if (pinned.length) {
+      const only = act("only", "Pinned only", "Show pinned nodes alone, and the edges between them", () => { local.pinnedOnly = !local.pinnedOnly; redraw(true); });
+      only.setAttribute("aria-pressed", String(local.pinnedOnly));
+      row.push(only);
+    }
+    if (model.get("live") || names.length || get("paths").length) row.push(act("explain", "Explain", "The strongest paths (e)", explain));
+    const menu = make("select", { id: "kc-by", "aria-label": "Group by", on: { change: guarded(() => groupBy(menu.value)) } }, ...[["", "Group by\u2026"], ["role", "role"], ["layer", "layer"], ["kind", "kind"], ["none", "none"]].map(([value, words]) => make("option", { value }, words)));
+    if (scene.nodes.length && (row.length || Object.keys(get("groups")).length)) row.push(menu);
+    acts.replaceChildren(...row);
+    void links;
+  }
+  function touchedEdges() {  // the selected edges, and all at the selected nodes
+    const names = new Set(get("selected")), chosen = new Set(get("selected_edges"));
+    return circuit.edges.filter((edge) => chosen.has(edge.name) || names.has(circuit.nodes[edge.from].name) || names.has(circuit.nodes[edge.to].name)).map((edge) => edge.name);
+  }
+  function cutThem() {
+    const cut = new Set(get("cut")), forced = new Set(get("forced")), touched = touchedEdges().filter((name) => !cut.has(name));
+    if (!touched.length) return;
+    put({ cut: [...cut, ...touched.filter((name) => !forced.has(name))], forced: [...forced].filter((name) => !touched.includes(name)) });
+    tell(`cut ${counted(touched.length, "edge")}`);
+  }
+  function restoreThem() {
+    const touched = new Set(touchedEdges()), cut = get("cut"), kept = cut.filter((name) => !touched.has(name));
+    if (kept.length === cut.length) return;
+    put({ cut: kept });
+    tell(`restored ${counted(cut.length - kept.length, "edge")}`);
+  }
+  function force(name) {
+    const ends = parted(name), order = (end) => (end === "input" ? -1 : end === "logits" ? 1e9 : /^[am]\d+/.test(end) ? Number(end.slice(1).split(".")[0]) + (end[0] === "m" ? 0.5 : 0) : NaN);
+    if (circuit.ofEdge.has(name) && !get("forced").includes(name)) {  // it is there: look at it
+      put({ selected: [], selected_edges: [name] });
+      return true;
+    }
+    if (!ends || !(order(ends[0]) < order(ends[1])) || (ends[1][0] === "a") !== (ends[2] !== "direct")) return false;
+    put({ forced: [...get("forced").filter((one) => one !== name), name], selected: [], selected_edges: [name] });
+    tell(`forced ${name} in`);
+    return true;
+  }
+  function pin() {
+    const names = get("selected"), pinned = get("pinned"), all = names.every((name) => pinned.includes(name));
+    if (names.length) put({ pinned: all ? pinned.filter((name) => !names.includes(name)) : [...new Set([...pinned, ...names])] });
+  }
+  function group() {
+    const names = get("selected"), groups = get("groups"), held = Object.keys(groups).filter((name) => groups[name].every((node) => names.includes(node)) && groups[name].length);
+    if (held.length) return put({ groups: Object.fromEntries(Object.entries(groups).filter(([name]) => !held.includes(name))) });
+    if (names.length < 2) return tell("select two nodes or more to group them");
+    return question("Name of the group", `group ${Object.keys(groups).length + 1}`, (name) => {
+      if (!name) return;
+      const others = Object.entries(groups).map(([one, nodes]) => [one, nodes.filter((node) => !names.includes(node))]).filter(([one, nodes]) => nodes.length && one !== name);
+      local.open.delete(name);
+      put({ groups: Object.fromEntries([...others, [name, names]]) });
+    });
+  }
+  function groupBy(what) {
+    local.open.clear();
+    local.layered = false;
+    put({ groups: what === "none" || !what ? {} : Object.fromEntries(alike(circuit.nodes, what)) });
+    redraw(true);
+  }
+  function explain() { ask("explain"); }
+  const labelling = (key, words) => () => {
+    const [name, ...more] = get("selected");
+    if (name === undefined || more.length) return tell("select one node");
+    return question(`${words} ${plainText(name, 40)}`, get(key)[name] ?? "", (text) => {
+      const others = Object.entries(get(key)).filter(([one]) => one !== name);
+      put({ [key]: Object.fromEntries(text ? [...others, [name, text]] : others) });
+    });
+  };
+  const rename = labelling("names", "Name for"), note = labelling("notes", "Note on");
+  function question(words, value, done) {
+    const field = make("input", { type: "text", value, "aria-label": words, maxLength: 300 });
+    const close = () => { prompt.hidden = true; canvas.focus(); };
+    prompt.replaceChildren(make("label", {}, words, field), make("button", { type: "submit" }, "OK"), make("button", { type: "button", on: { click: close } }, "Cancel"));
+    prompt.onsubmit = guarded((event) => { event.preventDefault(); close(); done(field.value.trim()); });
+    prompt.onkeydown = (event) => { event.stopPropagation(); if (event.key === "Escape") close(); };
+    prompt.hidden = false;
+    field.focus();
+    field.select();
+  }
+
+  // --- words for those who listen ---
+
+  const describe = (box) => {
+    const some = (links, side) => links.slice(0, 12).map((link) => link[side].label).join(", ") + (links.length > 12 ? ` and ${links.length - 12} more` : "");
+    const ends = [[box.into, "from", "reads"], [box.out, "to", "read by"]].filter(([links]) => links.length).map(([links, side, words]) => `${words} ${some(links, side)}`);
+    return [...box.lines.slice(0, 2), box.pinned ? "pinned" : "", ...ends].filter(Boolean).join("; ");
+  };
+  function tell(words) { live.textContent = words; }
+  function reflect() {
+    mirror.replaceChildren(...view.boxes.map((box) => make("li", { id: `kc-n${box.id}`, "aria-selected": String(box.chosen) }, describe(box))));
+    const answers = get("answers"), paths = get("paths").filter(Array.isArray), parts = [];
+    if (paths.length) parts.push(pathsOf(paths, Math.min(local.path, paths.length - 1), (i) => { local.path = i; redraw(); }));
+    if (Array.isArray(answers.facts) && answers.facts.length) parts.push(answersOf(answers, local.facts, (i) => { local.facts[local.facts.has(i) ? "delete" : "add"](i); reflect(); }));
+    aside.hidden = !parts.length;
+    aside.classList.toggle("busy", get("busy"));
+    aside.setAttribute("aria-busy", String(get("busy")));
+    aside.style.width = local.folded ? "40px" : "";
+    const fold = make("button", { className: "fold", id: "kc-fold", type: "button", title: local.folded ? "Unfold" : "Fold away", "aria-expanded": String(!local.folded), on: { click: () => { local.folded = !local.folded; reflect(); } } }, local.folded ? "\u2039" : "\u203a");
+    aside.replaceChildren(fold, ...(local.folded ? [] : parts));
+  }
+
+  // --- the legend, which filters ---
+
+  function drawLegend() {
+    const line = (tone, port) => {
+      const svg = drawn("svg", { "aria-hidden": "true" });
+      svg.append(drawn("path", { d: "M0 4H28", "stroke-width": 2.5, "stroke-dasharray": (DASHES[port] ?? []).join(" ") }));
+      svg.firstChild.style.stroke = `var(--${tone})`;
+      return svg;
+    };
+    const box = (tone) => { const swatch = make("i", { className: `swatch${tone === "mlp" ? " round" : ""}` }); swatch.style.background = `var(--${tone})`; return swatch; };
+    const key = (name, sign, words, data) => {
+      const button = make("button", { className: "key", type: "button", "data-key": name, [`data-${data}`]: name, "aria-pressed": String(!local.hidden.has(name)), title: "Show or hide", on: { click: guarded(() => {
+        local.hidden[local.hidden.has(name) ? "delete" : "add"](name);
+        button.setAttribute("aria-pressed", String(!local.hidden.has(name)));
+        redraw();
+      }) } }, sign, make("bdi", {}, words));
+      return button;
+    };
+    const gap = () => make("span", { className: "gap" }), tones = new Set(scene.nodes.map((node) => node.tone)), ports = new Set(scene.edges.map((edge) => edge.port)), compared = Object.keys(scene.sides).length > 0;
+    const parts = [];
+    if (tones.has("head")) parts.push(key("head", box("head"), scene.withRoles ? "other head" : "head", "role"));
+    if (tones.has("mlp")) parts.push(key("mlp", box("mlp"), "MLP", "kind"));
+    for (const role of ["mover", "relation", "mixture", "suppressor"]) if (tones.has(role)) parts.push(key(role, box(role), role, "role"));
+    if (compared) parts.push(gap(), ...Object.entries(scene.sides).map(([side, words]) => key(side, line(side), words, "side")));
+    const into = [["q", "query"], ["k", "key"], ["v", compared ? "value, MLP or logits" : "value"], ["direct", "MLP or logits"]].filter(([port]) => ports.has(port) && !(compared && port === "direct" && ports.has("v")));
+    if (into.length) parts.push(gap(), make("span", {}, "into"), ...into.map(([port, words]) => key(port, line(compared ? "muted" : port, port), words, "port")));
+    parts.push(gap(), make("span", { id: "kc-width" }, compared ? "width: share of the largest |score|" : "width: |score|"));
+    if (scene.sure) parts.push(make("span", { id: "kc-sure" }, "\u00a0 opacity: share of draws"));
+    legend.replaceChildren(...parts);
+  }
+
+  // --- finding, saving, full screen ---
+
+  function find() {
+    const wanted = search.value.trim(), lower = wanted.toLowerCase(), names = get("names");
+    const by = (test) => circuit.nodes.find((node) => test(node.name.toLowerCase()) || (names[node.name] && test(String(names[node.name]).toLowerCase())));
+    const hit = lower && (by((name) => name === lower) ?? by((name) => name.startsWith(lower)) ?? by((name) => name.includes(lower)));
+    const forced = lower && !hit && wanted.includes("->") && force(wanted);
+    search.setAttribute("aria-invalid", String(hit === undefined && !forced));
+    if (hit === undefined || forced) return;
+    put({ selected: hit ? [hit.name] : [], selected_edges: [] });
+    if (!hit) return painter.fit();
+    const box = view.boxOf[hit.id];
+    if (box) painter.fit([box, ...box.into.map((link) => link.from), ...box.out.map((link) => link.to)]);
+    return undefined;
+  }
+  function download(url, name) {
+    make("a", { href: url, download: name }).click();
+    if (url.startsWith("blob:")) setTimeout(() => URL.revokeObjectURL(url), 60000);
+  }
+  function savePicture() { download(painter.png().toDataURL("image/png"), "circuit.png"); }
+  function saveDrawing() { download(URL.createObjectURL(new Blob([painter.svg()], { type: "image/svg+xml" })), "circuit.svg"); }
+  function fullScreen() {
+    const done = document.fullscreenElement ? document.exitFullscreen() : root.requestFullscreen?.();
+    Promise.resolve(done).catch(() => tell("this page may not fill the screen"));
+  }
+
+  // --- hand and keys ---
+
+  const spot = (event) => { const { left, top } = canvas.getBoundingClientRect(); return [event.clientX - left, event.clientY - top]; };
+  function select(names, edges = [], add = false) {
+    const toggled = (old, some) => (some.every((one) => old.includes(one)) ? old.filter((one) => !some.includes(one)) : [...new Set([...old, ...some])]);
+    put({ selected: add ? toggled(get("selected"), names) : names, selected_edges: add ? toggled(get("selected_edges"), edges) : edges });
+    const all = get("selected"), box = all.length && view.boxOf[circuit.ofName.get(all.at(-1))?.id];
+    tell(box ? `selected ${all.length > 1 ? `${all.length} nodes, last ` : ""}${describe(box)}` : get("selected_edges").length ? `selected edge ${get("selected_edges").at(-1)}` : "nothing selected");
+  }
+  function hover(next) {
+    if (local.hover === next) return;
+    local.hover = next;
+    canvas.classList.toggle("over", Boolean(next));
+    const lit = next && (next.into ? reach([next]) : { links: new Set([next]), boxes: new Set([next.from, next.to]) });
+    local.hover = lit ? Object.assign(lit, { of: next }) : null;
+    if (lit) painter.light(lit); else choose();
+  }
+  function showTip(lines, event) {
+    tip.replaceChildren(...lines.map((line) => make("div", { dir: "auto" }, line)));
+    tip.hidden = false;
+    const { clientX: x, clientY: y } = event, { offsetWidth: w, offsetHeight: h } = tip;
+    tip.style.left = `${Math.max(4, x + 16 + w > innerWidth ? x - w - 12 : x + 16)}px`;
+    tip.style.top = `${Math.max(4, Math.min(y + 12, innerHeight - h - 4))}px`;
+  }
+  let drag = null, awake = window.parent === window && !model.get("live");
+  canvas.addEventListener("pointerdown", guarded((event) => {
+    if (event.button !== 0) return;
+    canvas.setPointerCapture(event.pointerId);
+    [awake, drag] = [true, { at: spot(event), last: spot(event), moved: false, frame: event.shiftKey }];
+    tip.hidden = true;
+  }));
+  canvas.addEventListener("pointermove", guarded((event) => {
+    const [x, y] = spot(event);
+    if (!drag) {
+      const box = painter.boxAt(x, y), link = box ? null : painter.linkAt(x, y), over = box ?? link;
+      if ((local.hover?.of ?? null) !== over) hover(over);
+      if (over) showTip(over.lines, event); else tip.hidden = true;
+      return;
+    }
+    drag.moved ||= Math.hypot(x - drag.at[0], y - drag.at[1]) > 4;
+    if (!drag.moved) return;
+    if (drag.frame) {
+      frame.hidden = false;
+      Object.assign(frame.style, { left: `${Math.min(x, drag.at[0])}px`, top: `${Math.min(y, drag.at[1])}px`, width: `${Math.abs(x - drag.at[0])}px`, height: `${Math.abs(y - drag.at[1])}px` });
+    } else {
+      canvas.classList.add("moving");
+      painter.move(x - drag.last[0], y - drag.last[1]);
+    }
+    drag.last = [x, y];
+  }));
+  const release = guarded((event) => {
+    if (!drag) return;
+    const { moved, at, frame: framed } = drag, [x, y] = spot(event);
+    drag = null;
+    frame.hidden = true;
+    canvas.classList.remove("moving");
+    if (event.type === "pointercancel") return;
+    if (moved && framed) {
+      const inside = ([px, py]) => px >= Math.min(x, at[0]) && px <= Math.max(x, at[0]) && py >= Math.min(y, at[1]) && py <= Math.max(y, at[1]);
+      select([...new Set([...get("selected"), ...view.boxes.filter((box) => inside(box.at)).flatMap((box) => box.members.map((node) => node.name))])]);
+    } else if (!moved) {
+      const box = painter.boxAt(x, y), link = box ? null : painter.linkAt(x, y);
+      local.cursor = box?.key ?? null;
+      local.hover = null;
+      select(box ? box.members.map((node) => node.name) : [], link ? link.edges.map((edge) => edge.name) : [], event.shiftKey);
+    }
+  });
+  canvas.addEventListener("pointerup", release);
+  canvas.addEventListener("pointercancel", release);
+  canvas.addEventListener("pointerleave", () => { tip.hidden = true; hover(null); });
+  host.addEventListener("pointerleave", () => { awake = window.parent === window && !model.get("live"); });
+  canvas.addEventListener("dblclick", guarded((event) => { const box = painter.boxAt(...spot(event)); if (box) open(box); }));
+  canvas.addEventListener("wheel", guarded((event) => {  // in a notebook the wheel scrolls the notebook until the graph is clicked
+    if (!awake && !event.ctrlKey) return;
+    event.preventDefault();
+    tip.hidden = true;
+    painter.zoom(Math.exp(-event.deltaY * (event.ctrlKey ? 0.01 : 0.0015)), ...spot(event));
+  }), { passive: false });
+  function open(box) {
+    if (box.group !== null) local.open.add(box.group);
+    else {
+      const [node] = box.members, mine = Object.entries(get("groups")).find(([, names]) => names.includes(node.name));
+      if (mine) local.open.delete(mine[0]); else if (local.layered) local.open.delete(`L${node.layer}`); else return;
+    }
+    redraw();
+  }
+  function walk(by) {  // to the next box from bottom to top; false at the ends, where Tab leaves
+    const order = [...view.boxes].sort((a, b) => b.y - a.y || a.x - b.x), at = order.findIndex((box) => box.key === local.cursor);
+    const box = at < 0 ? (by > 0 ? order[0] : order.at(-1)) : order[at + by];
+    local.cursor = box?.key ?? null;
+    canvas[box ? "setAttribute" : "removeAttribute"]("aria-activedescendant", `kc-n${box?.id}`);
+    redraw();
+    if (!box) return false;
+    const [x, y] = painter.place(box);
+    if (x < GUTTER || y < 0 || x > painter.width || y > painter.height) painter.move(painter.width / 2 - x, painter.height / 2 - y);
+    tell(describe(box));
+    return true;
+  }
+  function step(by) {
+    const paths = get("paths").filter(Array.isArray);
+    if (!paths.length) return;
+    local.path = (Math.min(local.path, paths.length - 1) + by + paths.length) % paths.length;
+    tell(`path ${local.path + 1} of ${paths.length}: ${paths[local.path].join(" to ")}`);
+    redraw();
+  }
+  const KEYS = {
+    x: cutThem, Delete: cutThem, Backspace: cutThem, r: restoreThem, p: pin, g: group, e: explain, F2: rename, n: note, F: fullScreen,
+    f: () => { search.focus(); search.select(); }, "/": () => { search.focus(); search.select(); }, "?": () => { help.hidden = !help.hidden; },
+    "+": () => painter.zoom(1.35), "=": () => painter.zoom(1.35), "-": () => painter.zoom(1 / 1.35), 0: () => painter.fit(), "[": () => step(-1), "]": () => step(1),
+    ArrowLeft: () => painter.move(60, 0), ArrowRight: () => painter.move(-60, 0), ArrowUp: () => painter.move(0, 60), ArrowDown: () => painter.move(0, -60),
+    Enter: (event) => { const box = view.boxes.find((one) => one.key === local.cursor); if (box) select(box.members.map((node) => node.name), [], event.shiftKey); },
+    " ": (event) => KEYS.Enter(event),
+    Escape: () => {
+      if (!help.hidden) help.hidden = true;
+      else if (get("paths").length) put({ paths: [] });
+      else { local.cursor = null; local.hover = null; tip.hidden = true; select([]); }
+    },
+  };
+  root.addEventListener("keydown", guarded((event) => {
+    const typing = event.composedPath()[0].matches?.("input, select"), key = event.key, control = event.ctrlKey || event.metaKey;
+    if (event.composedPath()[0] !== canvas && key === "Escape") {
+      if (!help.hidden || !typing) KEYS.Escape(event);
+      canvas.focus();
+    } else if (typing) return;
+    else if (control && key.toLowerCase() === "z") { event.preventDefault(); ask(event.shiftKey ? "redo" : "undo"); }
+    else if (control && key.toLowerCase() === "y") { event.preventDefault(); ask("redo"); }
+    else if (control || event.altKey) return;
+    else if (key === "Tab") { if (event.composedPath()[0] === canvas && walk(event.shiftKey ? -1 : 1)) event.preventDefault(); }
+    else if (event.composedPath()[0].matches?.("button") && (key === "Enter" || key === " ")) return;
+    else if (Object.hasOwn(KEYS, key)) { event.preventDefault(); KEYS[key](event); }
+    event.stopPropagation();
+  }));
+  slider.addEventListener("input", () => put({ threshold: Number(slider.value) ? levels[Number(slider.value)] : 0 }));
+  sure.addEventListener("input", () => put({ confidence: Number(sure.value) }));
+
+  // --- following the model, the theme and the size ---
+
+  const followed = { scene: load, height: load, asked: next, problem: () => say(get("problem")), busy: reflect, answers: reflect, paths: () => { local.path = 0; redraw(); step(0); } };
+  const listeners = ["selected", "selected_edges", "pinned", "cut", "forced", "groups", "names", "notes", "threshold", "confidence"].map((name) => [name, redraw]);
+  let due = 0;
+  const soon = () => { due ||= requestAnimationFrame(() => { due = 0; redraw(); }); };  // several traits at once are one change
+  const heard = [...Object.entries(followed), ...listeners].map(([name, work]) => [`change:${name}`, work === redraw ? soon : guarded(() => work())]);
+  for (const [name, work] of heard) model.on(name, work);
+  const light = matchMedia("(prefers-color-scheme: dark)"), watcher = new MutationObserver(setTheme);
+  light.addEventListener("change", setTheme);
+  for (const where of [() => document.body, () => window.parent.document.body]) {
+    try { watcher.observe(where(), { attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind"] }); } catch { /* another origin */ }
+  }
+  const resized = guarded(() => { if (painter.resize()) { painter.reshape(); painter.now(); } });
+  const sizes = new ResizeObserver(resized);
+  sizes.observe(canvas);
+  guarded(load)();
+  setTheme();
+  painter.now();
+  // A sandboxed frame out of sight has no size at first, and no observer tells when: it is asked, for what is printed.
+  const begin = (tries) => { if (!painter.width) { resized(); if (tries) setTimeout(begin, 60, tries - 1); } };
+  begin(50);
+  say(get("problem"));
+  host.graph = {  // what is on screen, for tests and for who is curious
+    place: (name) => { const box = view.boxOf?.[circuit.ofName.get(name)?.id]; return box && { x: box.at[0], y: box.at[1], width: box.size[0], height: box.size[1], labelled: box.labelled, label: box.label, tone: box.tone, group: box.group }; },
+    along: (name, t) => { const link = view.links.find((one) => one.edges.some((edge) => edge.name === name)), [x, y] = pointOn(link.points, t); return { x: painter.scale * x + painter.left, y: painter.scale * y + painter.top }; },
+    edgeAt: (x, y) => (painter.boxAt(x, y) ? null : painter.linkAt(x, y)?.edges[0].name ?? null),
+    boxes: () => view.boxes.map((box) => box.label), links: () => view.links.map((link) => ({ name: link.edges[0].name, edges: link.edges.length, gone: link.gone, tone: link.tone, forced: Boolean(link.forced) })),
+    lit: () => (painter.lit ? { boxes: [...painter.lit.boxes].map((box) => box.label), links: [...painter.lit.links].map((link) => link.edges[0].name) } : null),
+    view: () => ({ scale: painter.scale, left: painter.left, top: painter.top, cost: painter.cost, frames: painter.frames }), model, painter,
+  };
+  return () => {
+    for (const [name, work] of heard) model.off?.(name, work);
+    light.removeEventListener("change", setTheme);
+    watcher.disconnect();
+    sizes.disconnect();
+    host.remove();
+  };
+}

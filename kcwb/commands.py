@@ -26,6 +26,7 @@ from kcwb.console import (
     records,
     remade,
     say,
+    selection_of,
     template_of,
 )
 from kcwb.errors import DataError, SettingError, choose
@@ -99,7 +100,11 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     option("--ablation", help="zero, mean, resample, or name(setting=value) (default: mean; acdc: zero or as within)"),
     option("--edges", type=int, help="attribution: how many edges (default: 1%% of all); dangling ones are dropped"),
     option("--threshold", type=float, help="attribution: the least score kept, in nats, instead of --edges"),
-    option("--select", help="attribution: signed, absolute, greedy or optimal (default: signed)"),
+    option(
+        "--select",
+        type=selection_of,
+        help="attribution: signed, absolute, a number between (0 to 1), tuned, greedy or optimal (default: signed)",
+    ),
     option("--steps", type=int, help="of eap-ig and its kind, points of the integral (default: 5; gim, relp: 1)"),
     option("--tau", type=float, help="acdc: the loss increase below which an edge is cut (default: 0.01 nats)"),
     option("--absolute", action="store_true", default=None, help="acdc: judge the increase by its absolute value"),
@@ -138,7 +143,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
         circuit = Path(args.within)
         given["within"] = kcwb.Circuit.load(circuit) if circuit.suffix or ":" not in args.within else args.within
     for name, known in {"method": METHODS, "metric": METRICS, "ablation": ABLATIONS, "select": SELECTIONS}.items():
-        if name in given:
+        if isinstance(given.get(name), str):
             choose(f"--{name}", given[name].partition("(")[0], known)
     check_method(**given)
     model = load(args, args.model, args.dtype)

@@ -53,6 +53,13 @@ def template_of(text: str) -> int | str:
     return int(text) if text.removeprefix("-").isdecimal() else text
 
 
+def selection_of(text: str) -> str | float:
+    """The name of a selection, or what a negative score counts for."""
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
+
+
 RUNNING = (
     option("--device", default="auto", help="auto (CUDA if there is one, else CPU), cpu, cuda, cuda:1, ..."),
     option("--quiet", action="store_true", help="show no progress on stderr"),

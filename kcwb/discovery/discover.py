@@ -20,6 +20,7 @@ from kcwb.discovery.methods import Pruning, check_method, check_size, scoring
 from kcwb.discovery.methods.acdc import pruning, search_within
 from kcwb.discovery.registry import Settled, read_within
 from kcwb.discovery.selection import select_edges, sure_signs
+from kcwb.discovery.tuning import Tuning
 from kcwb.errors import SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.models.memory import noting_pieces
@@ -66,7 +67,8 @@ def discover(
     edges, threshold
         Of methods that score every edge: how many edges, or the least score kept. Default: 1% of all edges.
     select
-        Of the same: `signed` (default), `absolute`, `greedy` or `optimal`, see `kcwb.discovery.selection.select_edges`.
+        Of the same: `signed` (default), `absolute`, a number between (0 to 1), `greedy` or `optimal`, see
+        `kcwb.discovery.selection.select_edges`; or `tuned`, the number that does best on D_val, which is recorded.
     stable
         Of the same, where scores are means over facts: only edges whose score has the same sign in this share of
         bootstrap resamples of the facts, such as .95; the others' scores are 0. None (default): all edges.
@@ -109,6 +111,9 @@ def discover(
         sure = sure_signs(each, stable)
         scores = each.mean(0) * sure
     chosen: dict[str, Any] = {name: settled.settings.get(name) for name in ("edges", "threshold", "select")}
+    if chosen["select"] == "tuned":
+        del chosen["select"]
+        chosen["select"] = settled.settings["select"] = Tuning(model, loss, cuts).share(scores, among=sure, **chosen)
     kept = select_edges(model.graph, scores, among=sure, **chosen)
     scored = Circuit(model.graph, kept, scores.masked_fill(~model.graph.exists, torch.nan).float())
     return replace(scored.without_dangling(), provenance=_provenance(model, task, settled, loss, started))

@@ -201,7 +201,7 @@ class _Values:
         names = settled.method.varied
         if settled.method.scores:
             names = (*names, "threshold" if known.get("threshold") is not None else "edges")
-            if known["select"] in ("signed", "absolute"):
+            if known["select"] not in ("greedy", "optimal"):
                 varied["select"] = ["signed", "absolute"]
         for name in names:
             value = known[name]

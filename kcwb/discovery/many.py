@@ -25,7 +25,7 @@ from kcwb.circuits.ablation import AblationKind
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
 from kcwb.circuits.provenance import origin, record
-from kcwb.discovery.discover import find_circuits
+from kcwb.discovery.discover import discover, find_circuits
 from kcwb.discovery.draws import Draw, Plan, make_plan, shares
 from kcwb.discovery.methods import check_method, check_size
 from kcwb.discovery.registry import Settled
@@ -64,7 +64,7 @@ def discover_many(
     Parameters
     ----------
     model, task, method, metric, ablation, settings
-        As in `kcwb.discover`: any method of the registry.
+        As in `kcwb.discover`: any method of the registry. `select="tuned"` is tuned once, on all facts of D_val.
     draws
         How many independent draws the inclusion probabilities rest on.
     vary
@@ -112,6 +112,9 @@ def discover_many(
         raise SettingError("stable is for a single circuit: an ensemble's pi says how sure each edge is.")
     started = time.perf_counter()
     find_circuits(model, task, settled, metric, progress)
+    if settled.settings.get("select") == "tuned":
+        whole = discover(model, task, method, metric=metric, ablation=ablation, progress=progress, **settings)
+        settled.settings["select"] = whole.provenance["parameters"]["select"]
     scores = settled.method.scores
     plan = make_plan(
         model,

@@ -27,11 +27,11 @@ from kcwb.errors import SettingError, choose
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.settings import Count, Share
+from kcwb.settings import Count, NotNegative, Share
 from kcwb.tasks.metrics import METRICS, Loss
 from kcwb.verbs import check_settings, noun, verb
 
-SELECTIONS = ("signed", "absolute", "greedy", "optimal")
+SELECTIONS = ("signed", "absolute", "greedy", "optimal", "tuned")
 OPTIMAL_HAS_A_SIZE = "select='optimal' is the best circuit of a size: give edges, not threshold."
 #: The share of all edges that an attribution circuit keeps where nothing else is said.
 _SHARE = 0.01
@@ -56,10 +56,17 @@ class Pruning(NamedTuple):
 
 
 def chosen(
-    *, edges: Count | None = None, threshold: float | None = None, select: str = "signed", stable: Share | None = None
+    *,
+    edges: Count | None = None,
+    threshold: float | None = None,
+    select: str | NotNegative = "signed",
+    stable: Share | None = None,
 ) -> None:
     """What every method that scores also takes: by which scores edges are kept, see `select_edges`."""
-    choose("The selection", select, SELECTIONS)
+    if isinstance(select, str):
+        choose("The selection", select, SELECTIONS)
+    elif select > 1:
+        raise SettingError(f"select={select}: what a negative score counts for is between 0 and 1.")
     if edges is not None and threshold is not None:
         raise SettingError("Give either edges (how many) or threshold (the least score), not both.")
     if threshold is not None and select == "optimal":

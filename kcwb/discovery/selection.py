@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.provenance import part
 from kcwb.discovery.optimal import optimal_edges
 from kcwb.discovery.registry import OPTIMAL_HAS_A_SIZE, SELECTIONS
 from kcwb.errors import CircuitError, SettingError, choose
@@ -27,7 +28,7 @@ def select_edges(
     *,
     edges: int | None = None,
     threshold: float | None = None,
-    select: str = "signed",
+    select: str | float = "signed",
     among: Bool[Tensor, "S R"] | None = None,
 ) -> Bool[Tensor, "S R"]:
     """Choose edges by score; ties go to the earlier sender, then the earlier receiver.
@@ -39,10 +40,12 @@ def select_edges(
     edges, threshold
         Exactly one: how many edges, or the least score that is kept.
     select
-        `signed` takes the highest scores; `absolute` the highest |scores|; `greedy` grows from `logits`, each time
-        adding the edge of highest |score| into a node that is already there (arXiv 2403.17806), which leaves no dead
-        ends; `optimal` the connected circuit of at most `edges` edges with the largest sum of scores
-        (`kcwb.discovery.optimal`; seconds for hundreds of edges).
+        `signed` takes the highest scores; `absolute` the highest |scores|; a number between the two (0 to 1) the
+        highest where a negative score counts for so much of its size: edges against the answer, which the rest of the
+        model answers to, matter the more, the larger a circuit is (`kcwb.discovery.tuning`). `greedy` grows from
+        `logits`, each time adding the edge of highest |score| into a node that is already there (arXiv 2403.17806),
+        which leaves no dead ends; `optimal` the connected circuit of at most `edges` edges with the largest sum of
+        scores (`kcwb.discovery.optimal`; seconds for hundreds of edges).
     among
         The edges that may be chosen; None for all.
 
@@ -51,7 +54,7 @@ def select_edges(
     Tensor
         `[S, R]` boolean; dangling edges are still in it.
     """
-    choose("The selection", select, SELECTIONS)
+    select = read_selection(select)
     if (edges is None) == (threshold is None):
         raise SettingError("Give either edges (how many) or threshold (the least score), not both or neither.")
     if edges is not None and not 1 <= edges <= graph.n_edges:
@@ -62,7 +65,7 @@ def select_edges(
         raise SettingError(OPTIMAL_HAS_A_SIZE)
     if threshold is not None and math.isnan(threshold):
         raise SettingError("threshold=nan: give the least score that is kept.")
-    value = scores if select in ("signed", "optimal") else scores.abs()
+    value = _value(scores, select)
     allowed = graph.exists if among is None else graph.exists & among
     value = value.masked_fill(~allowed, -torch.inf)
     if threshold is not None:
@@ -79,6 +82,29 @@ def select_edges(
     ties = (flat == least).nonzero()[:, 0]
     kept[ties[: edges - int(kept.sum())]] = True
     return kept.view_as(value) & allowed
+
+
+def read_selection(select: str | float) -> str | float:
+    """A selection by scores alone; SettingError if it is none."""
+    if not isinstance(select, str):
+        if not 0 <= select <= 1:
+            raise SettingError(f"select={select}: what a negative score counts for is between 0 and 1.")
+        return "signed" if select == 0 else "absolute" if select == 1 else select
+    if choose("The selection", select, SELECTIONS) == "tuned":
+        raise SettingError(
+            "select='tuned' runs circuits on D_val, so it is for kcwb.discover; scores alone are selected from by "
+            "signed, absolute, greedy, optimal or a number between 0 and 1."
+        )
+    return select
+
+
+def _value(scores: Float[Tensor, "S R"], select: str | float) -> Float[Tensor, "S R"]:
+    """What edges are ranked by."""
+    if select in ("signed", "optimal"):
+        return scores
+    if isinstance(select, str):
+        return scores.abs()
+    return torch.where(scores > 0, scores, -select * scores)
 
 
 def sure_signs(each: Float[Tensor, "N S R"], share: float, seed: int = 0) -> Bool[Tensor, "S R"]:
@@ -136,7 +162,7 @@ def resize(
     *,
     edges: Count | None = None,
     threshold: float | None = None,
-    select: str | None = None,
+    select: str | float | None = None,
 ) -> Circuit:
     """Cut a scored circuit anew, to another size, without scoring again; dangling edges are dropped.
 
@@ -162,7 +188,9 @@ def resize(
         raise CircuitError(
             "Only a circuit whose every edge has a score can be resized; run an attribution method first."
         )
-    select = str(select or circuit.provenance.get("parameters", {}).get("select", "signed"))
+    if select is None:  # a file may hold anything there
+        found = part(circuit.provenance, "parameters").get("select", "signed")
+        select = found if isinstance(found, (str, float, int)) else str(found)
     kept = select_edges(circuit.graph, circuit.scores, edges=edges, threshold=threshold, select=select)
     parameters = dict(circuit.provenance.get("parameters", {}), edges=edges, threshold=threshold, select=select)
     provenance = dict(circuit.provenance, parameters=parameters)

@@ -20,7 +20,7 @@ from torch import Tensor
 from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model, run_circuit
-from kcwb.discovery.selection import SELECTIONS, select_edges
+from kcwb.discovery.selection import read_selection, select_edges
 from kcwb.errors import CircuitError, DataError, KcwbError, SettingError, choose
 from kcwb.evaluation.completeness import completeness
 from kcwb.models.loading import Model
@@ -46,7 +46,7 @@ def faithfulness_curve(
     *,
     ablation: str | AblationKind | None = None,
     metric: str = "nll",
-    select: str = "signed",
+    select: str | float = "signed",
     fractions: Sequence[float] = FRACTIONS,
     split: str = "val",
     seed: Seed = 0,
@@ -93,7 +93,7 @@ def faithfulness_curve(
     if not len(fractions) or not (fractions[0] >= 0 and fractions[-1] <= 1 and (np.diff(fractions) > 0).all()):
         raise SettingError(f"fractions={list(fractions)}: shares of all edges must grow, from 0 at least to 1 at most.")
     choose("The metric", metric, METRICS)
-    choose("The selection", select, SELECTIONS)
+    select = read_selection(select)
     check_same_weights(model, task)
     cuts = make_ablation(model, task, ablation)
     loss = make_loss(model, cuts.usable(_prompts(task, split)), metric)

@@ -26,6 +26,7 @@ from kcwb.circuits.run import check_same_model
 from kcwb.discovery.discover import score_edges
 from kcwb.discovery.methods import scoring
 from kcwb.discovery.selection import select_edges
+from kcwb.discovery.tuning import Tuning
 from kcwb.errors import DataError, SettingError, choose
 from kcwb.evaluation.faithfulness import recovered_share
 from kcwb.evaluation.referee.scores import Scores
@@ -33,6 +34,7 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.statistics import resample_counts, statistic_interval
+from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
@@ -50,7 +52,7 @@ def frontier(
     circuits: Mapping[str, Sequence[Circuit]] | None = None,
     ablation: str | AblationKind = "mean",
     metric: str = "nll",
-    select: str = "signed",
+    select: str | float = "signed",
     sizes: Sequence[Count] = SIZES,
     known: bool = True,
     seed: Seed = 0,
@@ -68,7 +70,7 @@ def frontier(
         Name -> circuits that were found otherwise, and what they are to be called.
     ablation, select
         What cut edges deliver, in finding and running; how edges are chosen by score (a setting `select` of a method
-        comes first).
+        comes first; `tuned` is tuned at each size).
     sizes
         How many edges are asked for, growing; those above the graph's number are left out.
     known
@@ -128,7 +130,16 @@ def frontier(
             with _Measured(model) as spent:
                 of_edges = score_edges(model, task, **own, metric=metric, ablation=ablation, progress=False)
             step()
-            kept = [select_edges(model.graph, of_edges, edges=size, select=selection) for size in sizes]
+            selections = [selection] * len(sizes)
+            if selection == "tuned":
+                with _Measured(model) as spent_too:
+                    tuning = Tuning(model, make_loss(model, cuts.usable(task.val), metric), cuts)
+                    selections = [tuning.share(of_edges, edges=size) for size in sizes]
+                spent = spent.and_one_of(len(sizes), spent_too)
+            kept = [
+                select_edges(model.graph, of_edges, edges=size, select=one)
+                for size, one in zip(sizes, selections, strict=True)
+            ]
             measure(name, sizes, [Circuit(model.graph, one).without_dangling() for one in kept], spent.found)
         for name, some in (circuits or {}).items():
             for one in some:
@@ -197,6 +208,12 @@ class _Measured:
 
     def __exit__(self, *_: object) -> None:
         self.found = time.perf_counter() - self._started, self._memory() - self._before
+
+    def and_one_of(self, many: int, other: _Measured) -> _Measured:
+        """With a share of what was spent on many alike, and the larger of the two peaks."""
+        (seconds, peak), (more, higher) = self.found, other.found
+        self.found = seconds + more / many, max(peak, higher)
+        return self
 
     def _memory(self, reset: bool = False) -> float:
         """The peak since the last reset, in MiB; NaN where there is no telling."""

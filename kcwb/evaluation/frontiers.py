@@ -84,8 +84,9 @@ def frontier(
         The curves: one row per method and size, `method`, `asked`, `edges` (those left on paths), `faithfulness` with
         its 95% bootstrap interval `low`, `high`, and `n`, the facts. And the summary, one row per method: `edges_90`,
         `edges_99` and the intervals of the former, `low_90` and `high_90` (inf: not reached at the sizes asked);
-        `area`, the mean faithfulness over the sizes on a log scale; `seconds` and `peak_mib` of scoring (NaN of what
-        was handed in, and of memory that cannot be asked for).
+        `area`, the mean faithfulness over the sizes on a log scale, and `distance`, the mean of |1 - faithfulness|
+        over the same (a circuit better than the model is another model, too); `seconds` and `peak_mib` of scoring
+        (NaN of what was handed in, and of memory that cannot be asked for).
 
     Raises
     ------
@@ -176,18 +177,23 @@ def _curve(
 
 
 def _summary(curve: pd.DataFrame, gained: np.ndarray, possible: np.ndarray, seed: int) -> dict[str, float]:
-    """Edges for each level, with a bootstrap interval of the first; and the area."""
+    """Edges for each level, with a bootstrap interval of the first; the area, and the distance from 1."""
     edges, shares = curve["edges"].to_numpy(float), curve["faithfulness"].to_numpy(float)
     counts = resample_counts(len(possible), _RESAMPLES, seed)
     drawn = (counts @ gained.T) / (counts @ possible)[:, None]
     low, high = np.quantile(edges_for(edges, drawn, LEVELS[0]), [0.025, 0.975], method="inverted_cdf")
     logs = np.log(np.maximum(edges, 1))
-    width = float(logs[-1] - logs[0])
+
+    def mean(values: np.ndarray) -> float:
+        width = float(logs[-1] - logs[0])
+        return float(trapezoid(values, logs)) / width if width else float(values.mean())
+
     return {
         **{f"edges_{round(100 * level)}": float(edges_for(edges, shares, level)) for level in LEVELS},
         "low_90": float(low),
         "high_90": float(high),
-        "area": float(trapezoid(shares, logs)) / width if width else float(shares.mean()),
+        "area": mean(shares),
+        "distance": mean(np.abs(1 - shares)),
     }
 
 

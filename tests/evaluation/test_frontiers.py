@@ -76,6 +76,7 @@ def test_the_whole_graph_is_faithful_and_its_area_one(model, task) -> None:
     curves, summary = frontier(model, task, [], circuits=whole, known=False, progress=False)
     assert curves["faithfulness"].tolist() == pytest.approx([1.0], abs=1e-5)
     assert summary["area"].tolist() == pytest.approx([1.0], abs=1e-5)
+    assert summary["distance"].tolist() == pytest.approx([0.0], abs=1e-5)
     assert summary["edges_90"].tolist() == pytest.approx([model.graph.n_edges])
 
 

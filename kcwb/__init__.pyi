@@ -75,6 +75,7 @@ from .tasks.compose import compose as compose, reverse as reverse
 
 # Look at it, and hand it on
 from .workbench.graph.page import graph_view as graph_view
+from .workbench.graph.widget import CircuitGraph as CircuitGraph
 from .workbench.report.judgement import judgement_page as judgement_page, ranking_page as ranking_page
 from .workbench.report.write import provenance as provenance, report as report
 

@@ -1,2 +1,3 @@
 from .page import compare_view as compare_view
 from .svg import graph_svg as graph_svg
+from .widget import CircuitGraph as CircuitGraph

@@ -25,18 +25,16 @@ function answersOf(answers, opened, toggle) {
     const bars = states.map(([name, run]) => {
       const p = Math.max(0, Math.min(1, Number(run.p) || 0)), bar = make("i");
       bar.style.width = `${100 * p}%`;
-      return make("div", { className: `bar ${name}`, title: `${name}: probability ${rounded(p)}, rank ${run.rank}` }, make("span", {}, name), bar);
+      return make("div", { className: `bar ${name}`, title: `${name}: probability ${rounded(p)}, rank ${run.rank}` }, make("span", {}, name), make("span", {}, bar), make("b", {}, `${rounded(p, 2)} \u00b7 #${run.rank}`));
     });
-    const number = (run) => make("div", {}, `${rounded(Number(run.p), 2)} \u00b7 #${run.rank}`);
-    const tops = (run) => (Array.isArray(run.top) ? run.top : []).map(([token, p]) => `${JSON.stringify(String(token)).slice(1, -1)} ${rounded(Number(p), 2)}`).join("   ");
+    const tops = (run) => (Array.isArray(run.top) ? run.top : []).map(([token, p]) => `${JSON.stringify(String(token))} ${rounded(Number(p), 2)}`).join(", ");
     const line = make(
       "tr", { className: "fact" },
       make("td", {}, make("button", {
         className: "key", "aria-expanded": String(opened.has(i)), title: "The most probable tokens", on: { click: () => toggle(i) },
       }, opened.has(i) ? "\u25be" : "\u25b8"), make("span", { className: "prompt", dir: "auto" }, plainText(fact.prompt, 90)), " ", make("span", { className: "answer", dir: "auto" }, plainText(fact.answer, 40)), bars),
-      make("td", { className: "number" }, make("div", {}, "\u00a0"), states.map(([, run]) => number(run))),
     );
-    const more = opened.has(i) ? states.map(([name, run]) => make("tr", {}, make("td", { colSpan: 2, className: "tops" }, `${name}:  ${tops(run)}`))) : [];
+    const more = opened.has(i) ? states.map(([name, run]) => make("tr", {}, make("td", { className: "tops" }, `${name}: ${tops(run)}`))) : [];
     return [line, ...more];
   });
   const losses = ["before", "after", "model"].map((one) => [one, Number(answers[`loss_${one}`])]).filter(([one]) => answers[`loss_${one}`] !== undefined);

@@ -140,7 +140,6 @@ function render({ model, el }) {
     for (const box of view.boxes) [box.chosen, box.cursor] = [box.members.every((node) => names.has(node.name)), box.key === local.cursor];
     const picked = view.boxes.filter((box) => box.chosen), links = view.links.filter((link) => link.edges.some((edge) => chosen.has(edge.name)));
     const path = pathLinks();
-    painter.painted = null;
     if (local.hover) painter.light(local.hover.boxes ? local.hover : reach([local.hover]));
     else if (path) painter.light(path);
     else if (picked.length || links.length) {
@@ -154,7 +153,7 @@ function render({ model, el }) {
     if (!paths.length) return null;
     const names = paths[Math.min(local.path, paths.length - 1)], boxes = names.map((name) => view.boxOf?.[circuit.ofName.get(name)?.id]).filter(Boolean);
     const steps = new Set(boxes.slice(1).map((box, i) => `${boxes[i].id} ${box.id}`));
-    return { boxes: new Set(boxes), links: new Set(view.links.filter((link) => !link.gone && steps.has(`${link.from.id} ${link.to.id}`))) };
+    return { order: boxes.filter((box, i) => boxes.indexOf(box) === i), boxes: new Set(boxes), links: new Set(view.links.filter((link) => !link.gone && steps.has(`${link.from.id} ${link.to.id}`))) };
   }
   function theme() {
     const page = document.body?.dataset ?? {};
@@ -428,13 +427,14 @@ function render({ model, el }) {
       if (mine) local.open.delete(mine[0]); else if (local.layered) local.open.delete(`L${node.layer}`); else return;
     }
     redraw();
+    select(view.boxOf[box.members[0].id].members.map((node) => node.name));
   }
   function walk(by) {  // to the next box from bottom to top; false at the ends, where Tab leaves
     const order = [...view.boxes].sort((a, b) => b.y - a.y || a.x - b.x), at = order.findIndex((box) => box.key === local.cursor);
     const box = at < 0 ? (by > 0 ? order[0] : order.at(-1)) : order[at + by];
     local.cursor = box?.key ?? null;
     canvas[box ? "setAttribute" : "removeAttribute"]("aria-activedescendant", `kc-n${box?.id}`);
-    redraw();
+    choose();
     if (!box) return false;
     const [x, y] = painter.place(box);
     if (x < GUTTER || y < 0 || x > painter.width || y > painter.height) painter.move(painter.width / 2 - x, painter.height / 2 - y);
@@ -481,9 +481,10 @@ function render({ model, el }) {
   // --- following the model, the theme and the size ---
 
   const followed = { scene: load, height: load, asked: next, problem: () => say(get("problem")), busy: reflect, answers: reflect, paths: () => { local.path = 0; redraw(); step(0); } };
-  const listeners = ["selected", "selected_edges", "pinned", "cut", "forced", "groups", "names", "notes", "threshold", "confidence"].map((name) => [name, redraw]);
+  const listeners = ["pinned", "cut", "forced", "groups", "names", "notes", "threshold", "confidence"].map((name) => [name, redraw]);
   let due = 0;
   const soon = () => { due ||= requestAnimationFrame(() => { due = 0; redraw(); }); };  // several traits at once are one change
+  for (const name of ["selected", "selected_edges"]) followed[name] = () => { choose(); reflect(); };
   const heard = [...Object.entries(followed), ...listeners].map(([name, work]) => [`change:${name}`, work === redraw ? soon : guarded(() => work())]);
   for (const [name, work] of heard) model.on(name, work);
   const light = matchMedia("(prefers-color-scheme: dark)"), watcher = new MutationObserver(setTheme);
@@ -495,6 +496,7 @@ function render({ model, el }) {
   const sizes = new ResizeObserver(resized);
   sizes.observe(canvas);
   guarded(load)();
+  local.folded = root.clientWidth > 0 && root.clientWidth < 640;
   setTheme();
   painter.now();
   // A sandboxed frame out of sight has no size at first, and no observer tells when: it is asked, for what is printed.
@@ -502,7 +504,7 @@ function render({ model, el }) {
   begin(50);
   say(get("problem"));
   host.graph = {  // what is on screen, for tests and for who is curious
-    place: (name) => { const box = view.boxOf?.[circuit.ofName.get(name)?.id]; return box && { x: box.at[0], y: box.at[1], width: box.size[0], height: box.size[1], labelled: box.labelled, label: box.label, tone: box.tone, group: box.group }; },
+    place: (name) => { const box = view.boxOf?.[circuit.ofName.get(name)?.id]; if (box && !box.at) painter.now(); return box && { x: box.at[0], y: box.at[1], width: box.size[0], height: box.size[1], labelled: box.labelled, label: box.label, tone: box.tone, group: box.group }; },
     along: (name, t) => { const link = view.links.find((one) => one.edges.some((edge) => edge.name === name)), [x, y] = pointOn(link.points, t); return { x: painter.scale * x + painter.left, y: painter.scale * y + painter.top }; },
     edgeAt: (x, y) => (painter.boxAt(x, y) ? null : painter.linkAt(x, y)?.edges[0].name ?? null),
     boxes: () => view.boxes.map((box) => box.label), links: () => view.links.map((link) => ({ name: link.edges[0].name, edges: link.edges.length, gone: link.gone, tone: link.tone, forced: Boolean(link.forced) })),

@@ -150,6 +150,8 @@ class Painter {
     this.bands(ctx, this.width);
     ctx.drawImage(this.sheet, this.left - by * painted.left, this.top - by * painted.top, by * this.width, by * this.height);
     this.gutter(ctx);
+    const cursor = this.boxes.find((box) => box.cursor);
+    if (cursor) this.card(ctx, ...this.place(cursor), cursor.size[0] + 9, cursor.size[1] + 9, 7, null, this.ink.relation, 2);
     this.frames = (this.frames ?? 0) + 1;
   }
   bands(ctx, width) {
@@ -185,7 +187,10 @@ class Painter {
     ctx.globalAlpha = 1;
     if (!lit) return;
     this.strokes(ctx, this.links.filter((link) => lit.links.has(link)), (link) => (link.gone ? 0.8 : this.scene.sure ? link.strength : Math.max(0.75, link.strength)), 1.8);
-    this.fills(ctx, this.boxes.filter((box) => lit.boxes.has(box) || box.pinned || box.chosen));
+    const before = this.boxes.filter((box) => lit.boxes.has(box) || box.pinned || box.chosen);
+    for (const box of before) if (box.chosen && !box.labelled) this.spell(ctx, box);
+    this.fills(ctx, before, true);
+    for (const [i, box] of [...(lit.order ?? [])].entries()) this.badge(ctx, box.at[0] - box.size[0] / 2, box.at[1] - box.size[1] / 2, i + 1);
   }
   // How large each box is on screen, and whether its label has room there: the strongest first.
   measure(ctx) {
@@ -211,16 +216,19 @@ class Painter {
       box.at = this.place(box);
       put(box, small / 2, small / 2);  // what no other label may cover
     }
-    const rank = (box) => (box.kind === "input" || box.kind === "logits" ? 3 : box.chosen || box.group ? 2 : box.pinned || box.noted ? 1 : 0);
+    const rank = (box) => (box.kind === "input" || box.kind === "logits" ? 3 : box.group ? 2 : box.pinned || box.noted ? 1 : 0);
     for (const box of [...this.boxes].sort((a, b) => rank(b) - rank(a) || b.weight - a.weight || a.id - b.id)) {
-      ctx.font = `${size}px ${FONT}`;
-      const least = box.kind === "input" || box.kind === "logits" ? Math.max(60, Math.min(150, 110 * this.scale)) : 0;
-      const [w, h] = [Math.max(least, ctx.measureText(box.label).width + 14), size + 8];
-      box.labelled = rank(box) === 3 || box.chosen || free(box, w, h);
-      box.size = box.labelled ? [w, h] : [small * (box.kind === "mlp" ? 1.4 : 1), small];
-      if (box.labelled) put(box, w, h);
+      this.spell(ctx, box);
+      const [w, h] = box.size;
+      box.labelled = rank(box) === 3 || free(box, w, h);
+      if (box.labelled) put(box, w, h); else box.size = [small * (box.kind === "mlp" ? 1.4 : 1), small];
       box.marked = box.labelled && box.mark && this.scale >= 1.05;
     }
+  }
+  spell(ctx, box) {  // with its label
+    ctx.font = `${this.size}px ${FONT}`;
+    const least = box.kind === "input" || box.kind === "logits" ? Math.max(60, Math.min(150, 110 * this.scale)) : 0;
+    [box.labelled, box.size] = [true, [Math.max(least, ctx.measureText(box.label).width + 14), this.size + 8]];
   }
   strokes(ctx, links, strength, least = 0) {
     const { scale, ratio, ink } = this, thin = Math.max(0.65, Math.min(1.5, scale)) / scale;
@@ -255,18 +263,18 @@ class Painter {
     ctx.fillStyle = ctx.strokeStyle;
     ctx.fill();
   }
-  fills(ctx, boxes) {
+  fills(ctx, boxes, front = false) {
     const { ink, ratio } = this, ends = (box) => box.kind === "input" || box.kind === "logits";
     ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
     Object.assign(ctx, { textAlign: "center", textBaseline: "middle" });
     for (const box of [...boxes].sort((a, b) => a.labelled - b.labelled)) {
-      const [x, y] = box.at, [w, h] = box.size, fill = ink[box.tone], idle = !box.into.length && !box.out.length && !box.chosen;
+      const [x, y] = box.at, [w, h] = box.size, fill = ink[box.tone], idle = !box.into.length && !box.out.length, chosen = front && box.chosen;
       if (x + w < 0 || x - w > this.width || y + h < 0 || y - h > this.height) continue;
-      ctx.globalAlpha = idle ? 0.4 : 1;
+      ctx.globalAlpha = idle && !chosen ? 0.4 : 1;
       if (box.group !== null) {  // a stack of cards
         this.card(ctx, x + 3, y - 3, w, h, 4, fill, ink.rim, 1);
       }
-      this.card(ctx, x, y, w, h, box.kind === "mlp" ? h / 2 : ends(box) ? 2 : 4, fill, box.chosen ? ink.ink : ink[box.side ?? "rim"], box.chosen ? 2.5 : box.side ? 2 : 1);
+      this.card(ctx, x, y, w, h, box.kind === "mlp" ? h / 2 : ends(box) ? 2 : 4, fill, chosen ? ink.ink : ink[box.side ?? "rim"], chosen ? 2.5 : box.side ? 2 : 1);
       if (box.labelled) {
         ctx.fillStyle = textOn(fill);
         ctx.font = `${this.size}px ${FONT}`;
@@ -277,7 +285,6 @@ class Painter {
         ctx.fillText(box.mark, x, y + h / 2 + 8);
       }
       if (box.pinned || box.noted) this.dot(ctx, x + w / 2 - 1, y - h / 2 + 1, box.pinned ? ink.relation : ink.note);
-      if (box.cursor) this.card(ctx, x, y, w + 8, h + 8, 7, null, ink.relation, 2);
     }
     ctx.globalAlpha = 1;
   }
@@ -290,6 +297,11 @@ class Painter {
     }
     [ctx.strokeStyle, ctx.lineWidth] = [rim, width];
     ctx.stroke();
+  }
+  badge(ctx, x, y, number) {
+    this.card(ctx, x, y, 17, 15, 7, this.ink.relation, this.ink.bg, 1);
+    Object.assign(ctx, { fillStyle: textOn(this.ink.relation), font: `10px ${FONT}` });
+    ctx.fillText(number, x, y + 0.5);
   }
   dot(ctx, x, y, fill) {
     ctx.beginPath();

@@ -1,0 +1,199 @@
+"""What a person can do to a drawn circuit, by the names of the widget's traits, and what of it is refused.
+
+A circuit of None is one that is not there yet: then nothing can be selected, cut or grouped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kcwb.circuits.circuit import Circuit
+from kcwb.errors import CircuitError, SettingError, nearest, shown
+from kcwb.settings import fits
+
+_ITEMS, _NAME, _TEXT = 100_000, 120, 4000  # of a list; letters of a name, of a text
+
+
+def checked(name: str, value: Any, circuit: Circuit | None) -> Any:
+    """The value as it is kept: edges by their full names, none twice.
+
+    Raises
+    ------
+    SettingError, CircuitError
+        In one line, if it is not what the trait holds, or names what the circuit has not.
+    """
+    return CHECKS[name](name, value, circuit)
+
+
+def _nodes(name: str, value: Any, circuit: Circuit | None) -> list[str]:
+    known = set() if circuit is None else set(circuit.graph.node_names)
+    for node in _texts(name, value):
+        if node not in known:
+            raise CircuitError(f"{name}: {_no_node(node, circuit)}")
+    return list(dict.fromkeys(value))
+
+
+def _edges(name: str, value: Any, circuit: Circuit | None) -> list[str]:
+    return [edge for edge, _ in _places(name, value, circuit)]
+
+
+def _cut(name: str, value: Any, circuit: Circuit | None) -> list[str]:
+    found = _places(name, value, circuit)
+    for edge, place in found:
+        if circuit is not None and not circuit.kept[place]:
+            raise CircuitError(f"{name}: {edge} is not in the circuit; what is forced in is taken out of `forced`.")
+    return [edge for edge, _ in found]
+
+
+def _forced(name: str, value: Any, circuit: Circuit | None) -> list[str]:
+    found = _places(name, value, circuit)
+    for edge, place in found:
+        if circuit is not None and circuit.kept[place]:
+            raise CircuitError(f"{name}: {edge} is in the circuit already.")
+    return [edge for edge, _ in found]
+
+
+def _groups(name: str, value: Any, circuit: Circuit | None) -> dict[str, list[str]]:
+    groups = {group: _nodes(f"{name}[{shown(group)}]", nodes, circuit) for group, nodes in _named(name, value).items()}
+    owner: dict[str, str] = {}
+    for group, nodes in groups.items():
+        for node in nodes:
+            if owner.setdefault(node, group) != group:
+                raise SettingError(
+                    f"{name}: {node} is in {shown(owner[node])} and in {shown(group)}; a node is in one."
+                )
+    return groups
+
+
+def _words(name: str, value: Any, circuit: Circuit | None) -> dict[str, str]:
+    most = _NAME if name == "names" else _TEXT
+    words = _named(name, value)
+    _nodes(name, list(words), circuit)
+    for node, text in words.items():
+        if not fits(text, str) or len(text) > most:
+            raise SettingError(f"{name}[{node!r}]={shown(text)} is not text of at most {most:,} letters.")
+    return words
+
+
+def _paths(name: str, value: Any, circuit: Circuit | None) -> list[list[str]]:
+    if not fits(value, Sequence) or len(value) > _ITEMS:
+        raise SettingError(f"{name}={shown(value)} is not a list of paths, each a list of nodes.")
+    return [_nodes(name, path, circuit) for path in value]
+
+
+def _threshold(name: str, value: Any, circuit: Circuit | None) -> float:
+    if not fits(value, float) or value < 0:
+        raise SettingError(f"{name}={shown(value)} is not a number of at least 0.")
+    return float(value)
+
+
+def _confidence(name: str, value: Any, circuit: Circuit | None) -> float:
+    if not fits(value, float) or not 0 <= value <= 1:
+        raise SettingError(f"{name}={shown(value)} is not a number from 0 to 1.")
+    return float(value)
+
+
+def _answers(name: str, value: Any, circuit: Circuit | None) -> dict[str, Any]:
+    wanted = "{'facts': [{'prompt', 'answer', 'before': {'p', 'rank', 'top'}, 'after'}], 'loss_before', 'loss_after'}"
+    try:
+        given = json.loads(json.dumps(value, allow_nan=False))
+        facts = given.get("facts", [])
+        good = isinstance(facts, list) and all(_is_fact(fact) for fact in facts)
+        good &= all(fits(number, float) for key, number in given.items() if key != "facts")
+    except (TypeError, ValueError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise SettingError(f"{name}={shown(value)} is not {wanted} with finite numbers.")
+    return given
+
+
+def _is_fact(fact: Any) -> bool:
+    runs = [fact[run] for run in ("before", "after") if run in fact]
+    return (
+        all(fits(fact.get(key), str) for key in ("prompt", "answer"))
+        and len(runs) > 0
+        and all(
+            fits(run["p"], float) and fits(run["rank"], int) and isinstance(run.get("top", []), list) for run in runs
+        )
+        and all(fits(top[0], str) and fits(top[1], float) for run in runs for top in run.get("top", []))
+    )
+
+
+def _asked(name: str, value: Any, circuit: Circuit | None) -> str:
+    if value not in ("", "undo", "redo", "explain"):
+        raise SettingError(f"{name}={shown(value)} is none of undo, redo, explain.")
+    return value
+
+
+CHECKS: Mapping[str, Callable[[str, Any, Circuit | None], Any]] = {
+    "selected": _nodes, "selected_edges": _edges, "pinned": _nodes, "cut": _cut, "forced": _forced, "groups": _groups,
+    "names": _words, "notes": _words, "threshold": _threshold, "confidence": _confidence, "answers": _answers,
+    "paths": _paths, "asked": _asked,
+}  # fmt: skip
+"""Trait -> its check."""
+
+
+def kept_of(values: Mapping[str, Any], circuit: Circuit) -> dict[str, Any]:
+    """What of a person's doings can be said of another circuit: names and groups of its nodes, edges that it has."""
+    found: dict[str, Any] = {}
+    for name in ("pinned", "cut", "forced"):
+        found[name] = [one for one in values[name] if _fits(name, [one], circuit)]
+    for name in ("names", "notes"):
+        found[name] = {node: text for node, text in values[name].items() if _fits(name, {node: text}, circuit)}
+    found["groups"] = {
+        group: members
+        for group, nodes in values["groups"].items()
+        if (members := [node for node in nodes if _fits("pinned", [node], circuit)])
+    }
+    return found
+
+
+def _fits(name: str, value: Any, circuit: Circuit) -> bool:
+    try:
+        checked(name, value, circuit)
+    except (CircuitError, SettingError):
+        return False
+    return True
+
+
+# --- shapes ---
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    if not fits(value, list[str]) or len(value) > _ITEMS or not all(fits(one, str) for one in value):
+        raise SettingError(f"{name}={shown(value)} is not a list of names.")
+    return value
+
+
+def _named(name: str, value: Any) -> dict[str, Any]:
+    if not fits(value, dict) or len(value) > _ITEMS or not all(fits(key, str) and len(key) <= _NAME for key in value):
+        raise SettingError(f"{name}={shown(value)} is not a table by names of at most {_NAME} letters.")
+    return dict(value)
+
+
+def _places(name: str, value: Any, circuit: Circuit | None) -> list[tuple[str, tuple[int, int]]]:
+    """Each edge with its row and column."""
+    found = {}
+    for edge in _texts(name, value):
+        if circuit is None:
+            raise CircuitError(f"{name}: there is no circuit yet, so it has no edge {shown(edge)}.")
+        try:
+            place = circuit.graph.edge_index(edge)
+        except CircuitError as error:
+            raise CircuitError(f"{name}: {' '.join(str(error).split())[:300]}") from None
+        found[circuit.graph.edge_name(*place)] = place
+    return list(found.items())
+
+
+def _no_node(node: str, circuit: Circuit | None) -> str:
+    if circuit is None:
+        return f"there is no circuit yet, so it has no node {shown(node)}."
+    return f"{circuit.graph} has no node {shown(node)}. {nearest(node[:60], circuit.graph.node_names, few=6)}"
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a trait says nothing, as at first."""
+    return value in ([], {}, "", False) or (isinstance(value, float) and (value == 0 or math.isnan(value)))

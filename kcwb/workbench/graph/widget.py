@@ -1,0 +1,375 @@
+"""A circuit as a widget that is played: what a person does in the page is what the traits hold, and the reverse.
+
+The page is the instrument (`kcwb.workbench.graph.instrument`), by the contract of anywidget: JupyterLab, Notebook 7,
+VS Code. Whatever a trait is set to is checked (`kcwb.workbench.graph.state`): from Python, nonsense raises in one line
+and the old value stays; from the page it becomes `problem`, which is shown in the widget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import anywidget
+import traitlets as T
+
+from kcwb.errors import CircuitError, KcwbError, SettingError, nearest
+from kcwb.settings import Count
+from kcwb.verbs import verb
+from kcwb.workbench.graph.drawing import Drawing, Look, Roles, draw, draw_two
+from kcwb.workbench.graph.instrument import module, scene
+from kcwb.workbench.graph.page import GraphView, view_of
+from kcwb.workbench.graph.state import CHECKS, checked, is_blank, kept_of
+
+if TYPE_CHECKING:
+    from kcwb.circuits.circuit import Circuit
+    from kcwb.circuits.ensemble import Ensemble
+    from kcwb.evaluation.play import Play
+
+_MOST = 20_000  # edges
+_STEPS = 1000  # that are undone
+_OF_PAGE = ("busy", "problem", "scene", "height", "live")  # what else is synced
+
+
+class CircuitGraph(anywidget.AnyWidget):
+    """A circuit, drawn and played: select, cut, restore, force in, undo, pin, group, name, note, explain.
+
+    All of it by mouse or keyboard in the widget (`?` shows the keys), and from Python by its traits, which
+    `graph.observe(function, "cut")` follows. Without a kernel, in a saved notebook or a report, the picture stays and
+    can be looked at.
+
+    Parameters
+    ----------
+    circuit : Circuit or Ensemble, optional
+        What is drawn; of an ensemble its consensus at one half. None for an empty widget, see `show`.
+    roles, title, details, ensemble, max_edges
+        As in `kcwb.graph_view`.
+    height : int
+        In pixels.
+    **traits
+        What else to start with, for example ``pinned=["a3.h1"]``.
+
+    Attributes
+    ----------
+    selected, pinned : list of str
+        Nodes.
+    selected_edges : list of str
+        Edges, ``"sender->receiver"``.
+    cut, forced : list of str
+        Edges of the circuit that are cut out of it; edges of the graph that are forced into it.
+    groups : dict of str to list of str
+        Group -> its nodes; each is drawn as one box until a double click opens it.
+    names, notes : dict of str to str
+        Node -> what a person calls it, and has to say of it.
+    threshold : float
+        Edges of less |score| are hidden (of two circuits: of a smaller share of the largest).
+    confidence : float
+        Edges that a smaller share of draws keeps are hidden.
+    answers : dict
+        What is shown beside the graph, as `kcwb.evaluation.Play.as_traits` gives it: ``facts``, each with ``prompt``,
+        ``answer``, ``before`` and ``after`` (``p``, ``rank``, ``top``: tokens with probabilities), and ``loss_before``,
+        ``loss_after``.
+    paths : list of list of str
+        Paths that are lit, in order, each a list of nodes.
+    busy : bool
+        Whether `answers` are being computed.
+    problem : str
+        One line about what went wrong, shown in the widget.
+    asked : str
+        What the page asks Python for, ``"undo"``, ``"redo"`` or ``"explain"``; empty once it is done.
+
+    Raises
+    ------
+    SettingError, CircuitError, traitlets.TraitError
+        If something cannot be meant, or names what the circuit has not.
+
+    Examples
+    --------
+    >>> graph = kcwb.CircuitGraph(circuit)  # doctest: +SKIP
+    >>> graph.play(kcwb.evaluation.Play(model, circuit, task))  # doctest: +SKIP
+    >>> graph.cut = ["a14.h5->logits"]; graph.answers["loss_after"]  # doctest: +SKIP
+    """
+
+    _esm = module()
+
+    scene = T.Dict().tag(sync=True)
+    live = T.Bool(True, read_only=True).tag(sync=True)
+    height = T.Int(640).tag(sync=True)
+    selected = T.List().tag(sync=True)
+    selected_edges = T.List().tag(sync=True)
+    pinned = T.List().tag(sync=True)
+    cut = T.List().tag(sync=True)
+    forced = T.List().tag(sync=True)
+    groups = T.Dict().tag(sync=True)
+    names = T.Dict().tag(sync=True)
+    notes = T.Dict().tag(sync=True)
+    threshold = T.Float(0.0).tag(sync=True)
+    confidence = T.Float(0.0).tag(sync=True)
+    answers = T.Dict().tag(sync=True)
+    paths = T.List().tag(sync=True)
+    busy = T.Bool(False).tag(sync=True)
+    problem = T.Unicode("").tag(sync=True)
+    asked = T.Unicode("").tag(sync=True)
+
+    @verb
+    def __init__(
+        self,
+        circuit: Circuit | Ensemble | None = None,
+        *,
+        roles: Roles | None = None,
+        title: str | None = None,
+        details: Mapping[str, str] | None = None,
+        ensemble: Ensemble | None = None,
+        max_edges: Count = _MOST,
+        height: Count = 640,
+        **traits: Any,
+    ) -> None:
+        for name in traits:
+            if name not in {*CHECKS, "layout"}:
+                raise SettingError(f"CircuitGraph has no {name!r}. {nearest(name, CHECKS)}")
+        self._circuit: Circuit | None = None
+        self._drawing: Drawing | None = None
+        self._play: Play | None = None
+        self._past: list[tuple[list[str], list[str]]] = []
+        self._future: list[tuple[list[str], list[str]]] = []
+        self._held: tuple[list[str], list[str]] = ([], [])
+        super().__init__(height=height, **({"layout": traits.pop("layout")} if "layout" in traits else {}))
+        if circuit is not None:
+            self.show(circuit, roles=roles, title=title, details=details, ensemble=ensemble, max_edges=max_edges)
+        for name, value in traits.items():
+            setattr(self, name, value)
+        self._past.clear()
+
+    # --- what is drawn ---
+
+    @property
+    def circuit(self) -> Circuit | None:
+        """The circuit that is drawn, as it was given; of two, their union."""
+        return self._circuit
+
+    @property
+    def played(self) -> Circuit:
+        """The circuit as it is now, without what is cut and with what is forced in.
+
+        Raises
+        ------
+        CircuitError
+            If there is no circuit yet.
+        """
+        from kcwb.circuits.circuit import Circuit
+
+        whole = self._circuit
+        if whole is None:
+            raise CircuitError("There is no circuit yet: graph.show(circuit).")
+        kept = whole.kept.clone()
+        for names, value in ((self.cut, False), (self.forced, True)):
+            for name in names:
+                kept[whole.graph.edge_index(name)] = value
+        told = {**whole.provenance, "cut": list(self.cut), "forced": list(self.forced)}
+        return Circuit(whole.graph, kept, whole.scores, told)
+
+    @verb
+    def show(
+        self,
+        circuit: Circuit | Ensemble,
+        *,
+        roles: Roles | None = None,
+        title: str | None = None,
+        details: Mapping[str, str] | None = None,
+        ensemble: Ensemble | None = None,
+        max_edges: Count = _MOST,
+    ) -> None:
+        """Draw another circuit in place.
+
+        Names, notes, groups, pins and cuts stay as far as they can be said of it; undoing starts anew.
+
+        Parameters
+        ----------
+        circuit, roles, title, details, ensemble, max_edges
+            As in `kcwb.graph_view`.
+        """
+        from kcwb.circuits.ensemble import Ensemble
+
+        drawing = draw(circuit, Look(roles, max_edges, title, details, ensemble))
+        self._take(drawing, circuit.consensus() if isinstance(circuit, Ensemble) else circuit)
+
+    @verb
+    def compare(
+        self,
+        left: Circuit,
+        right: Circuit,
+        *,
+        names: Sequence[str] = ("left", "right"),
+        roles: Roles | None = None,
+        title: str | None = None,
+        details: Mapping[str, str] | None = None,
+        max_edges: Count = _MOST,
+    ) -> None:
+        """Draw two circuits of one model in one picture, in place; parameters as in `compare_view`."""
+        self._take(draw_two(left, right, names, Look(roles, max_edges, title, details)), left | right)
+
+    def _take(self, drawing: Drawing, circuit: Circuit) -> None:
+        kept = kept_of({name: getattr(self, name) for name in CHECKS}, circuit)
+        self._circuit, self._drawing, self._play = circuit, drawing, None
+        fresh = {"selected": [], "selected_edges": [], "answers": {}, "paths": [], "threshold": 0.0, "problem": ""}
+        with self.hold_sync():
+            for name, value in {**fresh, **kept, "scene": scene(drawing)}.items():
+                setattr(self, name, value)
+        self._past.clear()
+        self._future.clear()
+
+    # --- what is played ---
+
+    @verb
+    def play(self, play: Play) -> None:
+        """Show beside the graph what the circuit answers, and again after each step.
+
+        Parameters
+        ----------
+        play
+            Of the circuit that is drawn; it is led to what is cut and forced in here.
+
+        Raises
+        ------
+        CircuitError
+            If it is of another circuit.
+        """
+        if self._circuit is None or not play.given.kept.equal(self._circuit.kept):
+            raise CircuitError("This Play is of another circuit than the one that is drawn; show that one first.")
+        self._play = play
+        self._answer()
+
+    def undo(self, steps: int = 1) -> None:
+        """Take back the last steps that changed `cut` or `forced`; those that there are."""
+        self._go(self._past, self._future, steps)
+
+    def redo(self, steps: int = 1) -> None:
+        """Take such steps again."""
+        self._go(self._future, self._past, steps)
+
+    def _go(self, back: list[Any], forth: list[Any], steps: int) -> None:
+        if not back or steps < 1:
+            return
+        for _ in range(min(steps, len(back))):
+            forth.append(self._held)
+            self._held = back.pop()
+        cut, forced = self._held
+        with self.hold_sync(), self.hold_trait_notifications():
+            self.cut, self.forced = list(cut), list(forced)
+
+    @T.observe("cut", "forced")
+    def _on_step(self, change: Any) -> None:
+        now = (list(self.cut), list(self.forced))
+        if now != self._held:  # else it was undone, or is the other half of one step
+            self._past.append(self._held)
+            del self._past[:-_STEPS]
+            self._future.clear()
+            self._held = now
+        if self._play is not None:
+            self._answer()
+
+    def _answer(self) -> None:
+        """Lead the Play to what is cut and forced in, and show what is answered."""
+        play = self._play
+        if play is None or (
+            self.answers and [sorted(play.cuts), sorted(play.forced)] == [sorted(self.cut), sorted(self.forced)]
+        ):
+            return
+        self.busy = True
+        try:
+            gone = [*(set(self.cut) - set(play.cuts)), *(set(play.forced) - set(self.forced))]
+            back = [*(set(play.cuts) - set(self.cut))]
+            more = [*(set(self.forced) - set(play.forced))]
+            for step, names in ((play.restore, back), (play.cut, gone), (play.force, more)):
+                if names:
+                    step(*sorted(names))
+            self.answers = play.as_traits()
+        except KcwbError as error:
+            self.problem = str(error)
+        finally:
+            self.busy = False
+
+    @T.observe("asked")
+    def _on_asked(self, change: Any) -> None:
+        """Do what the page asks for, once everybody else has heard of it, too."""
+        asked = change["new"]
+        if not asked:
+            return
+        try:
+            if asked == "explain":
+                self.explain()
+            else:
+                {"undo": self.undo, "redo": self.redo}[asked]()
+        except KcwbError as error:
+            self.problem = str(error)
+        finally:
+            self.asked = ""
+
+    @verb
+    def explain(self, k: Count = 10) -> None:
+        """Light the strongest paths of the circuit as it is now, through the selected node if there is one.
+
+        Parameters
+        ----------
+        k
+            How many; see `kcwb.circuits.strongest_paths`.
+        """
+        from kcwb.circuits.paths import strongest_paths
+
+        inner = [name for name in self.selected if name not in ("input", "logits")]
+        table = strongest_paths(self.played, k, through=inner[0] if len(inner) == 1 else None)
+        paths = [["input", *(edge.partition("->")[2].partition("<")[0] for edge in edges)] for edges in table["edges"]]
+        self.paths = list({tuple(path): path for path in paths}.values())
+        if not paths:
+            self.problem = "No path leads from input to logits here."
+
+    # --- what is refused ---
+
+    @T.validate(*CHECKS)
+    def _validate(self, proposal: Any) -> Any:
+        try:
+            return checked(proposal["trait"].name, proposal["value"], self._circuit)
+        except (SettingError, CircuitError) as error:
+            raise T.TraitError(str(error)) from None
+
+    def set_state(self, sync_data: dict[str, Any]) -> None:
+        """Take what the page sends; what cannot be meant becomes `problem`, and the page gets the old value back."""
+        good, wrong = {}, []
+        for name, value in sync_data.items():
+            try:
+                if name in CHECKS:
+                    getattr(type(self), name).validate(self, value)
+                    checked(name, value, self._circuit)
+                elif name in ("scene", "height", "live", "busy"):
+                    raise SettingError(f"{name} is for Python to set.")
+                good[name] = value
+            except (SettingError, CircuitError, T.TraitError) as error:
+                wrong.append((name, str(error)))
+        super().set_state(good)
+        if wrong:
+            self.send_state([name for name, _ in wrong])
+            self.problem = wrong[0][1]
+        elif self.problem and "problem" not in good:
+            self.problem = ""
+
+    # --- pages without a kernel ---
+
+    def as_view(self) -> GraphView:
+        """The graph as a page, as it is now: what is cut, pinned, grouped, named, noted and answered.
+
+        Raises
+        ------
+        CircuitError
+            If there is no circuit yet.
+        """
+        if self._drawing is None:
+            raise CircuitError("There is no circuit yet: graph.show(circuit).")
+        state = {name: value for name in CHECKS if not is_blank(value := getattr(self, name)) and name != "asked"}
+        return view_of(self._drawing, self.height, state)
+
+    def _repr_html_(self) -> str:
+        return "" if self._drawing is None else self.as_view()._repr_html_()
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+        return {**data, "text/html": self._repr_html_()}, metadata

@@ -1,0 +1,355 @@
+"""The instrument in Chromium, run by a page without Python: what hand and keys do, and what is then drawn and said."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from kcwb.circuits.circuit import Circuit
+from kcwb.models.graph import Graph
+from kcwb.workbench.graph.drawing import Look, draw
+from kcwb.workbench.graph.page import graph_view, view_of
+from tests.hostile import HOSTILE
+from tests.workbench.pages import TOLD, asked, make_circuit, ready, spot, until
+
+pytestmark = pytest.mark.browser
+
+GRAPH = Graph(n_layers=3, n_heads=3)
+EDGES = [
+    "input->a0.h0<v>", "input->a0.h1<k>", "a0.h0->m0", "a0.h1->a1.h2<q>", "m0->a1.h2<v>", "m0->m1", "a1.h2->m1",
+    "m1->logits", "a1.h2->logits",
+]  # fmt: skip
+SCORES = {name: 1 / (i + 1) for i, name in enumerate(EDGES)}
+
+
+def page_of(show: Any, circuit: Any = None, look: Look | None = None, **state: Any) -> Any:
+    drawing = draw(circuit or Circuit.from_edges(GRAPH, SCORES), look or Look(None, 20_000, "T", None))
+    return ready(show(view_of(drawing, 640, state).page))
+
+
+def click(page: Any, name: str, *, shift: bool = False) -> None:
+    page.click("#kc-canvas", position=spot(page, name), modifiers=["Shift"] if shift else [])
+
+
+def click_edge(page: Any, name: str) -> None:
+    ways = "[.5, .4, .6, .3, .7, .25, .75].map((t) => graph.along(arg, t)).find(({x, y}) => graph.edgeAt(x, y) === arg)"
+    page.click("#kc-canvas", position=asked(page, ways, name))
+
+
+def trait(page: Any, name: str) -> Any:
+    return asked(page, "graph.model.get(arg)", name)
+
+
+def gone(page: Any) -> set[str]:
+    page.wait_for_timeout(80)
+    return {link["name"] for link in asked(page, "graph.links()") if link["gone"]}
+
+
+def press(page: Any, *keys: str) -> None:
+    page.focus("#kc-canvas")
+    for key in keys:
+        page.keyboard.press(key)
+    page.wait_for_timeout(60)
+
+
+def test_selecting_by_hand(show: Any) -> None:
+    page = page_of(show)
+    click(page, "m0")
+    assert trait(page, "selected") == ["m0"]
+    click(page, "m1", shift=True)
+    assert trait(page, "selected") == ["m0", "m1"]
+    click(page, "m0", shift=True)
+    assert trait(page, "selected") == ["m1"]
+    click_edge(page, "a0.h1->a1.h2<q>")
+    assert trait(page, "selected") == [] and trait(page, "selected_edges") == ["a0.h1->a1.h2<q>"]
+    page.mouse.move(1, 1)
+    until(page, "graph.lit()?.links.join() === 'a0.h1->a1.h2<q>'")
+    assert "a0.h1->a1.h2<q>" in page.text_content("#kc-live")
+    press(page, "Escape")
+    assert trait(page, "selected_edges") == [] and asked(page, "graph.lit()") is None
+    box = page.locator("#kc-canvas").bounding_box()
+    page.keyboard.down("Shift")
+    page.mouse.move(box["x"] + 42, box["y"] + 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2, steps=3)
+    page.mouse.up()
+    page.keyboard.up("Shift")
+    assert set(trait(page, "selected")) == {"input", "a0.h0", "a0.h1", "m0", "a1.h2", "m1", "logits"}
+
+
+def test_cutting_restoring_and_undoing_by_keys(show: Any) -> None:
+    page = page_of(show)
+    click(page, "m0")
+    press(page, "x")
+    at_m0 = {"a0.h0->m0", "m0->a1.h2<v>", "m0->m1"}
+    assert set(trait(page, "cut")) == gone(page) == at_m0
+    assert "cut 3 edges" in page.text_content("#kc-live")
+    click_edge(page, "m1->logits")
+    press(page, "Delete")
+    assert gone(page) == at_m0 | {"m1->logits"}
+    press(page, "Control+z")
+    assert gone(page) == at_m0
+    press(page, "Control+z", "Control+z")
+    assert gone(page) == set()
+    press(page, "Control+Shift+Z", "Control+y")
+    assert gone(page) == at_m0 | {"m1->logits"}
+    click(page, "a1.h2")
+    press(page, "r")
+    assert gone(page) == {"a0.h0->m0", "m0->m1", "m1->logits"}
+    for _ in range(60):
+        press(page, "x", "r")
+    for _ in range(3):
+        press(page, *["Control+z"] * 41)
+    assert gone(page) == set() and trait(page, "cut") == []
+
+
+def test_an_edge_is_forced_in_and_taken_out(show: Any) -> None:
+    page = page_of(show)
+    press(page, "f")
+    assert asked(page, "shadow.activeElement.id") == "kc-search"
+    for name in ("a2.h1->logits", "m0->a2.h1<q>"):  # a2.h1 is not in the circuit
+        page.fill("#kc-search", name)
+        page.keyboard.press("Enter")
+    assert trait(page, "forced") == ["a2.h1->logits", "m0->a2.h1<q>"]
+    until(page, "graph.boxes().includes('a2.h1')")
+    links = {link["name"]: link for link in asked(page, "graph.links()")}
+    assert links["m0->a2.h1<q>"]["forced"] and links["m0->a2.h1<q>"]["tone"] == "forced"
+    assert asked(page, "graph.place('a2.h1').y < graph.place('a1.h2').y")
+    for wrong in ("m0->a2.h1", "logits->m0", "m2->m1", "nobody->m1", "m0->m9<q>", "a->b"):
+        page.fill("#kc-search", wrong)
+        page.keyboard.press("Enter")
+        assert page.get_attribute("#kc-search", "aria-invalid") == "true", wrong
+    assert len(trait(page, "forced")) == 2
+    page.fill("#kc-search", "m0->m1")  # it is there: it is shown
+    page.keyboard.press("Enter")
+    assert trait(page, "selected_edges") == ["m0->m1"] and len(trait(page, "forced")) == 2
+    click(page, "a2.h1")
+    press(page, "x")
+    assert trait(page, "forced") == [] and trait(page, "cut") == []
+    press(page, "Control+z")
+    assert len(trait(page, "forced")) == 2
+
+
+def test_hovering_shows_the_way_up_and_down_and_not_along_what_is_cut(show: Any) -> None:
+    page = page_of(show)
+    page.hover("#kc-canvas", position=spot(page, "a1.h2"))
+    until(page, "graph.lit()?.boxes.length === 7")
+    assert set(asked(page, "graph.lit().links")) == set(EDGES) - {"m0->m1"}
+    assert page.inner_text("#kc-tip").splitlines()[0] == "a1.h2"
+    page = page_of(show, cut=["a0.h1->a1.h2<q>"])
+    page.hover("#kc-canvas", position=spot(page, "a1.h2"))
+    until(page, "graph.lit()?.boxes.length === 6")
+    assert "a0.h1" not in asked(page, "graph.lit().boxes")
+
+
+def test_the_legend_filters_by_kind_port_and_role(show: Any) -> None:
+    page = page_of(show, look=Look({"a0.h0": "mover"}, 20_000, None, None))
+    keys = page.locator("footer [data-key]")
+    assert keys.all_inner_texts() == ["other head", "MLP", "mover", "query", "key", "value", "MLP or logits"]
+    for name, left in (("q", 8), ("mlp", 3), ("mover", 2)):
+        page.click(f"[data-key={name}]")
+        until(page, "graph.links().length === arg", left)
+        assert page.get_attribute(f"[data-key={name}]", "aria-pressed") == "false"
+    assert "m0" not in asked(page, "graph.boxes()") and "a0.h0" not in asked(page, "graph.boxes()")
+    for name in ("q", "mlp", "mover"):
+        page.click(f"[data-key={name}]")
+    until(page, "graph.links().length === 9")
+
+
+def test_groups_are_one_box_that_opens_and_closes(show: Any) -> None:
+    page = page_of(show)
+    for i, name in enumerate(("a0.h0", "a0.h1", "m0")):
+        click(page, name, shift=i > 0)
+    press(page, "g")
+    page.fill("#kc-ask input", "early ones")
+    page.keyboard.press("Enter")
+    assert trait(page, "groups") == {"early ones": ["a0.h0", "a0.h1", "m0"]}
+    until(page, "graph.boxes().includes('early ones · 3')")
+    links = {link["name"]: link["edges"] for link in asked(page, "graph.links()")}
+    assert sorted(links.values()) == [1, 1, 1, 1, 2, 2]  # a0.h0->m0 is within
+    click(page, "m0")  # the group's box
+    assert set(trait(page, "selected")) == {"a0.h0", "a0.h1", "m0"}
+    page.dblclick("#kc-canvas", position=spot(page, "m0"))
+    until(page, "graph.boxes().includes('m0')")
+    page.dblclick("#kc-canvas", position=spot(page, "m0"))
+    until(page, "!graph.boxes().includes('m0')")
+    press(page, "g")
+    assert trait(page, "groups") == {}
+    page.select_option("#kc-by", "kind")
+    assert trait(page, "groups") == {"heads": ["a0.h0", "a0.h1", "a1.h2"], "MLPs": ["m0", "m1"]}
+    page.select_option("#kc-by", "layer")
+    assert trait(page, "groups") == {"L0": ["a0.h0", "a0.h1", "m0"], "L1": ["a1.h2", "m1"]}
+    page.select_option("#kc-by", "none")
+    assert trait(page, "groups") == {}
+
+
+def test_pins_names_and_notes(show: Any) -> None:
+    page = page_of(show)
+    click(page, "m0")
+    press(page, "p")
+    click(page, "m1")
+    press(page, "p")
+    assert trait(page, "pinned") == ["m0", "m1"]
+    page.click("#kc-only")
+    until(page, "graph.boxes().join() === 'm0,m1'")
+    page.click("#kc-only")
+    until(page, "graph.boxes().length === 7")
+    for key, text in (("F2", "enrichment <b>"), ("n", "adds the country")):
+        press(page, key)
+        page.fill("#kc-ask input", text)
+        page.keyboard.press("Enter")
+    assert trait(page, "names") == {"m1": "enrichment <b>"} and trait(page, "notes") == {"m1": "adds the country"}
+    until(page, "graph.place('m1').label === 'enrichment <b>'")
+    page.mouse.move(1, 1)
+    page.hover("#kc-canvas", position=spot(page, "m1"))
+    page.wait_for_selector("#kc-tip:not([hidden])")
+    assert page.inner_text("#kc-tip").splitlines()[:2] == ["enrichment <b>", "m1"]
+    assert "adds the country" in page.inner_text("#kc-tip")
+    page.fill("#kc-search", "enrich")
+    page.keyboard.press("Enter")
+    assert trait(page, "selected") == ["m1"]
+    press(page, "F2")
+    page.fill("#kc-ask input", "")
+    page.keyboard.press("Enter")
+    assert trait(page, "names") == {}
+
+
+def test_tab_walks_through_all_nodes_and_leaves(show: Any) -> None:
+    page = page_of(show)
+    page.focus("#kc-canvas")
+    walked = []
+    for _ in range(7):
+        page.keyboard.press("Tab")
+        active = page.get_attribute("#kc-canvas", "aria-activedescendant")
+        walked.append(page.text_content(f"#{active}").split(";")[0])
+    assert walked[0] == "input" and walked[-1] == "logits" and len(set(walked)) == 7
+    page.keyboard.press("Enter")
+    assert trait(page, "selected") == ["logits"]
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Shift+Enter")
+    assert len(trait(page, "selected")) == 2
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")  # past the last one: the focus goes on
+    assert asked(page, "shadow.activeElement?.id") != "kc-canvas"
+    assert page.get_attribute("#kc-canvas", "role") == "application"
+    words = {item.split(";")[0]: item for item in page.locator("#kc-mirror li").all_text_contents()}
+    assert words["a1.h2"] == "a1.h2; head, layer 1; reads m0, a0.h1; read by logits, m1"
+
+
+def test_zoom_and_keys_are_told(show: Any) -> None:
+    page = page_of(show)
+    before = asked(page, "graph.view()")
+    press(page, "+")
+    assert asked(page, "graph.view().scale") == pytest.approx(1.35 * before["scale"])
+    press(page, "ArrowLeft")
+    press(page, "0")
+    assert asked(page, "[graph.view().scale, graph.view().left]") == pytest.approx([before["scale"], before["left"]])
+    box = page.locator("#kc-canvas").bounding_box()
+    page.mouse.move(box["x"] + 300, box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 350, box["y"] + 50, steps=4)
+    page.mouse.up()
+    assert asked(page, "graph.view().left") == pytest.approx(before["left"] + 50, abs=1)
+    press(page, "?")
+    assert page.is_visible("#kc-help") and "Ctrl+Z" in page.inner_text("#kc-help")
+    press(page, "Escape")
+    assert not page.is_visible("#kc-help")
+
+
+FACT = {
+    "prompt": "The capital of <b>France</b> is", "answer": "Paris",
+    "before": {"p": 0.8, "rank": 1, "top": [["Paris", 0.8], ["\n", 0.1]]},
+    "after": {"p": 0.2, "rank": 7, "top": [["Lyon", 0.3]]},
+}  # fmt: skip
+
+
+def test_answers_are_bars_beside_the_graph(show: Any) -> None:
+    page = page_of(show, answers={"facts": [FACT, FACT], "loss_before": 0.25, "loss_after": 1.5})
+    assert page.inner_text("#kc-aside .loss") == "Loss, nats: before 0.25 · after 1.5"
+    assert "The capital of <b>France</b> is Paris" in page.inner_text("#kc-answers")
+    widths = asked(page, "[...shadow.querySelectorAll('.bar i')].slice(0, 2).map((one) => one.offsetWidth)")
+    assert widths[0] == pytest.approx(4 * widths[1], abs=4)
+    page.click("#kc-answers .fact button >> nth=0")
+    assert page.locator("#kc-answers .tops").all_inner_texts() == [
+        'before: "Paris" 0.8, "\\n" 0.1',
+        'after: "Lyon" 0.3',
+    ]
+    asked(page, "(graph.model.set('busy', true), 0)")
+    assert page.get_attribute("#kc-aside", "aria-busy") == "true"
+    page.click("#kc-fold")
+    assert not page.is_visible("#kc-answers")
+    page.click("#kc-fold")
+    assert page.is_visible("#kc-answers")
+
+
+def test_paths_are_lit_in_order_and_stepped_through(show: Any) -> None:
+    first, second = ["input", "a0.h0", "m0", "m1", "logits"], ["input", "a0.h1", "a1.h2", "logits"]
+    page = page_of(show, paths=[first, second])
+    assert asked(page, "graph.lit().boxes") == first
+    assert set(asked(page, "graph.lit().links")) == {"input->a0.h0<v>", "a0.h0->m0", "m0->m1", "m1->logits"}
+    press(page, "]")
+    assert asked(page, "graph.lit().boxes") == second
+    assert "path 2 of 2: input to a0.h1" in page.text_content("#kc-live")
+    page.click(".paths button >> nth=0")
+    assert asked(page, "graph.lit().boxes") == first
+    press(page, "Escape")
+    page.mouse.move(1, 1)
+    assert trait(page, "paths") == [] and asked(page, "graph.lit()") is None
+
+
+def test_more_than_two_thousand_edges_are_drawn_between_layers(show: Any) -> None:
+    circuit = make_circuit(2500, n_layers=12, n_heads=12)
+    page = page_of(show, circuit)
+    boxes = asked(page, "graph.boxes()")
+    assert len(boxes) == 14 and any(label.startswith("L3 · ") for label in boxes)
+    assert asked(page, "graph.links().reduce((sum, link) => sum + link.edges, 0)") > 2000
+    page.dblclick("#kc-canvas", position=spot(page, "a3.h1"))
+    until(page, "graph.boxes().includes('a3.h1')")
+    page.click("#kc-layers")
+    until(page, "graph.links().length === 2500")
+
+
+def test_what_the_model_holds_wrongly_is_told_and_never_a_blank_picture(show: Any) -> None:
+    page = page_of(show, groups={"none": ["nobody"]}, names={"m0": "x"}, pinned=["nobody"], forced=["x", "a->b->c"])
+    assert asked(page, "graph.boxes().length") == 7
+    wrong = {"cut": "x", "groups": [], "threshold": "x", "paths": [["nobody"]], "answers": {"facts": [None, 3]}}
+    for name, value in wrong.items():
+        asked(page, "(graph.model.set(...arg), 0)", [name, value])
+        page.wait_for_timeout(60)
+        assert asked(page, "graph.boxes().length") == 7, name
+    asked(page, "(graph.model.set('problem', 'a <b>problem</b>'), 0)")
+    assert "a <b>problem</b>" in page.inner_text("#kc-problem")
+    page.click("#kc-problem button")
+    assert not page.is_visible("#kc-problem") and trait(page, "problem") == ""
+
+
+def test_hostile_names_notes_groups_and_answers_are_text(show: Any) -> None:
+    texts = dict(zip(GRAPH.node_names, TOLD[:5], strict=False))
+    for start in range(0, len(TOLD), 9):
+        some = TOLD[start : start + 9]
+        texts = dict(zip(["input", "a0.h0", "a0.h1", "m0", "a1.h2", "m1", "logits"], some, strict=False))
+        fact = FACT | {"prompt": some[0], "answer": some[1], "after": {"p": 0.2, "rank": 7, "top": [[some[2], 0.3]]}}
+        state = {"groups": {some[0]: ["a0.h0", "a0.h1"]}, "problem": some[1], "answers": {"facts": [fact]}}
+        page = page_of(show, names=texts, notes=texts, **state)
+        page.click("#kc-answers .fact button")
+        page.hover("#kc-canvas", position=spot(page, "m0"))
+        assert page.evaluate("window.hacked") is None
+        assert (
+            asked(page, "shadow.querySelectorAll('img, a, h1, link, iframe, script, style').length") == 1
+        )  # our style
+    assert len(HOSTILE) > len(TOLD)
+
+
+def test_two_thousand_edges_stay_on_screen_while_they_are_moved(show: Any) -> None:
+    page = ready(show(graph_view(make_circuit(2000)).page))
+    box = page.locator("#kc-canvas").bounding_box()
+    before = asked(page, "graph.view()")
+    page.mouse.move(box["x"] + 400, box["y"] + 200)
+    page.mouse.down()
+    for i in range(20):
+        page.mouse.move(box["x"] + 400 + 5 * i, box["y"] + 200 + math.sin(i))
+    page.mouse.up()
+    after = asked(page, "graph.view()")
+    assert after["frames"] > before["frames"] + 5 and after["left"] == pytest.approx(before["left"] + 95, abs=1)

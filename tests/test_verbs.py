@@ -63,6 +63,7 @@ PUBLIC = public()
 #: Methods that take no settings: names and indices of a graph, and what other verbs have checked already.
 BARE = {name for name in PUBLIC if name.startswith("Graph.")} | {
     "Ablation.usable", "Ablation.values", "AblationKind.drawn_again", "AblationKind.fit", "AblationKind.values",
+    "CircuitGraph.set_state",
     "Method.refuse",
     "register_ablation",
     "Edit.require_own", "Model.exclusive", "Model.has_weights", "Search.again",

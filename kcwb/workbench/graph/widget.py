@@ -239,16 +239,18 @@ class CircuitGraph(anywidget.AnyWidget):
         self._play = play
         self._answer()
 
-    def undo(self, steps: int = 1) -> None:
+    @verb
+    def undo(self, steps: Count = 1) -> None:
         """Take back the last steps that changed `cut` or `forced`; those that there are."""
         self._go(self._past, self._future, steps)
 
-    def redo(self, steps: int = 1) -> None:
+    @verb
+    def redo(self, steps: Count = 1) -> None:
         """Take such steps again."""
         self._go(self._future, self._past, steps)
 
     def _go(self, back: list[Any], forth: list[Any], steps: int) -> None:
-        if not back or steps < 1:
+        if not back:
             return
         for _ in range(min(steps, len(back))):
             forth.append(self._held)

@@ -38,7 +38,16 @@ from kcwb.errors import KcwbError, ModelError
 from kcwb.models.families import FAMILIES, covered_family
 from kcwb.models.graph import Graph
 from kcwb.models.rules import TRUE, Rules, share
-from kcwb.models.weights import Norm, detached, read_activation, read_context, read_layer, read_norm, read_positions
+from kcwb.models.weights import (
+    Norm,
+    added_to_last,
+    detached,
+    read_activation,
+    read_context,
+    read_layer,
+    read_norm,
+    read_positions,
+)
 from kcwb.progress import cancel_point
 
 #: What receivers read, and what each head makes of it; `Q` and `T` are positions of queries and of keys.
@@ -160,6 +169,37 @@ class Network:
         normed = self._normed(weights.norm_attention, x, weights.device)
         v = _project(normed, weights.W_V, weights.b_V, self._kv_heads(heads))
         return share(v.to(self.device), self._rules.values)
+
+    def query_parts(
+        self, layer: int, parts: Float[Tensor, "h P *N Q D"], heads: Heads = None, positions: Positions = None
+    ) -> Float[Tensor, "h P *N Q K"]:
+        """What each of some parts, which add up to what queries read, adds to the queries.
+
+        Exact where the scales of norms are held at what they are on the sum. Biases, which no part brings, count for
+        the last one. At least in float32.
+        """
+        weights = self.layers[layer]
+        return self._parts(layer, parts, weights.W_Q, weights.b_Q, weights.norm_query, heads, positions)
+
+    def key_parts(
+        self, layer: int, parts: Float[Tensor, "h P *N T D"], heads: Heads = None, positions: Positions = None
+    ) -> Float[Tensor, "h P *N T K"]:
+        """The same of keys."""
+        weights, heads = self.layers[layer], self._kv_heads(heads)
+        return self._parts(layer, parts, weights.W_K, weights.b_K, weights.norm_key, heads, positions)
+
+    def _parts(
+        self, layer: int, parts: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, heads: Heads,
+        positions: Positions,
+    ) -> Tensor:  # fmt: skip
+        weights = self.layers[layer]
+        read = weights.norm_attention.shares(parts.to(weights.device))
+        made = _project(read, weight.to(read.dtype), None, heads)
+        if bias is not None:
+            of_heads = bias if heads is None else bias[heads.to(bias.device)]
+            made = added_to_last(made, of_heads.reshape(len(made), *[1] * (made.ndim - 3), -1))
+        made = made if norm is None else norm.shares(made)
+        return self._rotate(made.to(self.device), positions, weights.rope)
 
     def scores(self, layer: int, q: Queries, k: Keys, positions: Positions = None) -> Float[Tensor, "h ... Q T"]:
         """Attention scores of queries at `positions` over keys at 0..T-1; -inf where hidden."""
@@ -314,7 +354,7 @@ class Network:
         if table is None or table[0].shape[0] < needed:
             assert self._rotary is not None  # asked only where the architecture rotates
             steps = torch.arange(needed, device=x.device)
-            cos, sin = self._rotary(x.detach(), steps[None], *([] if kind is None else [kind]))
+            cos, sin = self._rotary(x.detach().to(self.dtype), steps[None], *([] if kind is None else [kind]))
             table = self._tables[kind] = cos[0], sin[0]
         rows = slice(needed) if positions is None else positions
         return table[0][rows], table[1][rows]

@@ -45,6 +45,16 @@ class Norm:
         normed = wide * scale * self.weight.float()
         return (normed if self.bias is None else normed + self.bias.float()).to(x.dtype)
 
+    def shares(self, parts: Float[Tensor, "h P *any D"]) -> Float[Tensor, "h P *any D"]:
+        """What each of some parts adds to the norm of their sum, whose scale is held; the bias counts for the last.
+
+        At least in float32.
+        """
+        wide = parts.to(torch.promote_types(parts.dtype, torch.float32))
+        wide = wide if self.rms else wide - wide.mean(-1, keepdim=True)
+        scale = (wide.sum(1, keepdim=True).square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return added_to_last(wide * scale * self.weight.to(wide.dtype), self.bias)
+
     def factor(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """What a root-mean-square norm multiplies `x` by: the gain over the root mean square."""
         wide = x.float()
@@ -88,6 +98,13 @@ class Layer:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.W_Q.device
+
+
+def added_to_last(parts: Float[Tensor, "h P *any D"], bias: Tensor | None) -> Float[Tensor, "h P *any D"]:
+    """Parts of a sum to which a bias is added: the last one has it."""
+    if bias is not None:
+        parts[:, -1] += bias.to(parts.dtype)
+    return parts
 
 
 #: The names that a bridge gives; W_in and friends are `[in, out]`.

@@ -1,3 +1,4 @@
+from .attending import attending_pairs as attending_pairs
 from .dla import dla_by_source as dla_by_source
 from .nodes import (
     attention_pattern as attention_pattern,

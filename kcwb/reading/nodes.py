@@ -77,7 +77,7 @@ def attention_pattern(
     place, network = model.graph.node(head), model.network
     if place.kind != "head":
         raise CircuitError(f"{head} does not attend: only heads do, a<layer>.h<head>.")
-    run = _plan(model, task, circuit, ablation, prompt)
+    run = planned_run(model, task, circuit, ablation, prompt)
     with torch.no_grad():
         inputs = run.forward(run.prompts, receivers=True).receivers
         x = inputs[place.layer][0]
@@ -129,7 +129,7 @@ def node_logits(
     """
     graph, network = model.graph, model.network
     whole = graph.node(node).kind == "logits"
-    run = _plan(model, task, circuit, ablation, prompt)
+    run = planned_run(model, task, circuit, ablation, prompt)
 
     @torch.no_grad()
     def written(rows: slice) -> Tensor:
@@ -225,7 +225,7 @@ def node_edges(circuit: Circuit, node: str) -> pd.DataFrame:
 # --- runs ---
 
 
-class _Plan(NamedTuple):
+class PlannedRun(NamedTuple):
     """What is to be run, and how."""
 
     network: Network
@@ -235,19 +235,24 @@ class _Plan(NamedTuple):
 
     def forward(self, prompts: Prompts, *, senders: bool = False, receivers: bool = False) -> Pass:
         """One pass over some of the prompts."""
-        ablated = None if self.cuts is None else self.cuts.values(prompts)
+        ablated = self.ablated(prompts)
         return forward(
             self.network, prompts.tokens, kept=self.kept, ablated=ablated, senders=senders, receivers=receivers
         )
 
+    def ablated(self, prompts: Prompts) -> Float[Tensor, "S N T D"] | None:
+        """What cut edges deliver; None for zero, and without a circuit."""
+        return None if self.cuts is None else self.cuts.values(prompts)
 
-def _plan(
+
+def planned_run(
     model: Model,
     task: Task | Prompts,
     circuit: Circuit | None,
     ablation: str | AblationKind | Ablation | None,
     prompt: int | None,
-) -> _Plan:
+) -> PlannedRun:
+    """The run of a model or of a circuit on one of some prompts, or on all; parameters of `attention_pattern`."""
     prompts = task.val if isinstance(task, Task) else task
     if prompt is not None and not 0 <= prompt < len(prompts):
         raise SettingError(f"prompt={prompt}: there are {len(prompts)}, 0 to {len(prompts) - 1}.")
@@ -261,7 +266,7 @@ def _plan(
             prompts = cuts.usable(prompts)
     if prompt is not None:
         prompts = prompts.select([prompt])
-    return _Plan(model.network, prompts, None if circuit is None else circuit.kept, cuts)
+    return PlannedRun(model.network, prompts, None if circuit is None else circuit.kept, cuts)
 
 
 def _cuts(model: Model, task: Task | Prompts, ablation: str | AblationKind | Ablation) -> Ablation:

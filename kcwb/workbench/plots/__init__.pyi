@@ -18,6 +18,7 @@ from .charts import (
     plot_knowledge as plot_knowledge,
     plot_lens as plot_lens,
 )
+from .attending import plot_attending as plot_attending
 from .sureness import plot_confidence as plot_confidence, plot_inclusion as plot_inclusion, plot_sources as plot_sources
 from .referee import (
     matrix_sentence as matrix_sentence,

@@ -58,7 +58,6 @@ from .evaluation.play import Play as Play
 from .evaluation.knowledge import knowledge_table as knowledge_table
 
 # What is in it
-from .reading.attending import why_attends as why_attends
 from .reading.roles import head_roles as head_roles
 from .reading.lens import arrival as arrival, lens as lens
 from .interventions.encoder import ablate_encoder as ablate_encoder

@@ -1,4 +1,4 @@
-from .attending import attending_pairs as attending_pairs
+from .attending import attending_pairs as attending_pairs, why_attends as why_attends
 from .dla import dla_by_source as dla_by_source
 from .nodes import (
     attention_pattern as attention_pattern,

@@ -20,7 +20,7 @@ def plot_attending(table: pd.DataFrame, n: Count = 8, *, value: str | None = Non
     Parameters
     ----------
     table
-        As of `kcwb.why_attends`, of one head.
+        As of `kcwb.reading.why_attends`, of one head.
     n
         How many senders.
     value

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 
 class Need(IntEnum):
@@ -21,27 +22,24 @@ class Need(IntEnum):
 class Inputs:
     """How changed senders enter receivers: few of many, so that only those are read.
 
-    `weights[i, c]` is 1 where receiver `places[i]` keeps the edge of the c-th of `senders`, which count in the order in
-    which changes are stacked.
+    Receiver `places[i]` keeps the edges of the senders from `first[i]` to `first[i + 1]` in `senders`, which are
+    counted in the order in which changes are stacked.
     """
 
     places: Int[Tensor, " r"]
     senders: Int[Tensor, " c"]
-    weights: Float[Tensor, "r c"]
+    first: Int[Tensor, " r"]
 
     @classmethod
-    def of(cls, weights: Float[Tensor, "R C"]) -> Inputs | None:
+    def of(cls, reached: Bool[Tensor, "R C"]) -> Inputs | None:
         """The receivers that a change reaches, and what reaches them; None if there is none."""
-        reached = weights != 0
-        places, senders = reached.any(1).nonzero()[:, 0], reached.any(0).nonzero()[:, 0]
-        return cls(places, senders, weights[places][:, senders]) if len(places) else None
+        each = reached.sum(1)
+        places = each.nonzero()[:, 0]
+        return cls(places, reached.nonzero()[:, 1], (each.cumsum(0) - each)[places]) if len(places) else None
 
     def read(self, stack: Float[Tensor, "C *any"]) -> Float[Tensor, "r *any"]:
-        """The sum of the changes that each receiver reads."""
-        changes = stack[self.senders]
-        if len(self.weights) == 1:
-            return changes.sum(0, keepdim=True)
-        return (self.weights @ changes.flatten(1)).unflatten(1, stack.shape[1:])
+        """The sum of the changes that each receiver reads: gathered and added in one go, without a copy."""
+        return embedding_bag(self.senders, stack.flatten(1), self.first, mode="sum").unflatten(1, stack.shape[1:])
 
 
 @dataclass(frozen=True)

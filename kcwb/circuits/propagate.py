@@ -154,11 +154,11 @@ class Current:
             column, mlp = graph.mlp_receiver(layer), graph.mlp_sender(layer)
             if mlp > row and self.need(mlp):
                 everywhere = self.need(mlp) is Need.EVERYWHERE
-                changed = Inputs.of(self._weights(plan, [column], everywhere))
+                changed = Inputs.of(self._reached(plan, [column], everywhere))
                 if changed is not None:
                     plan.steps.append(MlpStep(layer, everywhere, mlp, changed))
                     self._admit(plan, [mlp])
-        plan.logits = Inputs.of(self._weights(plan, [graph.n_receivers - 1], everywhere=False))
+        plan.logits = Inputs.of(self._reached(plan, [graph.n_receivers - 1], everywhere=False))
         return plan
 
     def _plan_heads(self, plan: Plan, layer: int, need: Need) -> None:
@@ -171,7 +171,7 @@ class Current:
         reached: dict[str, Tensor] = {}
         for i, kind in enumerate("qkv"):
             of_kind = [columns + i * graph.n_heads + head for head in there]
-            reached[kind] = self._weights(plan, of_kind, need is Need.EVERYWHERE or kind != "q")
+            reached[kind] = self._reached(plan, of_kind, need is Need.EVERYWHERE or kind != "q")
         hit = torch.stack([weights.any(1) for weights in reached.values()]).any(0).cpu()
         if not hit.any():
             return
@@ -191,10 +191,10 @@ class Current:
         plan.changed += rows
         plan.everywhere += [row for row in rows if self.need(row) is Need.EVERYWHERE]
 
-    def _weights(self, plan: Plan, columns: list[int], everywhere: bool) -> Float[Tensor, "r C"]:
+    def _reached(self, plan: Plan, columns: list[int], everywhere: bool) -> Bool[Tensor, "r C"]:
         """Which changed senders each receiver still reads, of those stacked at its positions."""
         rows = plan.everywhere if everywhere else plan.changed
-        return self.kept[rows][:, columns].T.to(self.network.device, self.network.dtype)
+        return self.kept[rows][:, columns].T.to(self.network.device)
 
     @torch.no_grad()
     def loss_after(self, plan: Plan, output: Float[Tensor, "B N P D"]) -> Float[Tensor, " B"]:

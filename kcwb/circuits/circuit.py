@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kcwb.circuits.circuitfile import edges_digest, load_circuit, save_circuit
 from kcwb.circuits.provenance import found_with, part
+from kcwb.circuits.session import Session
 from kcwb.errors import CircuitError
 from kcwb.models.graph import Graph
 from kcwb.settings import Score
@@ -46,12 +47,15 @@ class Circuit:
     provenance
         Everything that determined it, ready for JSON: model and relation with digests, facts, method and parameters,
         seed, versions, seconds.
+    session
+        What a person has done to it (`with_session`), or None.
     """
 
     graph: Graph
     kept: Bool[Tensor, "S R"]
     scores: Float[Tensor, "S R"] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    session: Session | None = None
 
     def __post_init__(self) -> None:
         """Refuse masks that do not fit the graph."""
@@ -66,6 +70,8 @@ class Circuit:
         wrong = (self.kept.cpu() & ~exists).nonzero()
         if len(wrong):
             raise CircuitError(f"{self.graph} has no edge {self.graph.edge_name(*wrong[0].tolist())}.")
+        if self.session is not None and self.session.circuit != self.digest:
+            raise CircuitError("The session is of other edges. Keep it by with_session, or leave it out: session=None.")
 
     @classmethod
     @verb
@@ -155,7 +161,19 @@ class Circuit:
         before_logits[breadth_first_order(matrix.T.tocsr(), n_nodes - 1, return_predecessors=False)] = True
         sends = torch.from_numpy(after_input)[:-1]
         counts = torch.from_numpy(before_logits)[self.graph.receiver_node]
-        return replace(self, kept=self.kept & sends[:, None] & counts[None, :])
+        kept = self.kept & sends[:, None] & counts[None, :]
+        return replace(self, kept=kept, session=self.session if kept.equal(self.kept) else None)
+
+    @verb
+    def with_session(self, session: Session | None) -> Circuit:
+        """The same circuit with what a person has done to it, which `save` writes and `load` reads; None for nothing.
+
+        Raises
+        ------
+        CircuitError
+            If the session is of another circuit, or names nodes or edges that this one has not.
+        """
+        return replace(self, session=None if session is None else session.of(self))
 
     def __or__(self, other: Circuit) -> Circuit:
         """The edges of either."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from kcwb.circuits.session import session_json, with_session_of_json
 from kcwb.errors import CircuitError
 from kcwb.files import held, write_tensors, write_text
 from kcwb.models.graph import Graph
@@ -55,6 +56,12 @@ def save_circuit(circuit: Circuit, path: Path, force: bool) -> None:
 
 def load_circuit(path: Path) -> Circuit:
     """Read a circuit; see `Circuit.load`."""
+    circuit, session = _load(path)
+    return circuit if session is None else with_session_of_json(circuit, session, path)
+
+
+def _load(path: Path) -> tuple[Circuit, Any]:
+    """The circuit, and the session of its file as it stands there."""
     while True:
         try:
             version = _version(path)
@@ -69,18 +76,18 @@ def load_circuit(path: Path) -> Circuit:
             circuit = _of_json(data)
             stored = data["scores"]
             if stored is None:
-                return replace(circuit, scores=None)
+                return replace(circuit, scores=None), data.get("session")
             if not _DIGEST.fullmatch(stored):
                 raise CircuitError("the digest of its scores is none.")
             scores = _read_scores(path, stored)
             if scores is not None:
-                return replace(circuit, scores=scores)
+                return replace(circuit, scores=scores), data.get("session")
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, CircuitError) as error:
             raise CircuitError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         with contextlib.suppress(OSError):
             if _version(path) != version:
                 continue
-        return circuit
+        return circuit, data.get("session")
 
 
 def edges_digest(graph: Graph, names: list[str]) -> str:
@@ -100,6 +107,8 @@ def _json(circuit: Circuit) -> tuple[str, str | None]:
     stored = None if circuit.scores is None else _scores_digest(circuit.scores)
     head = {"format": _FORMAT, "graph": graph, "digest": circuit.digest, "scores": stored}
     head["provenance"] = dict(circuit.provenance)
+    if circuit.session is not None:
+        head["session"] = session_json(circuit.session)
     lines = ",\n    ".join(json.dumps(edge, ensure_ascii=False) for edge in edges)
     return json.dumps(head, ensure_ascii=False, indent=2)[:-2] + f',\n  "edges": [\n    {lines}\n  ]\n}}\n', stored
 

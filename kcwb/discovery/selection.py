@@ -194,7 +194,7 @@ def resize(
     kept = select_edges(circuit.graph, circuit.scores, edges=edges, threshold=threshold, select=select)
     parameters = dict(circuit.provenance.get("parameters", {}), edges=edges, threshold=threshold, select=select)
     provenance = dict(circuit.provenance, parameters=parameters)
-    return replace(circuit, kept=kept, provenance=provenance).without_dangling()
+    return replace(circuit, kept=kept, provenance=provenance, session=None).without_dangling()
 
 
 def matched_circuit(graph: Graph, scores: Float[Tensor, "S R"], edges: int) -> Circuit:

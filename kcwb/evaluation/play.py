@@ -25,6 +25,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.masked import ChangingRun, MaskedRuns
 from kcwb.circuits.provenance import origin, part
 from kcwb.circuits.run import check_same_model, run_circuit
+from kcwb.circuits.session import Session
 from kcwb.errors import CircuitError, DataError, SettingError, nearest, shown
 from kcwb.locks import WeightsLock
 from kcwb.models.graph import Graph
@@ -55,7 +56,8 @@ class Play:
     Parameters
     ----------
     model, circuit
-        The circuit is run alone.
+        The circuit is run alone. What its session (`kcwb.circuits.Session`), if it has one, cuts and forces in is the
+        first step.
     task
         The first facts of its D_val are asked; or any prompts.
     ablation
@@ -64,7 +66,7 @@ class Play:
     facts
         How many of the facts are asked, at most.
     groups
-        Name -> nodes.
+        Name -> nodes; None for those of the circuit's session.
 
     Raises
     ------
@@ -99,7 +101,8 @@ class Play:
             raise DataError("There is no fact to ask: the task's D_val is empty. Use a relation with more facts.")
         self.model, self.given, self._digest = model, circuit, model.digest
         self.prompts = prompts.select(slice(facts))
-        self.set_groups(groups or {})
+        session = circuit.session or Session()
+        self.set_groups(session.groups if groups is None else groups)
 
         def begin(rows: slice) -> ChangingRun:
             some = self.prompts.select(rows)
@@ -113,6 +116,8 @@ class Play:
         self._before = self._after = self._logits(self._kept)
         full = self._nll(run_circuit(model, None, self.prompts, cuts))
         self._losses = Losses(float(self._nll(self._before)), float(self._nll(self._after)), float(full))
+        if session.cut or session.forced:
+            self.go_to(cut=session.cut, forced=session.forced)
 
     # --- steps ---
 
@@ -152,6 +157,29 @@ class Play:
             was.
         """
         return self._step("force", names)
+
+    @verb
+    def go_to(self, *, cut: Sequence[str] = (), forced: Sequence[str] = ()) -> pd.DataFrame:
+        """Go in one step to where of the circuit as it was given just these edges are cut, and just those forced in.
+
+        Raises
+        ------
+        CircuitError
+            If an edge is unknown, one that is to be cut is not in the circuit as it was given, or one that is to be
+            forced is. All is as it was.
+        """
+        wanted = self.given.kept.clone()
+        for name in cut:
+            edges = self._edges("cut", name) & self.given.kept
+            if not edges.any():
+                raise CircuitError(f"cut: {shown(name)} is not in the circuit.")
+            wanted &= ~edges
+        for name in forced:
+            edges = self._edges("force", name) & ~self.given.kept
+            if not edges.any():
+                raise CircuitError(f"force: {shown(name)} is in the circuit already.")
+            wanted |= edges
+        return self._toggle(f"go to {len(cut)} cut, {len(forced)} forced", wanted ^ self._kept)
 
     @verb
     def undo(self, steps: Count = 1) -> pd.DataFrame:
@@ -196,6 +224,7 @@ class Play:
         return replace(
             self.given,
             kept=self._kept.clone(),
+            session=None,
             provenance={**self.given.provenance, "method": "played", "played": played},
         )
 
@@ -208,6 +237,15 @@ class Play:
     def forced(self) -> list[str]:
         """The edges that it had not."""
         return self._names(self._kept & ~self.given.kept)
+
+    @property
+    def session(self) -> Session:
+        """The session of the circuit as it was given, with what is cut, forced and grouped now.
+
+        `play.given.with_session(play.session).save(path)` keeps it.
+        """
+        session = self.given.session or Session()
+        return replace(session, cut=self.cuts, forced=self.forced, groups=self.groups).of(self.given)
 
     @property
     def steps(self) -> list[str]:
@@ -291,7 +329,11 @@ class Play:
         toggled = torch.zeros_like(self._kept)
         for name in names:
             toggled |= self._meant(what, name)
-        step = _Step(f"{what} {', '.join(names)}", toggled.flatten().nonzero()[:, 0])
+        return self._toggle(f"{what} {', '.join(names)}", toggled)
+
+    def _toggle(self, words: str, edges: Bool[Tensor, "S R"]) -> pd.DataFrame:
+        """Make a new step, which turns some edges round."""
+        step = _Step(words, edges.flatten().nonzero()[:, 0])
         return self._move(self._done + 1, [*self._steps[: self._done], step])
 
     def _move(self, done: int, steps: list[_Step] | None = None) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -327,3 +328,34 @@ def test_a_model_that_was_edited_ends_the_play(play, monkeypatch):
     monkeypatch.setattr(play, "_digest", "other")
     with pytest.raises(CircuitError, match=r"weights of .* have changed"):
         play.cut("m0")
+
+
+# --- sessions ---
+
+
+def test_a_play_begins_where_the_circuits_session_ends_and_can_take_it_back(play, tmp_path):
+    play.cut("m0->logits")
+    play.force("input->m0")
+    path = tmp_path / "circuit.json"
+    play.given.with_session(replace(play.session, pinned=["m0"])).save(path)
+    circuit = Circuit.load(path)
+    again = Play(play.model, circuit, task_of(play.model))
+    assert (again.cuts, again.forced, again.groups) == (["m0->logits"], ["input->m0"], {"middle": ("m0", "a1.h2")})
+    assert again.as_traits() == play.as_traits()
+    assert again.session == replace(circuit.session, cut=("m0->logits",)) and again.session.pinned == ("m0",)
+    again.undo()
+    assert again.circuit is again.given and again.loss.after == again.loss.before
+
+
+def test_one_step_leads_to_any_state(play):
+    play.cut("m0")
+    play.go_to(cut=["input->a0.h1<v>", "m0->logits"], forced=["input->m0"])
+    assert sorted(play.cuts) == ["input->a0.h1<v>", "m0->logits"] and play.forced == ["input->m0"]
+    torch.testing.assert_close(play._after, expected(play), rtol=0, atol=0)
+    before = state(play)
+    for wrong in ({"cut": ["input->m0"]}, {"forced": ["m0->logits"]}, {"cut": ["m9"]}, {"forced": ["m1->m0"]}):
+        with pytest.raises(CircuitError):
+            play.go_to(**wrong)
+    assert is_as_it_was(play, before)
+    play.go_to()
+    assert play.circuit is play.given and len(play.steps) == 3

@@ -1,0 +1,154 @@
+"""What a person has done to a circuit: pins, groups, names, notes, and the edges that are cut out and forced in.
+
+A session belongs to one circuit, which it knows by its digest, and is kept in that circuit's file, under a key of its
+own with a version of its own:
+
+    {"format": "kcwb-circuit/1", ..., "session": {"format": 1, "circuit": "<digest>", "pinned": [...], "groups": {...},
+     "names": {...}, "notes": {...}, "cut": [...], "forced": [...]}, "edges": [...]}
+
+Who does not know the key reads the circuit without it. A session that is damaged, or another circuit's, is left out
+with a warning when a file is read: the circuit is worth more. Text is text: it is written and read as it is, and it is
+for whoever shows it to escape it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from kcwb.errors import CircuitError, KcwbError, SettingError, nearest, shown
+from kcwb.settings import fits
+from kcwb.verbs import noun, verb
+
+if TYPE_CHECKING:
+    from kcwb.circuits.circuit import Circuit
+
+_FORMAT = 1
+_NAME, _TEXT = 120, 4000  # letters of a name, and of a note
+
+
+@noun
+@dataclass(frozen=True)
+class Session:
+    """What a person has done to a circuit; `Circuit.with_session` checks it against the circuit and keeps it with it.
+
+    Attributes
+    ----------
+    pinned
+        Nodes.
+    groups
+        Name -> nodes; a node is in one group at most.
+    names, notes
+        Node -> what a person calls it, and has to say of it.
+    cut, forced
+        Edges of the circuit that are cut out of it; edges of its graph, not in it, that are forced in.
+    circuit
+        The digest of the circuit; empty as long as it belongs to none.
+    """
+
+    pinned: Sequence[str] = ()
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    cut: Sequence[str] = ()
+    forced: Sequence[str] = ()
+    circuit: str = ""
+
+    def __post_init__(self) -> None:
+        """Take copies, so that nothing changes it, and refuse what is too long, or said twice."""
+        for name in ("pinned", "cut", "forced"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        object.__setattr__(self, "groups", {name: tuple(dict.fromkeys(some)) for name, some in self.groups.items()})
+        for name, longest in (("names", _NAME), ("notes", _TEXT)):
+            object.__setattr__(self, name, dict(getattr(self, name)))
+            for node, text in getattr(self, name).items():
+                if not fits(text, str) or len(text) > longest:
+                    raise SettingError(
+                        f"{name}, {shown(node)}: {shown(text)} is not text of at most {longest} letters."
+                    )
+        owner: dict[str, str] = {}
+        for name, nodes in self.groups.items():
+            if not fits(name, str) or not name or len(name) > _NAME or not nodes:
+                raise SettingError(f"groups: {shown(name)} has no nodes, or no name of at most {_NAME} letters.")
+            for node in nodes:
+                if owner.setdefault(node, name) != name:
+                    raise SettingError(f"groups: {shown(node)} is in {shown(owner[node])} and in {shown(name)}.")
+
+    def of(self, circuit: Circuit) -> Session:
+        """The session as that of a circuit; used by `Circuit.with_session`.
+
+        Raises
+        ------
+        CircuitError
+            If it belongs to another circuit, or names what this one has not; says what.
+        """
+        graph, digest = circuit.graph, circuit.digest
+        if self.circuit not in ("", digest):
+            raise CircuitError(f"The session is of the circuit {self.circuit:.12}, not of this one, {digest:.12}.")
+        known = set(graph.node_names)
+        named = {f"groups, {shown(group)}": nodes for group, nodes in self.groups.items()}
+        for where, nodes in {"pinned": self.pinned, **named, "names": self.names, "notes": self.notes}.items():
+            for node in nodes:
+                if node not in known:
+                    raise CircuitError(f"{where}: there is no node {shown(node)}. {nearest(node[:60], known, few=6)}")
+        for where, edges in (("cut", self.cut), ("forced", self.forced)):
+            for edge in edges:
+                ends = edge.split("->")
+                if len(ends) != 2 or ends[0] not in graph.sender_names or ends[1] not in graph.receiver_names:
+                    raise CircuitError(f"{where}: there is no edge {shown(edge)}; they are written input->a0.h0<q>.")
+                if bool(circuit.kept[graph.edge_index(edge)]) != (where == "cut"):
+                    raise CircuitError(f"{where}: {edge} is {'in' if where == 'forced' else 'not in'} the circuit.")
+        return replace(self, circuit=digest)
+
+    @verb
+    def compare(self, other: Session) -> pd.DataFrame:
+        """What differs between two sessions.
+
+        Returns
+        -------
+        DataFrame
+            One row per difference: `part` (`pinned`, `groups`, ..., or `circuit` where they are of two), `what` (the
+            node, group or edge), and `left` and `right`, what this session and the other one say of it; empty where
+            they say nothing.
+        """
+        rows = []
+        for one in fields(self):
+            left, right = (_told(one.name, getattr(session, one.name)) for session in (self, other))
+            for what in dict.fromkeys([*left, *right]):
+                if left.get(what) != right.get(what):
+                    rows.append((one.name, what, left.get(what, ""), right.get(what, "")))
+        return pd.DataFrame(rows, columns=["part", "what", "left", "right"])
+
+
+def session_json(session: Session) -> dict[str, Any]:
+    """A session as a circuit's file has it."""
+    return {"format": _FORMAT, "circuit": session.circuit} | {
+        one.name: getattr(session, one.name) for one in fields(session) if one.name != "circuit"
+    }
+
+
+def with_session_of_json(circuit: Circuit, data: Any, where: object) -> Circuit:
+    """A circuit with the session that its file has; without it, and with a warning, where it cannot be used."""
+    try:
+        if not isinstance(data, Mapping):
+            raise CircuitError(f"expected an object, found {shown(data)}.")
+        if data.get("format") != _FORMAT:
+            raise CircuitError(f"its format is {shown(data.get('format'))}, which this version does not read.")
+        given = {one.name: data[one.name] for one in fields(Session) if one.name in data}
+        if not given.get("circuit"):
+            raise CircuitError("it does not say of which circuit it is.")
+        return circuit.with_session(Session(**given))
+    except (KcwbError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        warnings.warn(f"The session in {where} is left out: {error}", stacklevel=5)
+        return circuit
+
+
+def _told(part: str, value: Any) -> dict[str, str]:
+    """What a part of a session says, thing by thing."""
+    if isinstance(value, Mapping):
+        return {key: one if isinstance(one, str) else ", ".join(one) for key, one in value.items()}
+    return {"": value} if isinstance(value, str) else dict.fromkeys(value, part)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kcwb.circuits.circuitfile import edges_digest, load_circuit, save_circuit
 from kcwb.circuits.provenance import found_with, part
-from kcwb.circuits.session import Session
+from kcwb.circuits.session import Session, session_of
 from kcwb.errors import CircuitError
 from kcwb.models.graph import Graph
 from kcwb.settings import Score
@@ -173,7 +173,7 @@ class Circuit:
         CircuitError
             If the session is of another circuit, or names nodes or edges that this one has not.
         """
-        return replace(self, session=None if session is None else session.of(self))
+        return replace(self, session=None if session is None else session_of(self, session))
 
     def __or__(self, other: Circuit) -> Circuit:
         """The edges of either."""

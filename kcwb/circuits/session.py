@@ -78,32 +78,6 @@ class Session:
                 if owner.setdefault(node, name) != name:
                     raise SettingError(f"groups: {shown(node)} is in {shown(owner[node])} and in {shown(name)}.")
 
-    def of(self, circuit: Circuit) -> Session:
-        """The session as that of a circuit; used by `Circuit.with_session`.
-
-        Raises
-        ------
-        CircuitError
-            If it belongs to another circuit, or names what this one has not; says what.
-        """
-        graph, digest = circuit.graph, circuit.digest
-        if self.circuit not in ("", digest):
-            raise CircuitError(f"The session is of the circuit {self.circuit:.12}, not of this one, {digest:.12}.")
-        known = set(graph.node_names)
-        named = {f"groups, {shown(group)}": nodes for group, nodes in self.groups.items()}
-        for where, nodes in {"pinned": self.pinned, **named, "names": self.names, "notes": self.notes}.items():
-            for node in nodes:
-                if node not in known:
-                    raise CircuitError(f"{where}: there is no node {shown(node)}. {nearest(node[:60], known, few=6)}")
-        for where, edges in (("cut", self.cut), ("forced", self.forced)):
-            for edge in edges:
-                ends = edge.split("->")
-                if len(ends) != 2 or ends[0] not in graph.sender_names or ends[1] not in graph.receiver_names:
-                    raise CircuitError(f"{where}: there is no edge {shown(edge)}; they are written input->a0.h0<q>.")
-                if bool(circuit.kept[graph.edge_index(edge)]) != (where == "cut"):
-                    raise CircuitError(f"{where}: {edge} is {'in' if where == 'forced' else 'not in'} the circuit.")
-        return replace(self, circuit=digest)
-
     @verb
     def compare(self, other: Session) -> pd.DataFrame:
         """What differs between two sessions.
@@ -122,6 +96,33 @@ class Session:
                 if left.get(what) != right.get(what):
                     rows.append((one.name, what, left.get(what, ""), right.get(what, "")))
         return pd.DataFrame(rows, columns=["part", "what", "left", "right"])
+
+
+def session_of(circuit: Circuit, session: Session) -> Session:
+    """A session as that of a circuit; see `Circuit.with_session`.
+
+    Raises
+    ------
+    CircuitError
+        If it belongs to another circuit, or names what this one has not; says what.
+    """
+    graph, digest = circuit.graph, circuit.digest
+    if session.circuit not in ("", digest):
+        raise CircuitError(f"The session is of the circuit {session.circuit:.12}, not of this one, {digest:.12}.")
+    known = set(graph.node_names)
+    named = {f"groups, {shown(group)}": nodes for group, nodes in session.groups.items()}
+    for where, nodes in {"pinned": session.pinned, **named, "names": session.names, "notes": session.notes}.items():
+        for node in nodes:
+            if node not in known:
+                raise CircuitError(f"{where}: there is no node {shown(node)}. {nearest(node[:60], known, few=6)}")
+    for where, edges in (("cut", session.cut), ("forced", session.forced)):
+        for edge in edges:
+            ends = edge.split("->")
+            if len(ends) != 2 or ends[0] not in graph.sender_names or ends[1] not in graph.receiver_names:
+                raise CircuitError(f"{where}: there is no edge {shown(edge)}; they are written input->a0.h0<q>.")
+            if bool(circuit.kept[graph.edge_index(edge)]) != (where == "cut"):
+                raise CircuitError(f"{where}: {edge} is {'in' if where == 'forced' else 'not in'} the circuit.")
+    return replace(session, circuit=digest)
 
 
 def session_json(session: Session) -> dict[str, Any]:

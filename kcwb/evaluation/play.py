@@ -25,7 +25,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.masked import ChangingRun, MaskedRuns
 from kcwb.circuits.provenance import origin, part
 from kcwb.circuits.run import check_same_model, run_circuit
-from kcwb.circuits.session import Session
+from kcwb.circuits.session import Session, session_of
 from kcwb.errors import CircuitError, DataError, SettingError, nearest, shown
 from kcwb.locks import WeightsLock
 from kcwb.models.graph import Graph
@@ -245,7 +245,8 @@ class Play:
         `play.given.with_session(play.session).save(path)` keeps it.
         """
         session = self.given.session or Session()
-        return replace(session, cut=self.cuts, forced=self.forced, groups=self.groups).of(self.given)
+        now = replace(session, cut=self.cuts, forced=self.forced, groups=self.groups)
+        return session_of(self.given, now)
 
     @property
     def steps(self) -> list[str]:

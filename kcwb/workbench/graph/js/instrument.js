@@ -33,7 +33,10 @@ function render({ model, el }) {
   const title = make("h2", { id: "kc-title", dir: "auto" }), counts = make("span", { id: "kc-counts", className: "muted" }), notice = make("span", { id: "kc-notice" });
   const undo = act("undo", "\u21b6", "Undo (Ctrl+Z)", () => ask("undo")), redo = act("redo", "\u21b7", "Redo (Ctrl+Shift+Z)", () => ask("redo"));
   const layers = act("layers", "Layers", "One box for each layer", () => { local.layered = !local.layered; local.open.clear(); redraw(true); });
-  const search = make("input", { id: "kc-search", type: "search", placeholder: "a node, or a3.h1->m7", autocomplete: "off", spellcheck: false, on: { change: guarded(find), input: () => search.value || find() } });
+  const search = make("input", { id: "kc-search", type: "search", placeholder: "a node, or a3.h1->m7", autocomplete: "off", spellcheck: false, on: {
+    keydown: guarded((event) => { if (event.key === "Enter") find(); }),  // JupyterLab keeps fields from telling of a change
+    input: guarded((event) => { if (!search.value || event.inputType === "insertReplacementText") find(); }),
+  } });
   search.setAttribute("list", "kc-names");
   const options = make("datalist", { id: "kc-names" }), slider = make("input", { id: "kc-slider", type: "range", min: 0, value: 0, step: 1 });
   const below = make("span", { id: "kc-below" }, "Hide below |score|"), told = make("output", { id: "kc-shown" });

@@ -1,0 +1,83 @@
+"""The played circuit in a real JupyterLab: hand and keys reach Python, its answers the page, and no cell is lost."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from tests.browser.conftest import run_all
+from tests.workbench.pages import asked, spot, until
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+pytestmark = pytest.mark.browser
+
+MADE = """
+import kcwb
+edges = {"input->a0.h1<v>": 1, "a0.h1->m0": .5, "m0->a1.h0<v>": .3, "a1.h0->logits": .8, "a0.h1->logits": .2}
+graph = kcwb.CircuitGraph(kcwb.Circuit.from_edges(kcwb.Graph(2, 2), edges), title="Played", height=500)
+graph"""
+SAYS = """
+import ipywidgets
+said = ipywidgets.Label()
+def tell(change):
+    said.value = f"cut {sorted(graph.cut)} forced {graph.forced} selected {graph.selected} names {graph.names}"
+graph.observe(tell, ["cut", "forced", "selected", "names"])
+said"""
+
+
+def test_a_circuit_is_played_in_jupyterlab(serve: Any, page: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("graph")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}}
+    cells = [new_code_cell(MADE), new_code_cell(SAYS)]
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / "graph.ipynb")
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    run_all(page, serve(folder), "graph.ipynb")
+    page.wait_for_selector("#kc-canvas", timeout=120_000)
+    until(page, "graph?.view().frames > 0")
+    said = page.locator(".jp-OutputArea-output .widget-label")
+    shown = page.locator(".jp-Notebook .jp-Cell")
+    number = shown.count()
+
+    page.locator("#kc-canvas").scroll_into_view_if_needed()
+    page.click("#kc-canvas", position=spot(page, "m0"))
+    sync_api.expect(said).to_contain_text("selected ['m0']", timeout=20_000)
+    page.keyboard.press("x")
+    sync_api.expect(said).to_contain_text("cut ['a0.h1->m0', 'm0->a1.h0<v>']")
+    for keys, words in (
+        ("Control+z", "cut []"),
+        ("Control+Shift+Z", "cut ['a0.h1->m0', 'm0->a1.h0<v>']"),
+        ("r", "cut []"),
+    ):
+        page.keyboard.press(keys)
+        sync_api.expect(said).to_contain_text(words)
+    page.keyboard.press("e")
+    until(page, "graph.model.get('paths').length > 0 && graph.model.get('asked') === ''")
+    page.keyboard.press("Escape")
+    page.keyboard.press("F2")
+    page.fill("#kc-ask input", "dd")  # in JupyterLab, two d outside of a field delete a cell
+    page.keyboard.press("Enter")
+    sync_api.expect(said).to_contain_text("names {'m0': 'dd'}")
+    for key in ("d", "d", "a", "b", "Escape"):
+        page.keyboard.press(key)
+    page.fill("#kc-search", "input->m1")
+    page.keyboard.press("Enter")
+    sync_api.expect(said).to_contain_text("forced ['input->m1']")
+    page.fill("#kc-search", "a1.h0->a1.h1<q>")  # no edge: they are computed side by side
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(500)
+    sync_api.expect(said).to_contain_text("forced ['input->m1']")
+    assert shown.count() == number
+
+    # what only Python knows to be wrong is said in the widget, and the picture stays
+    asked(page, "(graph.model.set('pinned', ['a7.h7']), graph.model.save_changes(), 0)")
+    page.wait_for_selector("#kc-problem:not([hidden])")
+    assert re.search(r"pinned: .* has no node 'a7.h7'", page.inner_text("#kc-problem"))
+    until(page, "graph.model.get('pinned').length === 0")
+    assert asked(page, "graph.boxes().length") == 6
+    assert not [error for error in errors if "ResizeObserver" not in error]

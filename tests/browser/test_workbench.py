@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from tests.browser.conftest import ROOT, run_all
-from tests.workbench.pages import asked, ready, spot
+from tests.workbench.pages import asked, ready, spot, until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -39,7 +39,7 @@ class Workbench:
     def __init__(self, page: Any) -> None:
         self.page = page
         self.outputs = page.locator(".jp-OutputArea-output")
-        self.panel = self.outputs.filter(has=page.locator(".kcwb-graph iframe")).first
+        self.panel = self.outputs.filter(has=page.locator(".kcwb-graph")).first
 
     def control(self, name: str) -> Any:
         return self.panel.get_by_label(name, exact=True)
@@ -47,45 +47,19 @@ class Workbench:
     def button(self, name: str) -> Any:
         return self.panel.locator("button").filter(has_text=re.compile(rf"^\s*{re.escape(name)}\s*$")).first
 
-    def graph(self) -> Any:
-        """The page inside the graph's frame, once it is drawn."""
-        handle = self.panel.locator(".kcwb-graph iframe").element_handle(timeout=60_000)
-        frame = handle.content_frame()
-        frame.wait_for_selector("#kc-counts", timeout=60_000)
-        return ready(frame)
-
     def counts(self) -> str:
         """What the graph says of itself, "47 nodes · 201 edges"."""
-        return self.graph().inner_text("#kc-counts")
+        return ready(self.page).inner_text("#kc-counts")
 
     def wait_for_other_counts(self, before: str) -> None:
-        self.page.wait_for_function(
-            """(before) => [...document.querySelectorAll(".kcwb-graph iframe")].some((frame) => {
-                const shadow = frame.contentDocument?.querySelector(".kcwb-instrument")?.shadowRoot;
-                const counts = shadow?.getElementById("kc-counts")?.textContent;
-                return counts && counts !== before;
-            })""",
-            arg=before,
-            timeout=120_000,
-        )
+        self.page.set_default_timeout(120_000)
+        until(self.page, "![arg, ''].includes(shadow?.getElementById('kc-counts')?.textContent ?? '')", before)
 
     def click_head(self) -> str:
         """Click a head in the graph, as a person does; its name."""
-        frame = self.graph()
-        name = asked(frame, "graph.boxes().find((label) => /^a\\d+\\.h\\d+$/.test(label))")
-        frame.locator("#kc-canvas").click(position=spot(frame, name))
+        name = asked(self.page, "graph.boxes().find((label) => /^a\\d+\\.h\\d+$/.test(label))")
+        self.page.locator("#kc-canvas").first.click(position=spot(self.page, name))
         return name
-
-    def clicked(self, message: dict[str, Any]) -> str:
-        """What the panel has taken down of clicks after the page itself has sent a message."""
-        return self.page.evaluate(
-            """(message) => new Promise((done) => {
-                const field = document.querySelector(".kcwb-clicked input");
-                addEventListener("message", () => done(field.value), { once: true });  // after the panel's listener
-                postMessage(message, "*");
-            })""",
-            message,
-        )
 
 
 def test_discovery_notebook_in_jupyterlab(lab, page):
@@ -96,7 +70,7 @@ def test_discovery_notebook_in_jupyterlab(lab, page):
 
     # The panel finds a circuit and tests it; the notebook runs to its end.
     bench = Workbench(page)
-    bench.outputs.locator("iframe").first.wait_for(timeout=300_000)
+    bench.panel.locator("#kc-canvas").first.wait_for(timeout=300_000)
     page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output").first.wait_for(timeout=600_000)
     page.get_by_text("(ipykernel) | Idle").wait_for(timeout=60_000)
     assert not page.locator("[data-mime-type='application/vnd.jupyter.error']").count()
@@ -112,9 +86,7 @@ def test_discovery_notebook_in_jupyterlab(lab, page):
     bench.wait_for_other_counts(before)
     bench.panel.get_by_text(TESTED).first.wait_for(timeout=120_000)
 
-    # A message of the page itself is no click; a click in the graph shows the node.
-    taken = page.locator(".kcwb-clicked input").first.input_value()
-    assert bench.clicked({"kcwb": "select", "nodes": ["m3"]}) == taken
+    # A click in the graph shows the node.
     name = bench.click_head()
     bench.panel.get_by_text(re.compile(rf"^{re.escape(name)}: head")).wait_for(timeout=60_000)
     sync_api.expect(bench.panel.get_by_role("tab", name="Node", exact=True)).to_have_attribute("aria-selected", "true")

@@ -8,18 +8,16 @@ import ipywidgets as W
 
 from kcwb.evaluation.compare import compare_circuits
 from kcwb.workbench import tables
-from kcwb.workbench.graph.page import compare_view
 from kcwb.workbench.panels.results import Found
-from kcwb.workbench.panels.widgets import Group, dropdown, offer, rows, wide
+from kcwb.workbench.panels.widgets import Group, dropdown, hidden_graph, offer, rows
 
 
 class Comparison(Group):
     """A menu of the other runs, and the one on screen beside the one chosen there: in numbers, and in colour."""
 
     def __init__(self, height: int) -> None:
-        self._height = height
         self.other = dropdown("Against", [], None, least=400)
-        self.numbers, self.graph = W.HTML(tables.styled(tables.muted("Press Run."))), wide()
+        self.numbers, self.graph = W.HTML(tables.styled(tables.muted("Press Run."))), hidden_graph(height)
         self.widget = W.VBox(rows([self.other], self.numbers, self.graph))
 
     def offer(self, history: Sequence[Found], shown: Found) -> None:
@@ -32,11 +30,11 @@ class Comparison(Group):
         """Both circuits."""
         if self.other.value is None or shown is None:
             words = "Run once more, with other settings, to compare two circuits."
-            self.numbers.value, self.graph.value = tables.styled(tables.muted(words)), ""
+            self.numbers.value, self.graph.layout.display = tables.styled(tables.muted(words)), "none"
             return
         other = history[self.other.value]
         table = compare_circuits(shown.circuit, other.circuit)
         names = {"left": "shown", "right": "other", "only_left": "only shown", "only_right": "only other"}
         self.numbers.value = tables.styled(tables.table(table.rename(columns=names).reset_index(names="")))
-        view = compare_view(shown.circuit, other.circuit, names=("shown", "other"), height=self._height)
-        self.graph.value = view._repr_html_()
+        self.graph.compare(shown.circuit, other.circuit, names=("shown", "other"))
+        self.graph.layout.display = ""

@@ -23,11 +23,9 @@ from kcwb.reading.roles import head_roles
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import Task
 from kcwb.workbench import tables
-from kcwb.workbench.graph.page import graph_view
 from kcwb.workbench.panels import results
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.bench import Bench
-from kcwb.workbench.panels.clicks import GRAPH_CLASS
 from kcwb.workbench.panels.comparison import Comparison
 from kcwb.workbench.panels.controls import Controls
 from kcwb.workbench.panels.nodes import NodePanel
@@ -35,7 +33,7 @@ from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.results import Found
 from kcwb.workbench.panels.runner import Job
 from kcwb.workbench.panels.search import Search
-from kcwb.workbench.panels.widgets import button, dropdown, offer, room, the_file, wide
+from kcwb.workbench.panels.widgets import button, dropdown, hidden_graph, offer, room, the_file
 
 _NODE, _COMPARE, _REFEREE = "Node", "Compare runs", "Referee"
 
@@ -104,7 +102,7 @@ class DiscoveryPanel(Panel):
         )
         self.history: list[Found] = []
         self._shown: Found | None = None
-        self._draws, self._height = draws, height
+        self._draws = draws
         self._search = Search(model, self.picker.read, self._enter)
         self._roles: tuple[Task, pd.DataFrame] | None = None  # the last ones asked for, and on what
 
@@ -115,8 +113,7 @@ class DiscoveryPanel(Panel):
         self._runs = dropdown("Shown", [], None, least=400)
         naming = "Which heads move the answer? Colours the graph"
         self._roles_button = self._button("Roles", "paint-brush", self.find_roles, tooltip=naming)
-        self._graph = wide()
-        self._graph.add_class(GRAPH_CLASS)
+        self._graph = hidden_graph(height)
         self.nodes = NodePanel(model, graph=False)
         self._comparison = Comparison(height)
         self.bench = Bench(self, lambda: self._shown)
@@ -128,7 +125,7 @@ class DiscoveryPanel(Panel):
         self._on(self._runs, lambda change: self.show(change["new"]))
         self._on(self._comparison.other, lambda _: self._compare())
         self._on(self._tabs, lambda _: self._compare(), "selected_index")
-        self._on(self.nodes.clicks.field, self._on_click)
+        self._on(self._graph, self._on_click, "selected")
         graph, tabs = model.graph, dict[str, W.Widget](self._pages)
         size = f"{graph.n_layers} layers of {graph.n_heads} heads, {graph.n_edges:,} edges"
         tabs |= {_NODE: self.nodes._root, _COMPARE: self._comparison.widget, _REFEREE: self.bench.widget}
@@ -141,7 +138,7 @@ class DiscoveryPanel(Panel):
             *self.controls.rows,
             buttons=(self._ask_button, self._predict_button),
             above=([self._runs, self._roles_button],),
-            below=(self._graph, self.nodes.clicks.widget),
+            below=(self._graph,),
             last=([self._path, self._save_button, self._load_button],),
         )
 
@@ -271,7 +268,7 @@ class DiscoveryPanel(Panel):
         if self._shown is None:
             return self._settings_html()
         nodes = self.nodes.to_html() if self.nodes.nodes else ""
-        drawn = results.plain(self._shown, self._graph.value)
+        drawn = results.plain(self._shown, self._graph._repr_html_())
         return tables.styled(self._message.value, drawn, self.bench.to_html(), nodes)
 
     def _told_settings(self) -> dict[str, Any]:
@@ -291,8 +288,9 @@ class DiscoveryPanel(Panel):
             self.resize(self.controls.size)
 
     def _on_click(self, change: Any) -> None:
-        """A node was clicked, which the node panel shows: bring it to the front."""
-        if self.nodes.clicks.names(change["new"], self.model):
+        """Nodes were clicked: look at them in the node panel, and bring it to the front."""
+        if change["new"]:
+            self.nodes.select(*change["new"])
             self._open(_NODE)
 
     def _open(self, name: str) -> None:
@@ -361,11 +359,11 @@ class DiscoveryPanel(Panel):
         """Draw a circuit everywhere but in the controls."""
         circuit = found.circuit
         roles = self._roles[1] if self._roles is not None and self._roles[0] is found.task else None
-        graph = graph_view(circuit, roles=roles, height=self._height, title=results.title(circuit))._repr_html_()
         drawn = results.pages(found)
         with self._silently():
+            self._graph.show(circuit, roles=roles, title=results.title(circuit))
+            self._graph.layout.display = ""
             self._shown = found
-            self._graph.value = graph
             self._draw_completeness(found)
             self._fill(drawn)
             offer(self._runs, [(one.label, i) for i, one in enumerate(self.history)], self.history.index(found))

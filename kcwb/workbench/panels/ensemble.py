@@ -23,16 +23,14 @@ from kcwb.progress import ProgressCallback
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.workbench import tables
-from kcwb.workbench.graph.page import graph_view
 from kcwb.workbench.panels import sureness
 from kcwb.workbench.panels.base import Panel
-from kcwb.workbench.panels.clicks import GRAPH_CLASS, GraphClicks
 from kcwb.workbench.panels.controls import Controls
 from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.results import title
 from kcwb.workbench.panels.runner import Job
 from kcwb.workbench.panels.search import Search
-from kcwb.workbench.panels.widgets import button, room, the_file, wide
+from kcwb.workbench.panels.widgets import button, hidden_graph, room, the_file, wide
 
 _MOST_OFFERED = 500  # edges, as one types
 _TIPS = {
@@ -125,7 +123,7 @@ class EnsemblePanel(Panel):
         self.circuit: Circuit | None = None
         self.curve: pd.DataFrame | None = None
         self.chosen: str | None = None
-        self._height, self._search = height, Search(model, self.picker.read, self._enter)
+        self._search = Search(model, self.picker.read, self._enter)
         self._draws = W.BoundedIntText(draws, min=2, max=100_000, description="Draws", layout=W.Layout(width="180px"))
         self._sources = {
             name: W.Checkbox(vary is None or name in vary, description=name, indent=False, tooltip=_TIPS[name],
@@ -141,9 +139,9 @@ class EnsemblePanel(Panel):
         )  # fmt: skip
         words = {"description": "Edge", "placeholder": "click one in the graph, or type it"}
         self._edge = W.Combobox(ensure_option=False, continuous_update=False, layout=room(320), **words)
-        self._graph, self._card = wide(), wide()
-        self._graph.add_class(GRAPH_CLASS)
-        self.clicks = GraphClicks(self._guarded(self._on_click))
+        self._graph, self._card = hidden_graph(height), wide()
+        for trait in ("selected", "selected_edges"):
+            self._on(self._graph, self._on_click, trait)
         self._path = W.Text("ensemble.json", description="File", layout=room(320))
         self._save_button = self._button("Save", "download", lambda: self.save(self._path.value))
         self._load_button = self._button("Load", "upload", lambda: self.load(self._path.value))
@@ -162,7 +160,7 @@ class EnsemblePanel(Panel):
             [self._draws, varied],
             buttons=(self._test_button,),
             above=([self._confidence, self._edge],),
-            below=(self._graph, self.clicks.widget, self._card),
+            below=(self._graph, self._card),
             last=([self._path, self._save_button, self._load_button],),
         )
         if ensemble is not None:
@@ -187,9 +185,10 @@ class EnsemblePanel(Panel):
         """Draw the consensus at another confidence."""
         if self.ensemble is None:
             raise SettingError("There is no ensemble yet: press Run.")
-        circuit, graph, told = self._at(self.ensemble, confidence)
+        circuit, told = self._at(self.ensemble, confidence)
         with self._silently():
-            self.circuit, self._graph.value, self._summary.value = circuit, graph, told
+            self._show_graph(circuit, self.ensemble)
+            self.circuit, self._summary.value = circuit, told
             self._confidence.value = confidence
 
     def select(self, name: str) -> None:
@@ -276,7 +275,7 @@ class EnsemblePanel(Panel):
         if self.ensemble is None or self.circuit is None:
             return self._settings_html()
         parts = [part for name in self.pages for part in (tables.heading(name), self._pages[name].value)]
-        told = (self._summary.value, self._graph.value, self._card.value, *parts)
+        told = (self._summary.value, self._graph._repr_html_(), self._card.value, *parts)
         return tables.styled(self._message.value, sureness.plain(self.ensemble, self.circuit, *told))
 
     def _told_settings(self) -> dict[str, Any]:
@@ -307,9 +306,8 @@ class EnsemblePanel(Panel):
             self.select(self._edge.value.strip())
 
     def _on_click(self, change: Any) -> None:
-        names = self.clicks.edges(change["new"], self.model) or self.clicks.names(change["new"], self.model)
-        if names and self.ensemble is not None:
-            self.select(names[0])
+        if change["new"] and self.ensemble is not None:
+            self.select(change["new"][0])
 
     # --- work; on the worker ---
 
@@ -330,9 +328,11 @@ class EnsemblePanel(Panel):
     def _take(self, result: tuple[Ensemble, Task | None]) -> dict[str, str]:
         ensemble, task = result
         try:
-            circuit, graph, told = self._at(ensemble, self._confidence.value)
+            circuit, told = self._at(ensemble, self._confidence.value)
             drawn = sureness.pages(ensemble)
             sureness.plain(ensemble, circuit)
+            with self._silently():
+                self._show_graph(circuit, ensemble)
         except Exception as error:  # of a file that holds what no run writes
             raise CircuitError(
                 "This ensemble cannot be shown: its provenance holds something that no discovery writes, as after an "
@@ -340,14 +340,17 @@ class EnsemblePanel(Panel):
             ) from error
         with self._silently():
             self.ensemble, self.task, self.curve, self.chosen = ensemble, task, None, None
-            self.circuit, self._graph.value, self._summary.value = circuit, graph, told
+            self.circuit, self._summary.value = circuit, told
             named = ensemble.edges.head(_MOST_OFFERED)
             self._edge.options = [f"{a}->{b}" for a, b in zip(named["sender"], named["receiver"], strict=True)]
             self._edge.value = self._card.value = ""
         return drawn
 
-    def _at(self, ensemble: Ensemble, confidence: float) -> tuple[Circuit, str, str]:
-        """The consensus at a confidence, its graph, and the lines above it."""
+    def _at(self, ensemble: Ensemble, confidence: float) -> tuple[Circuit, str]:
+        """The consensus at a confidence, and the lines above its graph."""
         circuit = ensemble.consensus(confidence)
-        graph = graph_view(circuit, ensemble=ensemble, height=self._height, title=title(circuit))._repr_html_()
-        return circuit, graph, tables.styled(sureness.summary(ensemble, circuit, confidence))
+        return circuit, tables.styled(sureness.summary(ensemble, circuit, confidence))
+
+    def _show_graph(self, circuit: Circuit, ensemble: Ensemble) -> None:
+        self._graph.show(circuit, ensemble=ensemble, title=title(circuit))
+        self._graph.layout.display = ""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kcwb.models.loading import Model
 
 PANEL_CLASS = "kcwb-panel"
-"""The CSS class of a whole panel, in which `kcwb.workbench.panels.clicks` looks for the graph that was clicked."""
+"""The CSS class of a whole panel."""
 
 _REDRAW = 0.1  # seconds between two drawings of the progress bar
 _LOCK = threading.RLock()

@@ -23,12 +23,10 @@ from kcwb.reading.nodes import attention_pattern, component_logits, node_edges
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.workbench import tables
-from kcwb.workbench.graph.page import graph_view
 from kcwb.workbench.panels.base import Panel
-from kcwb.workbench.panels.clicks import GRAPH_CLASS, GraphClicks
 from kcwb.workbench.panels.results import SCORE, title
 from kcwb.workbench.panels.runner import Job, Latest
-from kcwb.workbench.panels.widgets import brief, button, dropdown, numbered, room, rows, wide
+from kcwb.workbench.panels.widgets import brief, button, dropdown, hidden_graph, numbered, room, rows
 from kcwb.workbench.plots import picture, plot_attention, plot_bars
 
 _MOST_TOKENS = 40  # of a prompt, in a picture of attention
@@ -109,23 +107,24 @@ class NodePanel(Panel):
         self.tokens: pd.DataFrame | None = None
         self.edges: pd.DataFrame | None = None
         self.ablated: pd.DataFrame | None = None
-        self._k, self._height, self._has_graph = k, height, graph
+        self._k = k
         self._cut = Latest[Ablation]()
         words = {"description": "Node", "placeholder": "click one in the graph, or type its name"}
         self._node = W.Combobox(ensure_option=False, continuous_update=False, layout=room(205), **words)
         self._where = dropdown("In", [("the circuit alone", _CIRCUIT), ("the full model", _MODEL)], _CIRCUIT)
         self._prompt = dropdown("Prompt", [], None, least=400)
-        self._heading, self._joined, self._gone, self._graph = W.HTML(), W.HTML(), W.HTML(), wide()
+        self._heading, self._joined, self._gone = W.HTML(), W.HTML(), W.HTML()
+        self._graph = hidden_graph(height) if graph else None
         beside = {"flex": "1 1 330px", "min_width": "0"}
         self._attention, self._writes = W.HTML(layout=beside), W.HTML(layout=beside)
-        self._graph.add_class(GRAPH_CLASS)
-        self.clicks = GraphClicks(self._guarded(self._on_click))
+        if self._graph is not None:
+            self._on(self._graph, lambda change: self.select(*change["new"]) if change["new"] else None, "selected")
         for widget in (self._where, self._prompt):
             self._on(widget, lambda _: self._look())
         self._on(self._node, lambda change: self.select(*change["new"].replace(",", " ").split()))
         wrapped = W.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="2px 28px", width="100%")
         self._assemble(
-            *([self._graph, self.clicks.widget] if graph else []),
+            *([] if self._graph is None else [self._graph]),
             *rows([self._node, self._where, self._prompt], [self._run_button, *self._progress]),
             self._message,
             self._heading,
@@ -155,9 +154,10 @@ class NodePanel(Panel):
             if self._where.disabled or circuit is None:  # there was none, or is none: then the choice was not made
                 self._where.value = _MODEL if circuit is None else _CIRCUIT
             self.circuit, self.task, self.roles, self.ablated = circuit, task, roles, None
-            if self._has_graph and circuit is not None:
-                drawn = graph_view(circuit, roles=roles, height=self._height, title=title(circuit))
-                self._graph.value = drawn._repr_html_()
+            if self._graph is not None and circuit is not None:
+                self._graph.show(circuit, roles=roles, title=title(circuit))
+                self._graph.selected = list(self.nodes)
+                self._graph.layout.display = ""
             inside = [] if circuit is None else circuit.nodes.sort_values("score", ascending=False)["node"].tolist()
             self._node.options = inside or self.model.graph.node_names
             self._where.disabled = circuit is None
@@ -185,6 +185,8 @@ class NodePanel(Panel):
                 self.ablated = None
             self.nodes = tuple(dict.fromkeys(nodes))
             self._node.value = ", ".join(self.nodes)
+            if self._graph is not None and self._graph.circuit is not None:
+                self._graph.selected = list(self.nodes)
             self._draw_ablation()
         self._look()
 
@@ -194,14 +196,11 @@ class NodePanel(Panel):
 
     def to_html(self) -> str:
         """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
-        parts = (self._graph, self._message, self._heading, self._attention, self._writes, self._joined, self._gone)
-        return tables.styled(*(part.value for part in parts))
+        drawn = "" if self._graph is None else self._graph._repr_html_()
+        parts = (self._message, self._heading, self._attention, self._writes, self._joined, self._gone)
+        return tables.styled(drawn, *(part.value for part in parts))
 
     # --- events ---
-
-    def _on_click(self, change: Any) -> None:
-        if names := self.clicks.names(change["new"], self.model):
-            self.select(*names)
 
     def _look(self) -> None:
         """Draw what is known at once, and find out the rest."""

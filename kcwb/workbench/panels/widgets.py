@@ -11,6 +11,7 @@ import ipywidgets as W
 
 from kcwb.errors import SettingError
 from kcwb.workbench import tables
+from kcwb.workbench.graph.widget import CircuitGraph
 
 if TYPE_CHECKING:
     from kcwb.models.loading import Model
@@ -64,6 +65,13 @@ def rows(*lines: Sequence[W.Widget] | W.Widget) -> list[W.Widget]:
 def wide() -> W.HTML:
     """A place for HTML that fills the panel's width."""
     return W.HTML(layout=W.Layout(width="100%"))
+
+
+def hidden_graph(height: int) -> CircuitGraph:
+    """A place for a circuit, unseen until there is one."""
+    graph = CircuitGraph(height=height, layout=W.Layout(width="100%", display="none"))
+    graph.add_class("kcwb-graph")
+    return graph
 
 
 def room(least: int) -> W.Layout:

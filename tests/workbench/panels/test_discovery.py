@@ -96,7 +96,7 @@ def test_run_finds_what_the_plain_functions_find(found, model, relation):
 
 
 def test_roles_colour_the_graph_and_stand_beside_a_head(found, model, relation):
-    assert found.roles is None and '"withRoles": true' not in found._graph.value
+    assert found.roles is None and not found._graph.scene["withRoles"]
     found._roles_button.click()
     found.wait(SOON)
     expected = kcwb.head_roles(model, None, make_task(model, relation, n=4), progress=False)
@@ -105,9 +105,9 @@ def test_roles_colour_the_graph_and_stand_beside_a_head(found, model, relation):
     found.nodes.select(head["node"])
     found.wait(SOON)
     assert f"{head['role']}: {head['D_S']:+.2f} logits from the subject" in shown_text(found)
-    drawn = found._graph.value
+    drawn = found._graph.scene
     found.resize(30)  # roles are the model's heads', whatever the circuit
-    assert found.roles is not None and found._graph.value != drawn
+    assert found.roles is not None and found._graph.scene != drawn
     found.controls.seed.value = 9
     found.run()
     found.wait(SOON)
@@ -162,10 +162,10 @@ def test_the_slider_cuts_anew_without_scoring(found, monkeypatch):
         raise AssertionError("scored again")
 
     monkeypatch.setattr(search, "discover", never)
-    before, graph = found.circuit, found._graph.value
+    before, graph = found.circuit, found._graph.scene
     found.controls.edges.value = 25
     assert found.circuit.digest == kcwb.resize(before, edges=25).digest != before.digest
-    assert found._graph.value != graph
+    assert found._graph.scene != graph
     found.wait(SOON)
     assert found.completeness.set_index("run").loc["circuit", "edges"].eq(found.circuit.n_edges).all()
     assert found.error is None
@@ -245,13 +245,13 @@ def test_settings_that_cannot_be_meant_are_refused_at_once(model, relation, sett
 
 
 def test_an_error_is_said_in_the_panel_and_the_last_circuit_stays(found):
-    before, graph = found.circuit, found._graph.value
+    before, graph = found.circuit, found._graph.scene
     found.controls.method.value, found.controls.tau.value = "acdc", -1.0
     found._run_button.click()
     with pytest.raises(SettingError, match="above 0"):
         found.wait(SOON)
     assert found.state == "failed" and "above 0" in found._message.value
-    assert found.circuit is before and found._graph.value == graph
+    assert found.circuit is before and found._graph.scene == graph
     found.controls.tau.value = 0.01
     found._run_button.click()
     found.wait(SOON)
@@ -375,20 +375,20 @@ def test_runs_are_kept_shown_again_and_compared(found):
     second = found.circuit
     assert [one.circuit for one in found.history] == [first, second]
     assert (
-        "Press Run" in found._comparison.numbers.value and not found._comparison.graph.value
+        "Press Run" in found._comparison.numbers.value and found._comparison.graph.layout.display == "none"
     )  # drawn once it is looked at
     open_tab(found, "Compare runs")
     table = found._comparison.numbers.value
     assert str((first & second).n_edges) in Tags(table).text and f"{first.iou(second):.3g}" in table
-    assert found._comparison.graph.value.startswith("<iframe")
-    before = found._comparison.graph.value
+    assert set(found._comparison.graph.scene["sides"]) == {"left", "right", "shared"}
+    before = found._comparison.graph.scene
     found._runs.value = 0
-    assert found.circuit is first and found._comparison.other.value == 1 and found._comparison.graph.value != before
+    assert found.circuit is first and found._comparison.other.value == 1 and found._comparison.graph.scene != before
 
 
 def test_one_run_cannot_be_compared(found):
     open_tab(found, "Compare runs")
-    assert "Run once more" in found._comparison.numbers.value and not found._comparison.graph.value
+    assert "Run once more" in found._comparison.numbers.value and found._comparison.graph.layout.display == "none"
 
 
 def open_tab(panel: DiscoveryPanel, name: str) -> None:
@@ -494,7 +494,7 @@ def test_attribution_is_not_timed_first(panel):
 
 def test_a_click_in_the_graph_opens_the_node(found):
     node = found.circuit.nodes.query("kind == 'head'")["node"].iloc[0]
-    found.nodes.clicks.field.value = json.dumps({"nodes": [node], "at": 1})
+    found._graph.set_state({"selected": [node]})
     found.wait(SOON)
     assert found.nodes.nodes == (node,) and found.nodes.tokens is not None
     assert found._tabs.titles[found._tabs.selected_index] == "Node"
@@ -516,7 +516,7 @@ def test_the_node_panel_follows_the_slider(found):
 
 
 def test_clicking_away_leaves_tab_and_node_alone(found):
-    found.nodes.clicks.field.value = json.dumps({"nodes": [], "at": 1})
+    found._graph.set_state({"selected": [], "selected_edges": []})
     assert found._tabs.selected_index == 0 and not found.nodes.nodes
 
 

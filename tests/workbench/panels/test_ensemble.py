@@ -6,7 +6,6 @@ import html
 import json
 import re
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -21,7 +20,6 @@ from kcwb.workbench.panels import ensemble as panels
 from kcwb.workbench.panels.ensemble import EnsemblePanel
 from tests.tasks import known_relation
 from tests.workbench.ensembles import KEPT, TWINS, ensemble_of
-from tests.workbench.pages import about, drawn, ends
 from tests.workbench.panels.test_discovery import ALLOWED, Tags
 
 SOON = 60.0
@@ -86,19 +84,13 @@ def hand_made(model: Any, **provenance: Any) -> Ensemble:
     return ensemble_of(KEPT, TWINS, model.graph, {"model": {"digest": model.digest}, **provenance})
 
 
-def graph_on_screen(panel: EnsemblePanel) -> Any:
-    """The page in the graph's frame."""
-    (source,) = re.findall(r'srcdoc="([^"]*)"', panel._graph.value)
-    return SimpleNamespace(page=html.unescape(source))
-
-
 def opacities(panel: EnsemblePanel) -> dict[str, float]:
-    return {"->".join(ends(edge)): edge["strength"] for edge in drawn(graph_on_screen(panel), "edges")}
+    return {edge["lines"][0].replace(" → ", "->"): edge["strength"] for edge in panel._graph.scene["edges"]}
 
 
 def click(panel: EnsemblePanel, *edges: list[str], nodes: list[str] | None = None) -> None:
-    """What the listener in the page writes down."""
-    panel.clicks.field.value = json.dumps({"nodes": nodes or [], "edges": edges, "at": len(panel.clicks.field.value)})
+    """What the page sends when an edge or nodes are clicked."""
+    panel._graph.set_state({"selected": nodes or [], "selected_edges": ["->".join(edge) for edge in edges]})
 
 
 def cells(source: str) -> list[list[str]]:
@@ -165,7 +157,7 @@ def test_the_slider_draws_the_consensus_as_opaque_as_it_is_sure(found):
         assert found.circuit.digest == circuit.digest
         names = [f"{row.sender}->{row.receiver}" for row in circuit.edges.itertuples()]
         assert opacities(found) == {name: pytest.approx(max(0.12, pi[name]), abs=0.005) for name in names}
-        assert about(graph_on_screen(found))["sure"]
+        assert found._graph.scene["sure"]
         assert f"At confidence {confidence:.2f}: {circuit.n_edges} edges" in Tags(found._summary.value).text
         sizes.append(circuit.n_edges)
     assert sizes[0] > sizes[2] > 0
@@ -201,11 +193,9 @@ def test_a_click_on_a_node_tells_its_draws_and_its_surest_edges(by_hand):
 def test_a_message_that_names_no_edge_is_left_alone(by_hand):
     click(by_hand, ["a0.h1", "a1.h0<q>"])
     before = by_hand._card.value
-    for value in (
-        "", "[]", "{}", "7", '{"edges": 3}', '{"edges": [["input"]]}', '{"edges": [["a1.h0", "a0.h0<q>"], [1, 2]]}',
-        json.dumps({"edges": [["<script>", "m1"]], "nodes": ["<b>"]}), "[" * 100_000,
-    ):  # fmt: skip
-        by_hand.clicks.field.value = value
+    for value in ([], "", 7, [3], ["input"], ["a1.h0->a0.h0<q>"], ["<script>->m1"], [["input", "m1"]], [None]):
+        by_hand._graph.set_state({"selected_edges": value})
+        by_hand._graph.set_state({"selected": value if value != ["input"] else ["<b>"]})
         assert by_hand._card.value == before and by_hand._message.value == ""
 
 

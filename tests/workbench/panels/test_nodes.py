@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +18,6 @@ from kcwb.models.graph import Graph
 from kcwb.reading.nodes import attention_pattern, component_logits, node_edges
 from kcwb.tasks.task import Task, make_task
 from kcwb.workbench.panels import nodes as nodepanel
-from kcwb.workbench.panels.clicks import GRAPH_CLASS, GraphClicks
-from kcwb.workbench.panels.life import PANEL_CLASS
 from kcwb.workbench.panels.nodes import NodePanel, _Look
 from tests.hostile import HOSTILE
 from tests.tasks import known_relation
@@ -55,8 +52,9 @@ def head(circuit) -> str:
     return circuit.nodes.query("kind == 'head'")["node"].iloc[-1]
 
 
-def click(panel: NodePanel, *nodes: Any, at: int = 1) -> None:
-    panel.clicks.field.value = json.dumps({"nodes": list(nodes), "at": at})
+def click(panel: NodePanel, *nodes: Any) -> None:
+    """What the page sends when nodes are clicked."""
+    panel._graph.set_state({"selected": list(nodes), "selected_edges": []})
 
 
 def text_of(panel: NodePanel) -> str:
@@ -155,37 +153,25 @@ def test_a_click_chooses(panel, head):
     assert panel.nodes == ("m0", head) and panel._node.value == f"m0, {head}"
     panel._node.value = "m1"
     assert panel.nodes == ("m1",)
-    click(panel, "m0", head, at=2)  # the same once more
+    click(panel, "m0", head)  # the same once more
     assert panel.nodes == ("m0", head)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "",
-        "{",
-        "[]",
-        "7",
-        "null",
-        '{"nodes": "m0"}',
-        '{"nodes": {"m0": 1}}',
-        '{"nodes": []}',
-        '{"nodes": ["a9.h9", 3, null, ["m0"], "a0.h0<q>"]}',
-        json.dumps({"nodes": HOSTILE}),
-        "[" * 100_000,
-    ],
-)
+@pytest.mark.parametrize("value", [[], ["a9.h9"], [3], [None], [["m0"]], ["a0.h0<q>"], "m0", {"m0": 1}, 7, HOSTILE])
 def test_what_names_no_node_is_left_alone(panel, head, value):
     panel.select(head)
     panel.wait(SOON)
-    panel.clicks.field.value = value
+    panel._graph.set_state({"selected": value})
     assert panel.nodes == (head,) and not panel._message.value and panel.state == "done"
+    assert bool(panel._graph.problem) == (value != [])
 
 
-def test_foreign_names_among_nodes_are_left_out(model):
-    names = GraphClicks.names(json.dumps({"nodes": ["m0", "m99", "m0", "<b>", "a0.h1"]}), model)
-    assert names == ("m0", "a0.h1")
-    assert len(GraphClicks.names(json.dumps({"nodes": ["x"] * 64 + ["m0"]}), model)) == 0
+def test_a_node_that_is_chosen_is_selected_in_the_graph(panel, head):
+    panel._node.value = head
+    assert panel._graph.selected == [head]
+    panel.select("m0", head, "m0")
+    assert panel._graph.selected == ["m0", head]
+    assert NodePanel(panel.model, panel.circuit, node=head)._graph.selected == [head]
 
 
 def test_a_name_that_was_typed_wrong_is_told_with_the_nearest(panel, head):
@@ -210,10 +196,10 @@ def test_another_circuit_keeps_node_and_prompt(panel, model, task, head):
     panel._prompt.value = 2
     panel.wait(SOON)
     other = discover(model, task, "eap", edges=30, progress=False)
-    graph = panel._graph.value
+    graph = panel._graph.scene
     panel.show(other, task)
     panel.wait(SOON)
-    assert panel.nodes == (head,) and panel._prompt.value == 2 and panel._graph.value != graph
+    assert panel.nodes == (head,) and panel._prompt.value == 2 and panel._graph.scene != graph
     pd.testing.assert_frame_equal(panel.tokens, component_logits(model, task, head, prompt=2, circuit=other))
     pd.testing.assert_frame_equal(panel.edges, node_edges(other, head))
 
@@ -309,48 +295,3 @@ def test_tokens_that_are_markup_are_shown_as_text(panel, model, head, monkeypatc
 def test_a_panel_without_a_node_says_what_to_do(panel):
     panel.wait(SOON)
     assert "Click a node" in text_of(panel) and panel.state == "idle"
-
-
-# --- the listener, in a page ---
-
-_GRAPH = "<script>const tell = (message) => parent.postMessage(message, '*');</script>"
-
-
-def _page(*panels: NodePanel) -> str:
-    """What Jupyter makes of the parts of panels that clicks pass through: a graph, the hidden field, the listener."""
-    graph = f'<div class="{GRAPH_CLASS}"><iframe srcdoc="{_GRAPH}"></iframe></div>'
-    field = '<div class="kcwb-clicked"><input></div>'
-    listeners = [panel.clicks.widget.children[1].value for panel in panels]
-    parts = [f'<div class="{PANEL_CLASS}">{graph}{field}{listener}</div>' for listener in listeners]
-    return f'<!doctype html>{"".join(parts)}<iframe srcdoc="{_GRAPH}"></iframe>'
-
-
-@pytest.mark.browser
-def test_only_clicks_in_a_panels_own_graph_reach_it(panel, model, circuit, show):
-    page = show(_page(panel, NodePanel(model, circuit)))
-    frames = [handle.content_frame() for handle in page.query_selector_all("iframe")]
-    first, second, foreign = frames[0], frames[2], frames[4]
-    for frame in (first, second, foreign):
-        frame.wait_for_function("typeof tell === 'function'")
-
-    def fields(after: str) -> list[list[str] | None]:
-        """What the fields hold once the page has seen a message that is sent last."""
-        page.evaluate("(last) => { window.seen = new Promise((done) => addEventListener('message', "
-                      "({ data }) => data === last && done())) }", after)  # fmt: skip
-        page.evaluate("(last) => { postMessage(last, '*'); return window.seen; }", after)
-        values = page.eval_on_selector_all(".kcwb-clicked input", "(all) => all.map((field) => field.value)")
-        return [json.loads(value)["nodes"] if value else None for value in values]
-
-    click_on = {"kcwb": "select", "nodes": ["m0"]}
-    foreign.evaluate("(message) => tell(message)", click_on)
-    page.evaluate("(message) => postMessage(message, '*')", click_on)
-    for noise in (None, 7, {"kcwb": "other", "nodes": ["m0"]}, {"nodes": ["m0"]}):
-        first.evaluate("(message) => tell(message)", noise)
-    assert fields("a") == [None, None]
-    first.evaluate("(message) => tell(message)", click_on)
-    assert fields("b") == [["m0"], None]
-    second.evaluate("(message) => tell(message)", {"kcwb": "select", "nodes": ["m1", "<b>"]})
-    assert fields("c") == [["m0"], ["m1", "<b>"]]
-    page.evaluate("document.querySelectorAll('.kcwb-panel iframe')[1].remove()")  # the first panel's listener
-    first.evaluate("(message) => tell(message)", {"kcwb": "select", "nodes": ["a0.h0"]})
-    assert fields("d") == [["m0"], ["m1", "<b>"]]

@@ -45,7 +45,8 @@ def run_circuit(
     Returns
     -------
     Tensor
-        `[N, A, V]`, on the model's device.
+        `[N, A, V]`, on the model's device. What stands beyond the last token of a shorter answer (`answer_mask`) is
+        padding and means nothing.
 
     Raises
     ------

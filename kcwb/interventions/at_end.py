@@ -13,6 +13,7 @@ from kcwb.interventions.block import run_block
 from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
+from kcwb.models.memory import in_pieces
 from kcwb.reading.dla import attribute, head_outputs
 from kcwb.tasks.prompts import Prompts
 
@@ -53,9 +54,11 @@ def logits_with(
     streams = [x[:1] for x, _ in forward(network, prompts.tokens, receivers=True).receivers]
     kept = [(network.keys(i, x)[:, None], network.values(i, x)[:, None]) for i, x in enumerate(streams)]
     step = max(1, _LOGIT_BYTES // (len(prompts) * network.d_vocab * 4))
-    for batch in sets.to(model.device).split(max(1, _ROWS // prompts.tokens.numel())):
-        first, order = batch.any(-1).int().argmax(-1).sort(stable=True)
-        batch, x = batch[order], streams[0].new_empty(0, len(prompts), 1, network.d_model)
+    sets = sets.to(model.device)
+
+    def work(some: slice) -> Float[Tensor, "c N D"]:
+        first, order = sets[some].any(-1).int().argmax(-1).sort(stable=True)
+        batch, x = sets[some][order], streams[0].new_empty(0, len(prompts), 1, network.d_model)
         for layer, stream in enumerate(streams):
             running = int((first <= layer).sum())
             if running:
@@ -67,7 +70,10 @@ def logits_with(
                     return own
 
                 x = run_block(network, layer, x, ends, kept[layer], write).after
-        for part in x[order.argsort(), :, 0].split(step):
+        return x[order.argsort(), :, 0]
+
+    for found in in_pieces(len(sets), max(1, _ROWS // prompts.tokens.numel()), work):
+        for part in found.split(step):
             yield network.logits(part).float()
 
 

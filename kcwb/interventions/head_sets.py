@@ -26,6 +26,7 @@ from kcwb.interventions.block import run_block
 from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
+from kcwb.models.memory import in_pieces
 from kcwb.models.network import Network
 from kcwb.progress import Progress, track
 from kcwb.tasks.prompts import Prompts
@@ -76,8 +77,9 @@ def answers_without(
     with track(progress, len(sets) * len(rows_of), "ablation") as step:
         for rows in rows_of.values():
             group = _group(model.network, prompts.select(rows))
-            for start in range(0, len(order), group.batch):
-                some = order[start : start + group.batch]
+
+            def work(part: slice, group: _Group = group, rows: list[int] = rows) -> None:
+                some = order[part]
                 residual = _without(model.network, group, [places[i] for i in some])
                 logits = model.network.logits(residual).float()
                 answers = group.prompts.answers[:, 0].expand(len(some), -1)
@@ -85,6 +87,9 @@ def answers_without(
                 own = logits.gather(-1, answers[..., None])[..., 0]
                 losses[np.ix_(some, rows)] = (logits.logsumexp(-1) - own).cpu().numpy()
                 step(len(some))
+
+            for _ in in_pieces(len(order), group.batch, work):
+                pass
     return ranks, losses
 
 

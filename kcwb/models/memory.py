@@ -39,11 +39,16 @@ def halving(size: int, run: Callable[[int], _Result], what: str = "") -> _Result
     while True:
         try:
             return run(size)
-        except torch.OutOfMemoryError:
-            if size <= 1:
+        except (RuntimeError, MemoryError) as error:
+            if size <= 1 or not is_out_of_memory(error):
                 raise
         size = (size + 1) // 2  # out of the handler, which holds what the failed run had
         note(what, size)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory, or the machine's, was not enough; for the latter PyTorch has no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def in_pieces(n: int, size: int, work: Callable[[slice], _Result], what: str = "") -> Iterator[_Result]:

@@ -15,6 +15,8 @@ from kcwb.editing import scores
 from kcwb.editing.covariance import covariances
 from kcwb.editing.partial_runs import make_rows, measured_nll, read_places
 from kcwb.evaluation.referee.scores import Scores
+from kcwb.interventions.at_end import logits_without
+from kcwb.interventions.head_sets import answers_without
 from kcwb.models import memory
 from kcwb.models.loading import Model
 from kcwb.models.memory import HeldPieces, by_prompts, halving, in_pieces, noted_pieces, noting_pieces
@@ -114,6 +116,16 @@ def test_memory_for_less_than_one_is_the_callers() -> None:
     assert tried == [5, 3, 2, 1]
 
 
+def test_the_machines_own_memory_is_known_by_its_words() -> None:
+    tried = []
+
+    def run(size: int) -> int:
+        tried.append(size)
+        return len(torch.empty(1 if size < 3 else 10**15))
+
+    assert halving(5, run) == 1 and tried == [5, 3, 2]
+
+
 def test_another_error_is_not_taken_for_it() -> None:
     with pytest.raises(RuntimeError, match="else"):
         halving(4, lambda size: (_ for _ in ()).throw(RuntimeError("something else")))
@@ -194,6 +206,7 @@ def _scored(method: str, **settings):
     return lambda model, task: [kcwb.score_edges(model, task, method, progress=False, **settings)]
 
 
+_SETS = [["a0.h1"], ["a1.h0", "a1.h2"], ["a0.h3"], []]
 WORKS = {
     "run_circuit": lambda model, task: [_logits(model, task, some_edges(model))],
     "full model": lambda model, task: [_logits(model, task, None)],
@@ -219,6 +232,13 @@ WORKS = {
     "node": lambda model, task: [node_logits(model, task, "a1.h0")],
     "completeness": _completeness,
     "edit scores": _edited,
+    "heads taken out": lambda model, task: [
+        torch.tensor(found, dtype=torch.double)
+        for found in answers_without(model, task.reference, _SETS, progress=False)
+    ],
+    "heads put back": lambda model, task: [
+        torch.cat([*logits_without(model, task.reference, [(i, j) for i in range(2) for j in range(4)])])
+    ],
     "places": _places,
     "covariance": lambda model, task: [
         covariances(model, [1], tokens=2000, cache=False)[1].halves
@@ -230,7 +250,7 @@ WORKS = {
 def test_what_memory_is_too_small_for_is_done_in_pieces(model, task, room, name: str) -> None:
     work = WORKS[name]
     expected = work(model, task)
-    failed = room(_ROOM.get(name, 3) * task.reference.tokens.shape[1])
+    failed = room(int(_ROOM.get(name, 3) * task.reference.tokens.shape[1]))
     found = work(model, task)
     assert failed
     for one, other in zip(found, expected, strict=True):
@@ -239,7 +259,7 @@ def test_what_memory_is_too_small_for_is_done_in_pieces(model, task, room, name:
 
 #: So many prompts fit, three where nothing is said: ig-prune begins with an integral of five points, acdc holds a state
 #: of all four prompts, and a text of the covariance is long.
-_ROOM = {"ig-prune": 5, "acdc": 4, "covariance": 20}
+_ROOM = {"ig-prune": 5, "acdc": 4, "covariance": 20, "heads taken out": 10, "heads put back": 9}
 
 
 def test_a_circuit_records_how_many_were_computed_at_once(model, task, room) -> None:

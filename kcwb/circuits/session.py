@@ -108,7 +108,9 @@ def session_of(circuit: Circuit, session: Session) -> Session:
     """
     graph, digest = circuit.graph, circuit.digest
     if session.circuit not in ("", digest):
-        raise CircuitError(f"The session is of the circuit {session.circuit:.12}, not of this one, {digest:.12}.")
+        raise CircuitError(
+            f"The session is of the circuit {shown(session.circuit[:12])}, not of this one, {digest:.12}."
+        )
     known = set(graph.node_names)
     named = {f"groups, {shown(group)}": nodes for group, nodes in session.groups.items()}
     for where, nodes in {"pinned": session.pinned, **named, "names": session.names, "notes": session.notes}.items():

@@ -1,2 +1,3 @@
 from .role_tests import PREDICTIONS as PREDICTIONS, check_roles as check_roles, faithful_story as faithful_story
 from .nodes import ablation_summary as ablation_summary
+from .together import heads_together as heads_together

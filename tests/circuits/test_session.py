@@ -106,7 +106,8 @@ def test_hostile_text_stays_text(circuit, tmp_path, text):
         (lambda s: "x" * 10**5, "expected an object"),
         (lambda s: {**s, "format": 2}, "its format is 2, which this version does not read"),
         (lambda s: {k: v for k, v in s.items() if k != "format"}, "its format is None"),
-        (lambda s: {**s, "circuit": "0" * 64}, "of the circuit 000000000000, not of this one"),
+        (lambda s: {**s, "circuit": "0" * 64}, "of the circuit '000000000000', not of this one"),
+        (lambda s: {**s, "circuit": "\n\u202e" * 99}, "not of this one"),
         (lambda s: {**s, "circuit": ""}, "does not say of which circuit"),
         (lambda s: {**s, "circuit": None}, "does not say of which circuit"),
         (lambda s: {**s, "pinned": "m0"}, "pinned='m0' is not a list of: text"),
@@ -180,7 +181,7 @@ def test_a_session_that_nobody_can_mean_is_refused(parts, said):
 def test_a_session_of_another_circuit_is_refused(circuit):
     session = circuit.with_session(WHOLE).session
     other = Circuit.from_edges(GRAPH, [*EDGES, "m1->logits"])
-    with pytest.raises(CircuitError, match=f"The session is of the circuit {circuit.digest[:12]}, not of this one"):
+    with pytest.raises(CircuitError, match=f"The session is of the circuit '{circuit.digest[:12]}', not of this one"):
         other.with_session(session)
     with pytest.raises(CircuitError, match="The session is of other edges"):
         replace(other, session=session)

@@ -11,7 +11,8 @@ It is the masked pass of `kcwb.models.forward`, which is what this is tested aga
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +25,8 @@ from kcwb.tasks.prompts import Prompts
 
 #: The share of all edges up to which few are kept, or few cut; between, sums over all of them at once are quicker.
 _FEW = 0.04
+#: Heads or MLP of a layer, by need -> in the last two runs of theirs, which they were, what they read, and wrote.
+_Made = dict[tuple[int, int, int], deque[tuple[list[int], list[Tensor], Tensor]]]
 
 
 def needs(network: Network, kept: Bool[Tensor, "S R"]) -> Int[Tensor, " S"]:
@@ -136,7 +139,7 @@ class MaskedRuns:
                     self._heads(stream, layer, heads, need is Need.EVERYWHERE)
             if found[mlp]:
                 y = stream.read(2 * layer + 1, [graph.mlp_receiver(layer)], bool(found[mlp] == Need.EVERYWHERE))[0]
-                stream.write([mlp], network.mlp(layer, y)[None])
+                stream.write([mlp], stream.made(layer, [mlp], [y], network.mlp)[None])
         stream.mark(graph.n_layers)
         return self._logits(stream.read(2 * graph.n_layers, [graph.n_receivers - 1], False)[0])
 
@@ -154,24 +157,35 @@ class MaskedRuns:
         def read(kind: int, where: bool) -> Float[Tensor, "h N P D"]:
             return stream.read(2 * layer, [column + kind * graph.n_heads + head for head in heads], where)
 
-        q = network.queries(layer, read(0, everywhere), index, positions)
-        k, v = network.keys(layer, read(1, True), index), network.values(layer, read(2, True), index)
-        results = network.head_results(layer, q, k, v, index, positions)
-        written = network.head_shares(layer, results) if len(heads) == graph.n_heads else results
-        stream.write([first + head for head in heads], written)
+        def write(layer: int, *reads: Tensor) -> Float[Tensor, "h N P D"]:
+            q = network.queries(layer, reads[0], index, positions)
+            k, v = network.keys(layer, reads[1], index), network.values(layer, reads[2], index)
+            results = network.head_results(layer, q, k, v, index, positions)
+            return network.head_shares(layer, results) if len(heads) == graph.n_heads else results
+
+        reads = [read(kind, everywhere or kind > 0) for kind in range(3)]
+        rows = [first + head for head in heads]
+        stream.write(rows, stream.made(layer, rows, reads, write))
 
 
 class ChangingRun:
     """The logits of a circuit that edges leave and enter, step by step.
 
-    What is recomputed: all needed nodes from the first layer on in which a needed node reads other edges than in the
-    run before, or is needed elsewhere than it was. Everything before that layer stands. The logits are bit for bit
-    those of `MaskedRuns.logits`, whatever the steps that led to a circuit.
+    What is recomputed:
+
+    1. Everything stands before the first layer in which a needed node reads other edges than in the run before, or is
+       needed elsewhere than it was.
+    2. From there on, what nodes read is summed anew. Where that is what an MLP, or the heads of a layer that are needed
+       alike, read in one of the last two runs of theirs, they write what they wrote then.
+
+    So only what a change reaches is computed again, and the logits are bit for bit those of `MaskedRuns.logits`,
+    whatever the steps that led to a circuit.
     """
 
     def __init__(self, runs: MaskedRuns) -> None:
         self._runs = runs
         self._stream: _Stream | None = None
+        self._made: _Made = {}
 
     @torch.no_grad()
     def logits(self, kept: Bool[Tensor, "S R"]) -> Float[Tensor, "N A V"]:
@@ -181,7 +195,7 @@ class ChangingRun:
         kept = kept.cpu() & runs.network.graph.exists
         if runs._is_dense(kept):
             return runs._dense(kept)
-        stream = _Stream(runs, kept)
+        stream = _Stream(runs, kept, self._made)
         start = 0 if before is None else stream.resume(before)
         logits = runs._from(stream if start else runs._begin(stream), start)
         self._stream = stream
@@ -195,8 +209,8 @@ class _Stream:
     answers'.
     """
 
-    def __init__(self, runs: MaskedRuns, kept: Bool[Tensor, "S R"]) -> None:
-        self._runs, self.kept = runs, kept.cpu() & runs.network.graph.exists
+    def __init__(self, runs: MaskedRuns, kept: Bool[Tensor, "S R"], made: _Made | None = None) -> None:
+        self._runs, self.kept, self._made = runs, kept.cpu() & runs.network.graph.exists, made
         self.needs = found = needs(runs.network, self.kept)
         shape = runs._embedding.shape
         self._rows: dict[bool, list[int]] = {True: [], False: []}
@@ -209,6 +223,20 @@ class _Stream:
         }
         self._totals: dict[bool, Tensor | float] = {True: 0.0, False: 0.0}
         self._marks: dict[int, tuple[dict[bool, list[int]], dict[bool, Tensor | float]]] = {}
+
+    def made(
+        self, layer: int, rows: list[int], reads: list[Tensor], make: Callable[..., Float[Tensor, "*h N P D"]]
+    ) -> Float[Tensor, "*h N P D"]:
+        """What some senders of a layer, needed alike, make of what they read; remembered, if anything is."""
+        if self._made is None:
+            return make(layer, *reads)
+        before = self._made.setdefault((layer, len(reads), int(self.needs[rows[0]])), deque(maxlen=2))
+        for old_rows, old_reads, output in before:
+            if old_rows == rows and all(map(torch.equal, old_reads, reads)):
+                return output
+        output = make(layer, *reads)
+        before.append((rows, reads, output))
+        return output
 
     def mark(self, layer: int) -> None:
         """Remember what was written before a layer."""

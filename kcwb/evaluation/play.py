@@ -3,10 +3,9 @@
 After every step the circuit is run alone, cut edges delivering ablated values, as in `kcwb.run_circuit`. Beside it
 stand the circuit as it was given (**before**) and the full model.
 
-**What is recomputed.** Of a step, all nodes that matter to the answers, from the first layer on in which one of them
-reads other edges than it did, or matters elsewhere than it did (`kcwb.circuits.masked.ChangingRun`); then the
-unembedding. What lies before stands. The answers of a circuit are bit for bit the same whatever the steps that led to
-it, so that what is undone is as it was.
+**What is recomputed.** Of a step, the nodes that it reaches: those that matter to the answers and read something else
+than in the last two runs of theirs (`kcwb.circuits.masked.ChangingRun`); then the unembedding. All else stands. The
+answers of a circuit are bit for bit the same whatever the steps that led to it, so that what is undone is as it was.
 """
 
 from __future__ import annotations

@@ -110,11 +110,31 @@ def test_layers_before_the_first_change_are_not_run_again(tiny, monkeypatch):
             lambda layer, *a, own=own, **k: ran.append((own.__name__, layer)) or own(layer, *a, **k),
         )
     play.cut("a0.h1->m1")
-    assert ran == [("queries", 1), ("mlp", 1)]
+    assert ran == [("mlp", 1)]
     play.cut("m0->logits")  # what m0 writes matters as before: its value is read at all positions
-    assert ran[2:] == []
+    assert ran[1:] == []
+    play.restore("m0->logits")
     play.cut("m0->a1.h2<v>")
-    assert ("queries", 0) in ran
+    assert ("mlp", 0) in ran  # now it matters at the answers alone
+
+
+def test_nodes_that_a_change_does_not_reach_are_not_run_again_and_what_is_undone_is_remembered(tiny, monkeypatch):
+    model, ran = tiny("llama"), []
+    edges = ["input->a0.h1<v>", "a0.h1->m1", "input->m0", "m0->a1.h2<v>", "a1.h2->logits", "m1->logits", "input->m1"]
+    play = Play(model, Circuit.from_edges(model.graph, edges), task_of(model))
+    for name in ("queries", "mlp"):
+        own = getattr(model.network, name)
+        monkeypatch.setattr(
+            model.network,
+            name,
+            lambda layer, *a, own=own, **k: ran.append((own.__name__, layer)) or own(layer, *a, **k),
+        )
+    play.cut("input->m0")  # reached are m0 and a1.h2
+    assert ran == [("mlp", 0), ("queries", 1)]
+    play.undo()
+    assert ran[2:] == []
+    play.cut("input->a0.h1<v>")  # reached are a0.h1 and m1
+    assert ran[2:] == [("queries", 0), ("mlp", 1)]
 
 
 def test_a_step_that_is_cancelled_leaves_all_as_it_was(play, monkeypatch):

@@ -379,3 +379,17 @@ def test_one_step_leads_to_any_state(play):
     assert is_as_it_was(play, before)
     play.go_to()
     assert play.circuit is play.given and len(play.steps) == 3
+
+
+@pytest.mark.model
+def test_on_the_builtin_model(smollm2, monkeypatch):
+    """Steps in a circuit of some hundred edges, each the run of its circuit."""
+    monkeypatch.setattr("kcwb.circuits.masked._FEW", 0.04)
+    task = make_task(smollm2, "country_capital", n=2)
+    play = Play(smollm2, random_circuit(smollm2.graph, 200, 0), task)
+    names = play.circuit.edges["sender"] + "->" + play.circuit.edges["receiver"]
+    for name in (names.iloc[0], names.iloc[-1]):
+        play.cut(name)
+        torch.testing.assert_close(play._after, expected(play), rtol=0, atol=0)
+    play.undo(2)
+    assert play.loss.after == play.loss.before != play.loss.model

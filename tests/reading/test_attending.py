@@ -234,3 +234,15 @@ def test_biases_are_all_that_comes_from_no_node(tiny):
     for name, there in (("llama", False), ("opt", True), ("gpt2", True)):
         table = why_attends(tiny(name), task_of(tiny(name)), "a1.h1")
         assert (table[table["sender"] == BIASES]["score"].abs().max() > 1e-6) == there
+
+
+@pytest.mark.model
+def test_on_the_builtin_model(smollm2):
+    """Nine query heads that share three keys each, thirty layers deep."""
+    task = make_task(smollm2, "country_capital", n=2)
+    prompts = task.val.select([0])
+    end, subject = int(prompts.ends), int(prompts.subject_stop) - 1
+    x = forward(smollm2.network, prompts.tokens, receivers=True).receivers[20][0][:1]
+    expected = float(whole_scores(smollm2.network, 20, 3, x, x)[end, subject])
+    found = sums(why_attends(smollm2, task, "a20.h3", prompt=0))
+    assert found == pytest.approx({"q": expected, "k": expected}, abs=2e-3)

@@ -58,6 +58,9 @@ def _forced(name: str, value: Any, circuit: Circuit | None) -> list[str]:
 
 def _groups(name: str, value: Any, circuit: Circuit | None) -> dict[str, list[str]]:
     groups = {group: _nodes(f"{name}[{shown(group)}]", nodes, circuit) for group, nodes in _named(name, value).items()}
+    for group, nodes in groups.items():
+        if not group or not nodes:
+            raise SettingError(f"{name}: {shown(group)} has no name or no nodes.")
     owner: dict[str, str] = {}
     for group, nodes in groups.items():
         for node in nodes:

@@ -24,11 +24,13 @@ from kcwb.workbench.graph.state import CHECKS, checked, is_blank, kept_of
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
     from kcwb.circuits.ensemble import Ensemble
+    from kcwb.circuits.session import Session
     from kcwb.evaluation.play import Play
 
 _MOST = 20_000  # edges
 _STEPS = 1000  # that are undone
-_OF_PAGE = ("busy", "problem", "scene", "height", "live")  # what else is synced
+_NONE = "There is no circuit yet: graph.show(circuit)."
+_SESSION = ("pinned", "groups", "names", "notes", "cut", "forced")
 
 
 class CircuitGraph(anywidget.AnyWidget):
@@ -148,6 +150,21 @@ class CircuitGraph(anywidget.AnyWidget):
         return self._circuit
 
     @property
+    def session(self) -> Session:
+        """What a person has done; ``graph.circuit.with_session(graph.session).save(path)`` keeps it with the circuit.
+
+        Raises
+        ------
+        CircuitError
+            If there is no circuit yet.
+        """
+        from kcwb.circuits.session import Session, session_of
+
+        if self._circuit is None:
+            raise CircuitError(_NONE)
+        return session_of(self._circuit, Session(**{name: getattr(self, name) for name in _SESSION}))
+
+    @property
     def played(self) -> Circuit:
         """The circuit as it is now, without what is cut and with what is forced in.
 
@@ -160,7 +177,7 @@ class CircuitGraph(anywidget.AnyWidget):
 
         whole = self._circuit
         if whole is None:
-            raise CircuitError("There is no circuit yet: graph.show(circuit).")
+            raise CircuitError(_NONE)
         kept = whole.kept.clone()
         for names, value in ((self.cut, False), (self.forced, True)):
             for name in names:
@@ -181,7 +198,8 @@ class CircuitGraph(anywidget.AnyWidget):
     ) -> None:
         """Draw another circuit in place.
 
-        Names, notes, groups, pins and cuts stay as far as they can be said of it; undoing starts anew.
+        If it has a session (`Circuit.with_session`), that is taken up. Else names, notes, groups, pins and cuts stay as
+        far as they can be said of it. Undoing starts anew.
 
         Parameters
         ----------
@@ -209,7 +227,8 @@ class CircuitGraph(anywidget.AnyWidget):
         self._take(draw_two(left, right, names, Look(roles, max_edges, title, details)), left | right)
 
     def _take(self, drawing: Drawing, circuit: Circuit) -> None:
-        kept = kept_of({name: getattr(self, name) for name in CHECKS}, circuit)
+        held = {name: getattr(self if circuit.session is None else circuit.session, name) for name in _SESSION}
+        kept = kept_of(held, circuit)
         self._circuit, self._drawing, self._play = circuit, drawing, None
         fresh = {"selected": [], "selected_edges": [], "answers": {}, "paths": [], "threshold": 0.0, "problem": ""}
         with self.hold_sync():
@@ -365,7 +384,7 @@ class CircuitGraph(anywidget.AnyWidget):
             If there is no circuit yet.
         """
         if self._drawing is None:
-            raise CircuitError("There is no circuit yet: graph.show(circuit).")
+            raise CircuitError(_NONE)
         state = {name: value for name in CHECKS if not is_blank(value := getattr(self, name)) and name != "asked"}
         return view_of(self._drawing, self.height, state)
 

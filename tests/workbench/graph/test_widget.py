@@ -74,6 +74,7 @@ WRONG = [
     ("forced", ["logits->m0"], "forced: "),
     ("groups", {"one": ["a0.h1"], "two": ["a0.h1"]}, "groups: a0.h1 is in 'one' and in 'two'"),
     ("groups", {"one": ["x"]}, "groups.'one'.: .* has no node 'x'"),
+    ("groups", {"one": []}, "groups: 'one' has no name or no nodes"),
     ("groups", {"x" * 121: []}, "groups=.* is not a table by names"),
     ("names", {"a0.h1": "x" * 121}, "names.'a0.h1'.=.* is not text of at most 120 letters"),
     ("names", {"a0.h1": SURROGATE}, "names.'a0.h1'.=.* is not text"),
@@ -216,6 +217,22 @@ def test_another_circuit_keeps_what_can_be_said_of_it(graph: CircuitGraph) -> No
     assert (graph.cut, graph.groups, graph.names, graph.pinned) == ([], {"both": ["m0"]}, {"m0": "first"}, ["m0"])
     graph.compare(other, Circuit.empty(GRAPH), names=("A", "B"))
     assert graph.scene["sides"]["left"] == "only A (4)"
+
+
+def test_what_was_done_is_kept_with_the_circuit_and_taken_up(
+    graph: CircuitGraph, circuit: Circuit, tmp_path: Any
+) -> None:
+    graph.cut, graph.forced, graph.pinned = ["m0->logits"], ["input->m1"], ["m0"]
+    graph.groups, graph.names, graph.notes = {"both": ["m0", "a0.h1"]}, {"m0": "<b>"}, {"m0": "adds"}
+    circuit.with_session(graph.session).save(tmp_path / "circuit.json")
+    other = CircuitGraph(Circuit.load(tmp_path / "circuit.json"))
+    for name in ("cut", "forced", "pinned", "groups", "names", "notes"):
+        assert getattr(other, name) == getattr(graph, name)
+    assert other.session == graph.session and other.session.compare(graph.session).empty
+    other.undo()
+    assert other.cut == ["m0->logits"]
+    with pytest.raises(CircuitError, match="no circuit yet"):
+        _ = CircuitGraph().session
 
 
 # --- answers ---

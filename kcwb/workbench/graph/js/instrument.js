@@ -166,10 +166,13 @@ function render({ model, el }) {
     const dark = lab !== undefined ? lab === "false" : code !== undefined ? /dark|(?<!light-)high-contrast$/.test(code.replace("vscode-", "")) : matchMedia("(prefers-color-scheme: dark)").matches;
     return dark ? "dark" : "light";
   }
-  function setTheme() {
+  function wear() {
     for (const [name, colour] of Object.entries(COLOURS[theme()])) root.style.setProperty(`--${name}`, colour);
     root.style.colorScheme = theme();
     if (el === document.body || el.parentElement === document.body) document.body.style.background = COLOURS[theme()].bg;
+  }
+  function setTheme() {
+    wear();
     redraw();
   }
 
@@ -498,9 +501,9 @@ function render({ model, el }) {
   const resized = guarded(() => { if (painter.resize()) { painter.reshape(); painter.now(); } });
   const sizes = new ResizeObserver(resized);
   sizes.observe(canvas);
-  guarded(load)();
+  wear();
   local.folded = root.clientWidth > 0 && root.clientWidth < 640;
-  setTheme();
+  guarded(load)();
   painter.now();
   // A sandboxed frame out of sight has no size at first, and no observer tells when: it is asked, for what is printed.
   const begin = (tries) => { if (!painter.width) { resized(); if (tries) setTimeout(begin, 60, tries - 1); } };

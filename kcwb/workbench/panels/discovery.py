@@ -16,6 +16,7 @@ from kcwb.discovery.methods import METHODS, check_method
 from kcwb.discovery.selection import resize
 from kcwb.errors import CircuitError, KcwbError, SettingError
 from kcwb.evaluation.completeness import completeness
+from kcwb.evaluation.play import Play
 from kcwb.models.loading import Model
 from kcwb.outputs import CIRCUIT, check_output
 from kcwb.progress import ProgressCallback
@@ -23,6 +24,7 @@ from kcwb.reading.roles import head_roles
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import Task
 from kcwb.workbench import tables
+from kcwb.workbench.graph.widget import lead
 from kcwb.workbench.panels import results
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.bench import Bench
@@ -31,7 +33,7 @@ from kcwb.workbench.panels.controls import Controls
 from kcwb.workbench.panels.nodes import NodePanel
 from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.results import Found
-from kcwb.workbench.panels.runner import Job
+from kcwb.workbench.panels.runner import Job, Latest
 from kcwb.workbench.panels.search import Search
 from kcwb.workbench.panels.widgets import button, dropdown, hidden_graph, offer, room, the_file
 
@@ -105,6 +107,7 @@ class DiscoveryPanel(Panel):
         self._draws = draws
         self._search = Search(model, self.picker.read, self._enter)
         self._roles: tuple[Task, pd.DataFrame] | None = None  # the last ones asked for, and on what
+        self._playing = Latest[Play]()
 
         self._run_button.layout.margin = "2px 2px 2px 90px"
         self._ask_button = self._button("Ask", "question", self.ask, tooltip="Which facts does the model know?")
@@ -126,6 +129,8 @@ class DiscoveryPanel(Panel):
         self._on(self._comparison.other, lambda _: self._compare())
         self._on(self._tabs, lambda _: self._compare(), "selected_index")
         self._on(self._graph, self._on_click, "selected")
+        for trait in ("cut", "forced"):
+            self._on(self._graph, lambda _: self._play(), trait)
         graph, tabs = model.graph, dict[str, W.Widget](self._pages)
         size = f"{graph.n_layers} layers of {graph.n_heads} heads, {graph.n_edges:,} edges"
         tabs |= {_NODE: self.nodes._root, _COMPARE: self._comparison.widget, _REFEREE: self.bench.widget}
@@ -327,8 +332,33 @@ class DiscoveryPanel(Panel):
                     found.completeness = table
                 if found is self._shown:
                     self._draw_completeness(found)
+                    if self._graph.cut or self._graph.forced:  # meanwhile, or still
+                        self._play(after="test")
 
         self._start("test", job, done)
+
+    def _play(self, after: str | None = None) -> None:
+        """Ask the circuit its facts with what is cut and forced in the graph; after other work, not instead."""
+        found, graph = self._shown, self._graph
+        if found is None or found.task is None or self._runner.job not in (None, "play", after):
+            return
+        circuit, task, cut, forced = found.circuit, found.task, list(graph.cut), list(graph.forced)
+
+        def job(progress: ProgressCallback) -> dict[str, Any]:
+            self._enter("Asking the circuit as it is now", progress)
+            graph.busy = True
+            try:
+                play = self._playing.get((circuit, task), lambda: Play(self.model, circuit, task))
+                return lead(play, cut, forced)
+            finally:
+                graph.busy = False
+
+        def done(answers: dict[str, Any]) -> None:
+            with self._lock:
+                if found is self._shown and found.circuit is circuit:
+                    graph.answers = answers
+
+        self._start("play", job, done)
 
     # --- drawing ---
 

@@ -502,6 +502,27 @@ def test_a_click_in_the_graph_opens_the_node(found):
     assert f"{node}: head" in Tags(found.to_html()).text
 
 
+def test_what_is_cut_in_the_graph_is_answered_beside_it(found, model):
+    wanted = kcwb.Play(model, found.circuit, found.task)
+    first, second = (f"{row.sender}->{row.receiver}" for row in found.circuit.edges.head(2).itertuples())
+    assert found._graph.answers == {}
+    for cut in ([first], [first, second], [second], []):
+        found._graph.set_state({"cut": cut, "forced": []})
+        found.wait(SOON)
+        back, more = set(wanted.cuts) - set(cut), set(cut) - set(wanted.cuts)
+        for step, names in ((wanted.restore, back), (wanted.cut, more)):
+            if names:
+                step(*names)
+        assert found._graph.answers == wanted.as_traits() and not found._graph.busy
+    found._graph.set_state({"cut": [first]})
+    found.resize(20)  # the strongest edge is in it, too, and still cut
+    found.wait(SOON)
+    smaller = kcwb.Play(model, found.circuit, found.task)
+    smaller.cut(first)
+    assert found._graph.cut == [first] and found._graph.answers == smaller.as_traits()
+    assert found.completeness is not None and found.error is None
+
+
 def test_the_node_panel_follows_the_slider(found):
     node = found.circuit.nodes.query("kind == 'mlp'")["node"].iloc[0]
     found.nodes.select(node)

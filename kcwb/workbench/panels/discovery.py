@@ -223,13 +223,13 @@ class DiscoveryPanel(Panel):
         found = self._shown
         if found is None:
             return
-        if self._runner.job == "test":
+        if self._runner.job in ("test", "play"):
             self._runner.cancel()  # of the size that is left
         found.circuit = resize(found.circuit, edges=edges)
         found.completeness = found.judgement = None
         found.label = results.label(found.circuit, self.history.index(found))
         self._draw(found)
-        if self._runner.job in (None, "test"):
+        if self._runner.job in (None, "test", "play"):
             self._test(found)
 
     def save(self, path: str | Path, *, force: bool = False) -> None:

@@ -56,7 +56,7 @@ DASHES: Mapping[str, tuple[int, ...]] = {"q": (8, 4), "k": (2, 3), "v": (), "dir
 _LABEL, _MARK, _NAME, _TEXT = 12, 22, 120, 600  # characters kept of a label, a mark, a name in a text, a long text
 _CHARACTER, _PADDING = 7.5, 20  # width of a node: of a character, of what is around the text
 _ROW = 26  # the least distance of two layers; a node is 21 high
-_WAVE = (0.0, 1.0, 2.0, 1.0)  # in which column the MLPs of successive layers stand
+_WAVE = (0.0, 1.5, 3.0, 1.5)  # in which column the MLPs of successive layers stand
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 
 Place = tuple[float, float]

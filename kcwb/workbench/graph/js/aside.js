@@ -25,7 +25,7 @@ function answersOf(answers, opened, toggle) {
     const bars = states.map(([name, run]) => {
       const p = Math.max(0, Math.min(1, Number(run.p) || 0)), bar = make("i");
       bar.style.width = `${100 * p}%`;
-      return make("div", { className: `bar ${name}`, title: `${name}: probability ${rounded(p)}, rank ${run.rank}` }, make("span", {}, name), make("span", {}, bar), make("b", {}, `${rounded(p, 2)} \u00b7 #${run.rank}`));
+      return make("div", { className: `bar ${name}`, title: `${name}: probability ${rounded(p)}, rank ${run.rank}` }, make("span", {}, name), make("span", {}, bar), make("b", {}, `${p && p < 0.001 ? "<0.001" : rounded(p, 2)} \u00b7 #${Number(run.rank).toLocaleString("en")}`));
     });
     const tops = (run) => (Array.isArray(run.top) ? run.top : []).map(([token, p]) => `${JSON.stringify(String(token))} ${rounded(Number(p), 2)}`).join(", ");
     const line = make(

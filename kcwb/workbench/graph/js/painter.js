@@ -1,6 +1,7 @@
 // A circuit on a canvas. The picture is painted whole once; while it is moved, its bitmap is.
 
-const GUTTER = 40, SLOW = 24;  // pixels, for the labels of layers; milliseconds, above which moving shows the bitmap
+const GUTTER = 40, HEAD = 36;  // pixels, for the labels of layers; for the buttons over the picture
+const SLOW = 24;  // milliseconds, above which moving shows the bitmap
 const FONT = 'system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif';
 
 function textOn(hex) {  // black or white, whichever is read better on a colour
@@ -84,10 +85,10 @@ class Painter {
   }
   fit(boxes = this.boxes, most = 1.3) {
     if (!boxes.length || !this.width) return;
-    const { left, top, width, height } = this.extent(boxes), room = [Math.max(40, this.width - GUTTER - 16), Math.max(40, this.height - 12)];
+    const { left, top, width, height } = this.extent(boxes), room = [Math.max(40, this.width - GUTTER - 16), Math.max(40, this.height - HEAD - 8)];
     this.scale = Math.max(0.05, Math.min(most, room[0] / width, room[1] / height));
     this.left = GUTTER + room[0] / 2 - this.scale * (left + width / 2);
-    this.top = this.height / 2 - this.scale * (top + height / 2);
+    this.top = HEAD + room[1] / 2 - this.scale * (top + height / 2);
     this.painted = null;
     this.show();
   }
@@ -95,7 +96,7 @@ class Painter {
   reshape() {
     if (!this.boxes.length || !this.width || !this.height) return;
     const xs = this.boxes.map((box) => box.x), ys = this.boxes.map((box) => box.y), range = (all) => Math.max(...all) - Math.min(...all);
-    const wanted = (range(ys) + 36) * (this.width - GUTTER - 16) / Math.max(40, this.height - 12) / (range(xs) + 88);
+    const wanted = (range(ys) + 36) * (this.width - GUTTER - 16) / Math.max(40, this.height - HEAD - 8) / (range(xs) + 88);
     this.stretch = Math.max(this.scene.tightest, Math.min(2.4, wanted));
     this.trace();
     this.fit();

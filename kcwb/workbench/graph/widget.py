@@ -68,7 +68,7 @@ class CircuitGraph(anywidget.AnyWidget):
     confidence : float
         Edges that a smaller share of draws keeps are hidden.
     answers : dict
-        What is shown beside the graph, as `kcwb.evaluation.Play.as_traits` gives it: ``facts``, each with ``prompt``,
+        What is shown beside the graph, as `kcwb.Play.as_traits` gives it: ``facts``, each with ``prompt``,
         ``answer``, ``before`` and ``after`` (``p``, ``rank``, ``top``: tokens with probabilities), and ``loss_before``,
         ``loss_after``.
     paths : list of list of str
@@ -88,7 +88,7 @@ class CircuitGraph(anywidget.AnyWidget):
     Examples
     --------
     >>> graph = kcwb.CircuitGraph(circuit)  # doctest: +SKIP
-    >>> graph.play(kcwb.evaluation.Play(model, circuit, task))  # doctest: +SKIP
+    >>> graph.play(kcwb.Play(model, circuit, task))  # doctest: +SKIP
     >>> graph.cut = ["a14.h5->logits"]; graph.answers["loss_after"]  # doctest: +SKIP
     """
 
@@ -290,21 +290,13 @@ class CircuitGraph(anywidget.AnyWidget):
             self._answer()
 
     def _answer(self) -> None:
-        """Lead the Play to what is cut and forced in, and show what is answered."""
+        """Show what is answered now."""
         play = self._play
-        if play is None or (
-            self.answers and [sorted(play.cuts), sorted(play.forced)] == [sorted(self.cut), sorted(self.forced)]
-        ):
+        if play is None or (self.answers and _led(play, self.cut, self.forced)):
             return
         self.busy = True
         try:
-            gone = [*(set(self.cut) - set(play.cuts)), *(set(play.forced) - set(self.forced))]
-            back = [*(set(play.cuts) - set(self.cut))]
-            more = [*(set(self.forced) - set(play.forced))]
-            for step, names in ((play.restore, back), (play.cut, gone), (play.force, more)):
-                if names:
-                    step(*sorted(names))
-            self.answers = play.as_traits()
+            self.answers = lead(play, self.cut, self.forced)
         except KcwbError as error:
             self.problem = str(error)
         finally:
@@ -394,3 +386,16 @@ class CircuitGraph(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         return {**data, "text/html": self._repr_html_()}, metadata
+
+
+def lead(play: Play, cut: Sequence[str], forced: Sequence[str]) -> dict[str, Any]:
+    """Lead a Play to what is cut and forced in, and give what is answered then, as `CircuitGraph.answers` takes it."""
+    back, gone = set(play.cuts) - set(cut), (set(cut) - set(play.cuts)) | (set(play.forced) - set(forced))
+    for step, names in ((play.restore, back), (play.cut, gone), (play.force, set(forced) - set(play.forced))):
+        if names:
+            step(*sorted(names))
+    return play.as_traits()
+
+
+def _led(play: Play, cut: Sequence[str], forced: Sequence[str]) -> bool:
+    return set(play.cuts) == set(cut) and set(play.forced) == set(forced)

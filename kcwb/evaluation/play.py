@@ -22,12 +22,12 @@ from torch import Tensor
 from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.masked import ChangingRun, MaskedRuns
+from kcwb.circuits.naming import edges_named, known_name
 from kcwb.circuits.provenance import origin, part
 from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.circuits.session import Session, session_of
-from kcwb.errors import CircuitError, DataError, SettingError, nearest, shown
+from kcwb.errors import CircuitError, DataError, SettingError, shown
 from kcwb.locks import WeightsLock
-from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.models.memory import HeldPieces
 from kcwb.settings import Count
@@ -169,12 +169,12 @@ class Play:
         """
         wanted = self.given.kept.clone()
         for name in cut:
-            edges = self._edges("cut", name) & self.given.kept
+            edges = edges_named(self.model.graph, name, self.groups, "cut") & self.given.kept
             if not edges.any():
                 raise CircuitError(f"cut: {shown(name)} is not in the circuit.")
             wanted &= ~edges
         for name in forced:
-            edges = self._edges("force", name) & ~self.given.kept
+            edges = edges_named(self.model.graph, name, self.groups, "force") & ~self.given.kept
             if not edges.any():
                 raise CircuitError(f"force: {shown(name)} is in the circuit already.")
             wanted |= edges
@@ -202,7 +202,7 @@ class Play:
         for name, nodes in groups.items():
             if name in known or not nodes:
                 raise CircuitError(f"The group {shown(name)} has {'the name of a node' if nodes else 'no nodes'}.")
-            found[name] = tuple(_known(f"group {shown(name)}", node, node, known) for node in nodes)
+            found[name] = tuple(known_name(f"group {shown(name)}", node, known) for node in nodes)
         self.groups: dict[str, tuple[str, ...]] = found
 
     # --- what is so now ---
@@ -367,7 +367,7 @@ class Play:
     def _meant(self, what: str, name: str) -> Bool[Tensor, "S R"]:
         """The edges that a step with a name is about; CircuitError if there are none."""
         graph, given, kept = self.model.graph, self.given.kept, self._kept
-        edges = self._edges(what, name)
+        edges = edges_named(graph, name, self.groups, what)
         if what == "cut":
             found, words = edges & kept, "is cut already" if (edges & given).any() else "is not in the circuit"
         elif what == "restore":
@@ -384,47 +384,9 @@ class Play:
             raise CircuitError(f"{what}: {shown(name)} {words}.")
         return found
 
-    def _edges(self, what: str, name: str) -> Bool[Tensor, "S R"]:
-        """All edges of the graph that a name stands for; CircuitError if it is unknown, or there are none."""
-        graph = self.model.graph
-        mask = torch.zeros_like(graph.exists)
-        if name not in self.groups and "->" in name:
-            sender, _, receiver = name.partition("->")
-            row = graph.sender_index(_known(what, name, sender, graph.sender_names))
-            _known(what, name, receiver, {*graph.receiver_names, *graph.node_names[1:]})
-            mask[row, _columns(graph, receiver)] = True
-            mask &= graph.exists
-            if not mask.any():
-                raise CircuitError(
-                    f"{what}: there is no edge {name}: {sender} is not computed before {receiver} reads."
-                )
-            return mask
-        for node in self.groups.get(name, (name,)):
-            if name not in self.groups:
-                _known(what, name, node, {*graph.node_names, *self.groups})
-            if node != "logits":
-                mask[graph.sender_index(node)] = True
-            mask[:, _columns(graph, node)] = True
-        return mask & graph.exists
-
 
 class _Step(NamedTuple):
     """A step in words, and the places in the flattened mask that it changes."""
 
     words: str
     toggled: Int[Tensor, " e"]
-
-
-def _known(what: str, name: str, one: str, known: Any) -> str:
-    """A name that is known; CircuitError that tells the nearest."""
-    if one not in known:
-        told = "" if one == name else f" in {shown(name)}"
-        raise CircuitError(f"{what}: {shown(one)}{told} is not known. {nearest(one[:60], known, few=12)}")
-    return one
-
-
-def _columns(graph: Graph, name: str) -> Bool[Tensor, " R"]:
-    """The receiver of that name, or all of the node's."""
-    if name in graph.node_names:
-        return graph.receiver_node == graph.node_names.index(name)
-    return torch.arange(graph.n_receivers) == graph.receiver_index(name)

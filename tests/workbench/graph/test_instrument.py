@@ -284,6 +284,18 @@ def test_answers_are_bars_beside_the_graph(show: Any) -> None:
     assert page.is_visible("#kc-answers")
 
 
+def test_answers_stand_below_the_graph_where_it_is_narrow(show: Any) -> None:
+    page = page_of(show, answers={"facts": [FACT, FACT]})
+    for width, below in ((980, False), (500, True), (980, False)):
+        page.set_viewport_size({"width": width, "height": 640})
+        page.wait_for_timeout(200)
+        canvas, aside = (page.locator(one).bounding_box() for one in ("#kc-canvas", "#kc-aside"))
+        assert (aside["y"] >= canvas["y"] + canvas["height"] - 1) == below
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        header = page.locator("#kc-keys").bounding_box()
+        assert header["x"] + header["width"] <= width and canvas["height"] > 150
+
+
 def test_paths_are_lit_in_order_and_stepped_through(show: Any) -> None:
     first, second = ["input", "a0.h0", "m0", "m1", "logits"], ["input", "a0.h1", "a1.h2", "logits"]
     page = page_of(show, paths=[first, second])

@@ -1,12 +1,5 @@
 // The instrument: a circuit that is looked at and played, on a model with get, set, save_changes and on.
 
-const HELP = [
-  ["click, Shift+click", "select a node or an edge; add one"], ["Shift+drag", "select all in a frame"], ["drag, wheel", "move, zoom (the wheel after a click)"],
-  ["double click", "open a group"], ["Tab, Shift+Tab", "walk through the nodes"], ["Enter", "select the node that was walked to"], ["arrows, + \u2212 0", "move, zoom, show all"],
-  ["x or Delete", "cut the selected edges, or all edges of the selected nodes"], ["r", "restore them"], ["f", "force an edge in: a3.h1->m7 or a3.h1->a5.h0<q>"],
-  ["Ctrl+Z, Ctrl+Shift+Z", "undo, redo"], ["p", "pin the selection; pinned nodes stay lit"], ["g", "group the selection; ungroup a group"], ["e, then [ ]", "explain: the strongest paths; the one before, the next"],
-  ["F2, n", "give a node a name, a note"], ["/", "find"], ["F", "full screen"], ["Esc", "clear"], ["?", "these keys"],
-];
 const DEFAULTS = {
   scene: {}, selected: [], selected_edges: [], pinned: [], cut: [], forced: [], groups: {}, names: {}, notes: {}, threshold: 0, confidence: 0,
   answers: {}, paths: [], busy: false, problem: "", asked: "", height: 0,
@@ -70,12 +63,6 @@ function render({ model, el }) {
     };
   }
 
-  function corners() {
-    const svg = drawn("svg", { viewBox: "0 0 12 12", width: 12, height: 12, "aria-hidden": "true" });
-    svg.append(drawn("path", { d: "M1 4V1H4M8 1H11V4M11 8V11H8M4 11H1V8", fill: "none", stroke: "currentColor", "stroke-width": 1.5 }));
-    return svg;
-  }
-
   // --- from the model to the picture ---
 
   // Python answers one request at a time, and clears it; what is asked meanwhile waits.
@@ -100,7 +87,7 @@ function render({ model, el }) {
     sureLabel.hidden = !scene.sure;
     below.textContent = Object.keys(scene.sides).length ? "Hide below share" : "Hide below |score|";
     root.style.setProperty("--height", get("height") > 0 ? `${get("height")}px` : "100%");
-    drawLegend();
+    legend.replaceChildren(...legendOf(scene, local.hidden, redraw));
     redraw(true);
   }
   function state() {
@@ -286,40 +273,9 @@ function render({ model, el }) {
     aside.hidden = !parts.length;
     aside.classList.toggle("busy", get("busy"));
     aside.setAttribute("aria-busy", String(get("busy")));
-    aside.style.width = local.folded ? "40px" : "";
+    aside.classList.toggle("folded", local.folded);
     const fold = make("button", { className: "fold", id: "kc-fold", type: "button", title: local.folded ? "Unfold" : "Fold away", "aria-expanded": String(!local.folded), on: { click: () => { local.folded = !local.folded; reflect(); } } }, local.folded ? "\u2039" : "\u203a");
     aside.replaceChildren(fold, ...(local.folded ? [] : parts));
-  }
-
-  // --- the legend, which filters ---
-
-  function drawLegend() {
-    const line = (tone, port) => {
-      const svg = drawn("svg", { "aria-hidden": "true" });
-      svg.append(drawn("path", { d: "M0 4H28", "stroke-width": 2.5, "stroke-dasharray": (DASHES[port] ?? []).join(" ") }));
-      svg.firstChild.style.stroke = `var(--${tone})`;
-      return svg;
-    };
-    const box = (tone) => { const swatch = make("i", { className: `swatch${tone === "mlp" ? " round" : ""}` }); swatch.style.background = `var(--${tone})`; return swatch; };
-    const key = (name, sign, words, data) => {
-      const button = make("button", { className: "key", type: "button", "data-key": name, [`data-${data}`]: name, "aria-pressed": String(!local.hidden.has(name)), title: "Show or hide", on: { click: guarded(() => {
-        local.hidden[local.hidden.has(name) ? "delete" : "add"](name);
-        button.setAttribute("aria-pressed", String(!local.hidden.has(name)));
-        redraw();
-      }) } }, sign, make("bdi", {}, words));
-      return button;
-    };
-    const gap = () => make("span", { className: "gap" }), tones = new Set(scene.nodes.map((node) => node.tone)), ports = new Set(scene.edges.map((edge) => edge.port)), compared = Object.keys(scene.sides).length > 0;
-    const parts = [];
-    if (tones.has("head")) parts.push(key("head", box("head"), scene.withRoles ? "other head" : "head", "role"));
-    if (tones.has("mlp")) parts.push(key("mlp", box("mlp"), "MLP", "kind"));
-    for (const role of ["mover", "relation", "mixture", "suppressor"]) if (tones.has(role)) parts.push(key(role, box(role), role, "role"));
-    if (compared) parts.push(gap(), ...Object.entries(scene.sides).map(([side, words]) => key(side, line(side), words, "side")));
-    const into = [["q", "query"], ["k", "key"], ["v", compared ? "value, MLP or logits" : "value"], ["direct", "MLP or logits"]].filter(([port]) => ports.has(port) && !(compared && port === "direct" && ports.has("v")));
-    if (into.length) parts.push(gap(), make("span", {}, "into"), ...into.map(([port, words]) => key(port, line(compared ? "muted" : port, port), words, "port")));
-    parts.push(gap(), make("span", { id: "kc-width" }, compared ? "width: share of the largest |score|" : "width: |score|"));
-    if (scene.sure) parts.push(make("span", { id: "kc-sure" }, "\u00a0 opacity: share of draws"));
-    legend.replaceChildren(...parts);
   }
 
   // --- finding, saving, full screen ---
@@ -498,11 +454,11 @@ function render({ model, el }) {
   for (const where of [() => document.body, () => window.parent.document.body]) {
     try { watcher.observe(where(), { attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind"] }); } catch { /* another origin */ }
   }
-  const resized = guarded(() => { if (painter.resize()) { painter.reshape(); painter.now(); } });
+  const resized = guarded(() => { root.classList.toggle("narrow", root.clientWidth < 640); if (painter.resize()) { painter.reshape(); painter.now(); } });
   const sizes = new ResizeObserver(resized);
-  sizes.observe(canvas);
+  for (const one of [canvas, root]) sizes.observe(one);
   wear();
-  local.folded = root.clientWidth > 0 && root.clientWidth < 640;
+  root.classList.toggle("narrow", root.clientWidth > 0 && root.clientWidth < 640);
   guarded(load)();
   painter.now();
   // A sandboxed frame out of sight has no size at first, and no observer tells when: it is asked, for what is printed.

@@ -58,13 +58,13 @@ def predicted(
 
 
 def works(model: Model, task: Task) -> dict[str, Callable[[], Any]]:
-    """The same works, to be run."""
+    """The same works, to be run; the smallest first, for what one frees the next may use again."""
     cuts = make_ablation(model, task, "mean")
     circuit = random_circuit(model.graph, 200, 0)
     return {
-        f"eap-ig, {_POINTS} points": lambda: score_edges(model, task, "eap-ig", steps=_POINTS, progress=False),
         "mean ablation": lambda: make_ablation(model, task, "mean"),
         "run of a circuit": lambda: run_circuit(model, circuit, task.val, cuts),
+        f"eap-ig, {_POINTS} points": lambda: score_edges(model, task, "eap-ig", steps=_POINTS, progress=False),
         "acdc": lambda: discover(model, task, "acdc", within="eap:500", checkpoint=False, progress=False),
         "covariance of a layer": lambda: covariance(model, model.graph.n_layers // 2, tokens=512, cache=False),
     }

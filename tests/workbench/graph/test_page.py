@@ -482,6 +482,11 @@ def test_compared_circuits_are_told_apart_in_colour_and_in_numbers(show: Any) ->
     assert sides == ["only ACDC <b> (1)", "only EAP (2)", "shared (2)"]
     assert {link["tone"] for link in asked(page, "graph.links()")} == {"left", "right", "shared"}
     assert page.inner_text("#kc-below") == "Hide below share"
+    page.click("[data-key=v]")  # which stands for all whole lines
+    until(page, "graph.links().every((link) => /<[qk]>$/.test(link.name))")
+    page.click("[data-key=v]")
+    page.click("[data-key=left]")
+    until(page, "graph.links().every((link) => link.tone !== 'left') && graph.links().length === 4")
 
 
 @pytest.mark.browser

@@ -14,8 +14,11 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from kcwb.circuits.circuit import Circuit
+from kcwb.models.graph import Graph
 from kcwb.workbench import tables
 from kcwb.workbench.graph.page import graph_view, is_graph_page, script_hashes
+from kcwb.workbench.graph.widget import CircuitGraph
 from kcwb.workbench.report.harmless import policy
 from kcwb.workbench.report.page import notebook_body
 from kcwb.workbench.report.write import report
@@ -186,6 +189,13 @@ def test_a_graph_may_run_our_scripts_in_a_frame_without_a_way_out() -> None:
     (frame,) = cells(view._repr_html_()).select("iframe")
     assert frame["sandbox"] == "allow-scripts allow-downloads" and frame["srcdoc"] == view.page
     assert "allow-same-origin" not in str(frame)
+
+
+def test_a_widget_that_was_played_is_such_a_graph_with_all_that_was_done() -> None:
+    circuit = Circuit.from_edges(Graph(n_layers=1, n_heads=1), ["input->a0.h0<v>", "a0.h0->logits"])
+    graph = CircuitGraph(circuit, cut=["a0.h0->logits"], notes={"a0.h0": "<script>window.hacked = 1</script>"})
+    (frame,) = cells(graph._repr_mimebundle_()[0]).select("iframe")
+    assert frame["sandbox"] == "allow-scripts allow-downloads" and frame["srcdoc"] == graph.as_view().page
 
 
 @pytest.mark.parametrize("change", ["<script>1</script>", "<img src=x onerror=1>", "<b>"])

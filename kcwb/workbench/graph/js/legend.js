@@ -16,9 +16,10 @@ function legendOf(scene, hidden, changed) {
     return svg;
   };
   const box = (tone) => { const swatch = make("i", { className: `swatch${tone === "mlp" ? " round" : ""}` }); swatch.style.background = `var(--${tone})`; return swatch; };
-  const key = (name, sign, words, data) => {
+  const key = (name, sign, words, data, more = []) => {  // more: what else it stands for
     const button = make("button", { className: "key", type: "button", "data-key": name, [`data-${data}`]: name, "aria-pressed": String(!hidden.has(name)), title: "Show or hide", on: { click: () => {
-      hidden[hidden.has(name) ? "delete" : "add"](name);
+      const change = hidden.has(name) ? "delete" : "add";
+      for (const one of [name, ...more]) hidden[change](one);
       button.setAttribute("aria-pressed", String(!hidden.has(name)));
       changed();
     } } }, sign, make("bdi", {}, words));
@@ -31,7 +32,7 @@ function legendOf(scene, hidden, changed) {
   for (const role of ["mover", "relation", "mixture", "suppressor"]) if (tones.has(role)) parts.push(key(role, box(role), role, "role"));
   if (compared) parts.push(gap(), ...Object.entries(scene.sides).map(([side, words]) => key(side, line(side), words, "side")));
   const into = [["q", "query"], ["k", "key"], ["v", compared ? "value, MLP or logits" : "value"], ["direct", "MLP or logits"]].filter(([port]) => ports.has(port) && !(compared && port === "direct" && ports.has("v")));
-  if (into.length) parts.push(gap(), make("span", {}, "into"), ...into.map(([port, words]) => key(port, line(compared ? "muted" : port, port), words, "port")));
+  if (into.length) parts.push(gap(), make("span", {}, "into"), ...into.map(([port, words]) => key(port, line(compared ? "muted" : port, port), words, "port", compared && port === "v" ? ["direct"] : [])));
   parts.push(gap(), make("span", { id: "kc-width" }, compared ? "width: share of the largest |score|" : "width: |score|"));
   if (scene.sure) parts.push(make("span", { id: "kc-sure" }, "\u00a0 opacity: share of draws"));
   return parts;

@@ -323,6 +323,29 @@ def test_the_referee_judges_circuits_and_puts_claims_beside_them(tmp_path):
 
 
 @pytest.mark.model
+def test_the_frontier_compares_methods_of_every_kind(tmp_path):
+    methods = {"eap": {}, "gim, tuned": {"method": "gim", "select": "tuned"}}
+    executed = run(
+        "13_frontier", tmp_path, relations=["antonym"], others=["ioi"], methods=methods, sizes=[100, 400], n=4, n_test=6,
+        learned=60, updates=5, searched=60,
+    )  # fmt: skip
+    assert shown(executed, "plot_frontier(curves", "image/png")
+    table = "".join(shown(executed, "ninety.pivot"))
+    assert all(word in table for word in ("gim, tuned", "antonym", "ioi"))
+    assert "distance" in "".join(shown(executed, "of_method"))
+    assert "edge-pruning, 60 edges" in "".join(shown(executed, "points.assign"))
+    no_warnings(executed)
+
+
+@pytest.mark.model
+def test_discovery_is_played_by_hand_and_in_code(discovery):
+    assert "<iframe" in shown(discovery, "CircuitGraph(circuit")
+    cuts = shown(discovery, "one_by_one")
+    assert "together" in cuts and "the weaker" in cuts
+    assert "cost here" in shown(discovery, "cost here") and "gain" in shown(discovery, "play.force(name)")
+
+
+@pytest.mark.model
 def test_sweeps_fills_a_store_and_counts_operations(tmp_path):
     executed = run(
         "10_sweeps", tmp_path, relations=["antonym"], methods=["eap"], edges=150, n=2, ablations=["mean"],

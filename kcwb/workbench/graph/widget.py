@@ -390,10 +390,8 @@ class CircuitGraph(anywidget.AnyWidget):
 
 def lead(play: Play, cut: Sequence[str], forced: Sequence[str]) -> dict[str, Any]:
     """Lead a Play to what is cut and forced in, and give what is answered then, as `CircuitGraph.answers` takes it."""
-    back, gone = set(play.cuts) - set(cut), (set(cut) - set(play.cuts)) | (set(play.forced) - set(forced))
-    for step, names in ((play.restore, back), (play.cut, gone), (play.force, set(forced) - set(play.forced))):
-        if names:
-            step(*sorted(names))
+    if not _led(play, cut, forced):
+        play.go_to(cut=cut, forced=forced)
     return play.as_traits()
 
 

@@ -16,7 +16,6 @@ from kcwb.discovery.methods import METHODS, check_method
 from kcwb.discovery.selection import resize
 from kcwb.errors import CircuitError, KcwbError, SettingError
 from kcwb.evaluation.completeness import completeness
-from kcwb.evaluation.play import Play
 from kcwb.models.loading import Model
 from kcwb.outputs import CIRCUIT, check_output
 from kcwb.progress import ProgressCallback
@@ -24,7 +23,6 @@ from kcwb.reading.roles import head_roles
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import Task
 from kcwb.workbench import tables
-from kcwb.workbench.graph.widget import lead
 from kcwb.workbench.panels import results
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.bench import Bench
@@ -32,8 +30,9 @@ from kcwb.workbench.panels.comparison import Comparison
 from kcwb.workbench.panels.controls import Controls
 from kcwb.workbench.panels.nodes import NodePanel
 from kcwb.workbench.panels.picker import Picker
+from kcwb.workbench.panels.playing import Playing
 from kcwb.workbench.panels.results import Found
-from kcwb.workbench.panels.runner import Job, Latest
+from kcwb.workbench.panels.runner import Job
 from kcwb.workbench.panels.search import Search
 from kcwb.workbench.panels.widgets import button, dropdown, hidden_graph, offer, room, the_file
 
@@ -107,7 +106,6 @@ class DiscoveryPanel(Panel):
         self._draws = draws
         self._search = Search(model, self.picker.read, self._enter)
         self._roles: tuple[Task, pd.DataFrame] | None = None  # the last ones asked for, and on what
-        self._playing = Latest[Play]()
 
         self._run_button.layout.margin = "2px 2px 2px 90px"
         self._ask_button = self._button("Ask", "question", self.ask, tooltip="Which facts does the model know?")
@@ -117,6 +115,7 @@ class DiscoveryPanel(Panel):
         naming = "Which heads move the answer? Colours the graph"
         self._roles_button = self._button("Roles", "paint-brush", self.find_roles, tooltip=naming)
         self._graph = hidden_graph(height)
+        self._playing = Playing(model, self._graph, self._enter)
         self.nodes = NodePanel(model, graph=False)
         self._comparison = Comparison(height)
         self.bench = Bench(self, lambda: self._shown)
@@ -342,23 +341,14 @@ class DiscoveryPanel(Panel):
         found, graph = self._shown, self._graph
         if found is None or found.task is None or self._runner.job not in (None, "play", after):
             return
-        circuit, task, cut, forced = found.circuit, found.task, list(graph.cut), list(graph.forced)
-
-        def job(progress: ProgressCallback) -> dict[str, Any]:
-            self._enter("Asking the circuit as it is now", progress)
-            graph.busy = True
-            try:
-                play = self._playing.get((circuit, task), lambda: Play(self.model, circuit, task))
-                return lead(play, cut, forced)
-            finally:
-                graph.busy = False
+        circuit = found.circuit
 
         def done(answers: dict[str, Any]) -> None:
             with self._lock:
                 if found is self._shown and found.circuit is circuit:
                     graph.answers = answers
 
-        self._start("play", job, done)
+        self._start("play", self._playing.job(circuit, found.task), done)
 
     # --- drawing ---
 

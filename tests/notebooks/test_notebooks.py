@@ -326,8 +326,8 @@ def test_the_referee_judges_circuits_and_puts_claims_beside_them(tmp_path):
 def test_the_frontier_compares_methods_of_every_kind(tmp_path):
     methods = {"eap": {}, "gim, tuned": {"method": "gim", "select": "tuned"}}
     executed = run(
-        "13_frontier", tmp_path, relations=["antonym"], others=["ioi"], methods=methods, sizes=[100, 400], n=4, n_test=6,
-        learned=60, updates=5, searched=60,
+        "13_frontier", tmp_path, relations=["antonym"], others=["ioi"], methods=methods, sizes=[100, 400], n=4,
+        n_test=6, learned=60, updates=5, searched=60,
     )  # fmt: skip
     assert shown(executed, "plot_frontier(curves", "image/png")
     table = "".join(shown(executed, "ninety.pivot"))

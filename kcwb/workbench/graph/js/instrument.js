@@ -462,7 +462,11 @@ function render({ model, el }) {
   guarded(load)();
   painter.now();
   // A sandboxed frame out of sight has no size at first, and no observer tells when: it is asked, for what is printed.
-  const begin = (tries) => { if (!painter.width) { resized(); if (tries) setTimeout(begin, 60, tries - 1); } };
+  const begin = (tries) => {
+    if (painter.width) return;
+    resized();
+    if (tries > 0 || host.isConnected) setTimeout(begin, tries > 0 ? 60 : 500, tries - 1);
+  };
   begin(50);
   say(get("problem"));
   host.graph = {  // what is on screen, for tests and for who is curious

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _COUNTERS = ("visited", "evaluations", "near_ties", "surprises", "seen", "value")
 #: Raised with every change of the search that may change its decisions.
-_VERSION = 3
+_VERSION = 4
 
 
 def checkpoint_folder() -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import Generic, TypeVar
 
 import torch
@@ -88,28 +89,22 @@ class HeldPieces(Generic[_Part]):
         what: str = "",
     ) -> None:  # fmt: skip
         self._n, self._make, self._what = len(tokens), make, what
-        self._size, self._parts = 0, list[_Part]()
-        size = prompts_at_once(network, tokens, copies)
-        note(what, size)
-        halving(size, self._cut, what)
+        self._size, self._parts, self._lock = prompts_at_once(network, tokens, copies), list[_Part](), Lock()
+        note(what, self._size)
+        halving(self._size, self._of_size, what)
 
     def run(self, work: Callable[[_Part], _Result]) -> list[_Result]:
-        """What `work` gives for each piece."""
+        """What `work` gives for each piece; several threads may ask at once."""
+        return halving(self._size, lambda size: [work(part) for part in self._of_size(size)], self._what)
 
-        def attempt(size: int) -> list[_Result]:
-            self._cut(size)
-            return [work(part) for part in self._parts]
-
-        return halving(self._size, attempt, self._what)
-
-    def _cut(self, size: int) -> None:
-        if size == self._size:
-            return
-        self._size = 0  # until all are made
-        self._parts.clear()
-        for start in range(0, self._n, size):
-            self._parts.append(self._make(slice(start, min(start + size, self._n))))
-        self._size = size
+    def _of_size(self, size: int) -> list[_Part]:
+        """The pieces, of that size or smaller; who works on larger ones, in another thread, goes on with them."""
+        with self._lock:
+            if size < self._size or not self._parts:
+                self._parts = []  # lets go of the larger ones first
+                rows = (slice(start, min(start + size, self._n)) for start in range(0, self._n, size))
+                self._parts, self._size = [self._make(one) for one in rows], size
+            return self._parts
 
 
 @contextmanager

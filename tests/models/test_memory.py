@@ -3,6 +3,9 @@ the same whether memory lets it take all at once or one after the other."""
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pandas as pd
 import pytest
 import torch
@@ -153,6 +156,20 @@ def test_held_pieces_are_made_once_and_anew_when_memory_runs_out(model) -> None:
     assert held.run(work) == [1, 5, 9, 13]
     assert made[3:] == [(0, 2), (2, 4), (4, 6), (6, 8)]
     assert held.run(len) == [2] * 4 and len(made) == 7
+
+
+def test_threads_that_run_out_of_memory_together_leave_nothing_out(model) -> None:
+    held = HeldPieces(model.network, torch.zeros(16, 4, dtype=torch.long), lambda rows: range(rows.start, rows.stop))
+
+    def work(part: range) -> list[int]:
+        time.sleep(0.001)
+        if len(part) > 2:
+            raise torch.OutOfMemoryError
+        return [*part]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(lambda _: [i for one in held.run(work) for i in one], range(24))]
+    assert found == [[*range(16)]] * 24
 
 
 # --- all that takes prompts ---

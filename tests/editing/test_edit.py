@@ -145,7 +145,7 @@ def test_what_is_known_of_a_model_is_taken_and_said_and_the_rest_is_the_method_s
     assert made.layers == (default_layer(model),) == (1,)
     assert made.parameters["defaults"] == {"source": known.known_settings(model, "rome")[1], "layer": 1}
     assert "layer 1 (a share of the depth: no rome of this model is known)" in repr(made)
-    one = known.Known(known.Shape("llama", 2, 4, 32), "published for tiny", {"rome": {"layer": 0, "clamp": 1.5}})
+    one = known.Known(known.Shape("llama", 2, 4, 32, 48), "published for tiny", {"rome": {"layer": 0, "clamp": 1.5}})
     monkeypatch.setattr(known, "KNOWN", (one,))
     made = edit(model, FACT, "w50", **QUICK)
     assert made.layers == (0,) and "layer 0 (published for tiny)" in repr(made)

@@ -13,10 +13,13 @@ from kcwb.editing.registry import METHODS
 from kcwb.models.loading import load_model
 
 
-def shaped(family: str, n_layers: int, n_heads: int, d_model: int) -> Any:
+def shaped(family: str, n_layers: int, n_heads: int, d_model: int, d_mlp: int = 0) -> Any:
     """As much of a model as is looked at."""
     graph = SimpleNamespace(n_layers=n_layers, n_heads=n_heads)
-    return SimpleNamespace(network=SimpleNamespace(family=family, graph=graph, d_model=d_model), graph=graph)
+    layers = [SimpleNamespace(W_out=range(d_mlp or 4 * d_model))]
+    return SimpleNamespace(
+        network=SimpleNamespace(family=family, graph=graph, d_model=d_model, layers=layers), graph=graph
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,25 @@ def test_published_values_are_taken(shape, method, expected):
     found, source = known_settings(shaped(*shape), method)
     assert found == {**expected, "steps": 20, "lr": 0.5, "decay": 0.5, "penalty": "norm", "kl": 0.0625}
     assert source.startswith("published for gpt")
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        (("llama", 32, 32, 4096, 11008), "Llama-2-7B"),
+        (("llama", 32, 32, 4096, 14336), "Llama-3-8B"),
+        (("llama", 28, 24, 3072, 8192), "Llama-3.2-3B"),
+        (("mistral", 32, 32, 4096, 14336), "Mistral-7B"),
+        (("qwen2", 28, 28, 3584, 18944), "Qwen2.5-7B"),
+    ],
+)
+def test_values_of_easyedit_are_taken_where_the_authors_have_none(shape, name):
+    """As in `hparams/R-ROME` and `hparams/ROME` of EasyEdit; two Llamas differ in the width of the MLP alone."""
+    found, source = known_settings(shaped(*shape), "rome")
+    assert found == {
+        "layer": 5, "steps": 25, "lr": 0.5, "decay": 1e-3, "penalty": "norm", "kl": 0.0625, "clamp": 4
+    }  # fmt: skip
+    assert source == f"published in EasyEdit for {name}"
 
 
 def test_fine_tuning_with_a_constraint_has_the_authors_bounds():

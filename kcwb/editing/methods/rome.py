@@ -5,7 +5,8 @@ Let k be the down-projection's input and m the MLP's output, both at the subject
 1. k* is the mean of k over the prompt with and without prefixes that the model made up; u = C⁻¹k*, normalised.
 2. v* = m + δ, where δ minimises the mean loss of the new object over all prefixes, plus a KL divergence that keeps what
    the subject is ("{s} is a"), plus a decay of (‖δ‖/‖m‖)²; ‖δ‖ is projected to at most c‖m‖ after every step of Adam.
-3. W gains r uᵀ with r = (v* - W k)/(k·u), so that k is now mapped to v*.
+3. W gains r uᵀ with r = (v* - W k*)/(k*·u), so that k* is now mapped to v* (r-ROME, arXiv 2403.07175). ROME's authors'
+   code has the prompt's own k in place of k* here, but not in step 1.
 
 Only what δ reaches is run at each step (`kcwb.editing.partial_runs.Tail`): later layers, positions from the subject's
 last token on.
@@ -75,11 +76,12 @@ class RomeSettings(DeltaSettings):
     Attributes
     ----------
     key
-        Where the constraint holds: at `prompt`, the key of the prompt itself, as the authors' code has it; or at
-        `mean`, k*, which keeps edits from collapsing (r-ROME).
+        Where the constraint holds: at `mean`, k* (r-ROME, arXiv 2403.07175); or at `prompt`, the key of the prompt
+        itself, as ROME's authors' code has it, beside u of k*: that mixture is what makes models collapse after some
+        edits.
     """
 
-    key: Literal["prompt", "mean"] = "prompt"
+    key: Literal["mean", "prompt"] = "mean"
 
 
 def rome(

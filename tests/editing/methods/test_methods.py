@@ -166,6 +166,16 @@ def test_the_closed_form_is_the_constrained_least_squares_solution():
     assert torch.allclose(weight.T + found, expected, atol=1e-9)
 
 
+def test_the_mean_key_stands_in_both_places_where_nothing_is_said(model):
+    more = {"layer": 0, **QUICK}
+    made, mean, prompt = (
+        edit(model, FACT, "w50", **more),
+        *(edit(model, FACT, "w50", key=key, **more) for key in ("mean", "prompt")),
+    )
+    assert torch.equal(made.deltas[0], mean.deltas[0]) and not torch.allclose(mean.deltas[0], prompt.deltas[0])
+    assert made.parameters["key"] == "mean"
+
+
 def test_rome_takes_the_direction_from_the_covariance_or_from_the_key(model):
     by_text = edit(model, FACT, "w50", "rome", layer=0, key="mean", ridge=0.1, **QUICK)
     by_key = edit(model, FACT, "w50", "rome", layer=0, key="mean", covariance="identity", **QUICK)

@@ -49,7 +49,8 @@ class Edit:
         since they are known to work on this model, and their `source` (`kcwb.editing.known`); where nothing is known,
         the layer is a share of the depth. What is in neither is the method's own default, the same for all models.
     deltas
-        Layer -> `[M, D]`: the change of the down-projection (input dimension first).
+        Layer -> `[M, D]`: the change of the down-projection (input dimension first), in float32 at least. Weights of
+        less precision get their sum with it, rounded once.
     losses
         One row per step: `step`, `loss`, `nll` and what else the method watches; MEMIT has a `request`, too.
     keys, values
@@ -66,6 +67,10 @@ class Edit:
         `losses`.
     seconds
         How long it took.
+    kept
+        Layer -> `[n, M]`: the keys whose outputs it changes; AlphaEdit's edits on top of it leave these outputs alone.
+    rounding
+        The share of the change, by its Frobenius norm, that is lost as weights are rounded to the model's precision.
     details
         What else the method reports, for example ROME's prefixes and `direction_agreement`: the cosine between the
         directions C⁻¹k* of two disjoint halves of the text.
@@ -86,6 +91,8 @@ class Edit:
     seconds: float
     nll: float = math.nan
     nll_prefixed: float | None = None
+    kept: Mapping[int, Float[Tensor, "n M"]] = field(default_factory=dict)
+    rounding: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
     _hold: Exclusive = field(default_factory=Exclusive, init=False, repr=False)
 
@@ -122,6 +129,7 @@ class Edit:
             "templates": list(self.templates),
             "layers": list(self.layers),
             "parameters": dict(self.parameters),
+            "rounding": self.rounding,
             "digest": self.digest,
             "onto": onto,
         }
@@ -160,7 +168,7 @@ class Edit:
             object.__setattr__(self, "_hold", hold)
             _stack(network).append(saved)
             for layer, weight in weights.items():
-                weight.add_(self.deltas[layer])
+                weight.copy_(changed(weight, self.deltas[layer]))
             _identify(model, f"{model.name} + {self.method}", joint, edits)
             return model
         except BaseException:
@@ -246,6 +254,28 @@ class _Saved:
     name: str
     digest: str
     edits: tuple[Mapping[str, Any], ...]
+
+
+def changed(weight: Float[Tensor, "M D"], delta: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
+    """The weights with a change, added in float32 at least and rounded once to their own precision."""
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+
+
+def lost_by_rounding(network: Network, deltas: Mapping[int, Float[Tensor, "M D"]]) -> float:
+    """`Edit.rounding` of a change of the weights as they are now; 0 for no change."""
+    lost, whole = 0.0, 0.0
+    for layer, delta in deltas.items():
+        weight = network.layers[layer].W_out
+        wide = changed(weight, delta).double() - weight.double()
+        lost += float((wide - delta.double()).square().sum())
+        whole += float(delta.double().square().sum())
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
+def kept_keys(network: Network, layer: int) -> list[Float[Tensor, "n M"]]:
+    """The keys in one layer of the edits that are in a network's weights, the earliest edit's first."""
+    return [saved.edit.kept[layer] for saved in _stack(network) if layer in saved.edit.kept]
 
 
 #: Where weights are in memory -> the edits that are in them. These keep their model, so that no other comes there.

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from kcwb.editing.writing import continued, text_tokens, writer
+from kcwb.editing.writing import continued, text_digest, text_store, text_tokens, writer
 from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.files import write_tensors
 from kcwb.interventions.block import run_block
@@ -143,11 +143,17 @@ def covariances(
     if wanted < 2 * _LENGTH:
         raise SettingError(f"tokens={tokens}: a covariance needs at least {2 * _LENGTH}.")
     short = (model.network.n_ctx,) if model.network.n_ctx < _LENGTH else ()  # the same weights may read less
-    about = (_VERSION, model.digest, str(model.dtype), writer(model), wanted, seed, *short)
+    about = (_VERSION, text_digest(model), str(model.dtype), writer(model), wanted, seed, *short)
     name = hashlib.sha256(repr(about).encode()).hexdigest()[:24]
     folder = covariance_folder() / name if cache is True else Path(cache) / name if cache else None
-    found = {layer: _read(folder, layer, width) for layer in layers}
+    store = text_store(model)
+    held = {} if store is None else store
+    found = {layer: held.get((name, layer)) or _read(folder, layer, width) for layer in layers}
     missing = [layer for layer, one in found.items() if one is None]
+    if missing and text_digest(model) != model.digest:
+        raise KcwbError(
+            f"The covariance of layer {missing[0]} is not known of the weights as they were before the edits."
+        )
     if missing:
         halves, counted = _accumulate(model, _texts(model, wanted, seed, folder), missing, progress)
         for layer in missing:
@@ -155,6 +161,7 @@ def covariances(
             if folder is not None:
                 metadata = {"tokens": str(counted)}
                 _keep(folder / f"layer{layer}.safetensors", {"halves": halves[layer]}, metadata)
+    held.update({(name, layer): one for layer, one in found.items()})
     return {layer: Covariance(layer, one.halves.to(model.device), one.n_tokens) for layer, one in found.items() if one}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from kcwb.editing.change import Edit, EditError
+from kcwb.editing.change import Edit, EditError, lost_by_rounding
 from kcwb.editing.known import known_settings
 from kcwb.editing.methods.base import EditMethod, Request
 from kcwb.editing.partial_runs import make_rows, measured_nll
@@ -55,9 +55,9 @@ def edit(
     model
         The model, edited already or not.
     fact, target
-        The fact as it is, and the object that it is to have; `memit` takes sequences of both.
+        The fact as it is, and the object that it is to have; `memit` and `alphaedit` take sequences of both.
     method
-        The name of an editor (`kcwb.editing.registry`): `rome`, `memit`, `ft_m`, `ft_l`.
+        The name of an editor (`kcwb.editing.registry`): `rome`, `memit`, `alphaedit`, `ft_m`, `ft_l`.
     template
         How the fact is asked, with `{}` in it, or the subject itself once, as whole words; one for all facts, or one
         for each.
@@ -120,6 +120,8 @@ def edit(
         values=fit.values,
         objective=fit.objective,
         seconds=time.perf_counter() - started,
+        kept=fit.kept,
+        rounding=lost_by_rounding(model.network, fit.deltas),
         details=fit.details,
     )
     return _judged(made, requests, fit.contexts, bound)

@@ -86,7 +86,7 @@ def read_places(
     deltas: Mapping[int, Float[Tensor, "M D"]] | None = None,
 ) -> dict[int, Place]:
     """What some layers do at one position of each row, the down-projections being changed by `deltas`."""
-    changed = deltas or {}
+    changed = {layer: delta.to(network.dtype) for layer, delta in (deltas or {}).items()}
 
     def work(part: slice) -> dict[int, Place]:
         found, x, places = {}, network.embed(tokens[part]), at[part]

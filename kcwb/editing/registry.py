@@ -6,6 +6,7 @@ package, `register`.
 
 from __future__ import annotations
 
+from kcwb.editing.methods.alphaedit import ALPHAEDIT
 from kcwb.editing.methods.base import EditMethod
 from kcwb.editing.methods.fine_tuning import FT_L, FT_M
 from kcwb.editing.methods.memit import MEMIT
@@ -27,6 +28,7 @@ for _method in (
     FT_M,
     FT_L,
     MEMIT,
+    ALPHAEDIT,
 ):
     register(_method)
 

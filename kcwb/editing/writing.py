@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,4 +55,33 @@ def writer(model: Model) -> str:
     return f"{_TOKENIZERS[tokenizer]} {model.prepend_bos}"
 
 
+@contextmanager
+def texts_as_now(model: Model) -> Iterator[None]:
+    """Within, an editor's prefixes and covariances stay those of the weights as they are now, whatever edits go in.
+
+    So it is published for edits one after another, and texts are not made anew for each of them.
+    """
+    place = model.network.W_E.data_ptr()
+    before = _AS_OF.get(place)
+    _AS_OF[place] = before or (model.digest, {})
+    try:
+        yield
+    finally:
+        if before is None:
+            del _AS_OF[place]
+
+
+def text_digest(model: Model) -> str:
+    """The digest of the weights that an editor's texts are made with: the model's, but within `texts_as_now`."""
+    return _AS_OF.get(model.network.W_E.data_ptr(), (model.digest, {}))[0]
+
+
+def text_store(model: Model) -> dict[Any, Any] | None:
+    """Within `texts_as_now`, where what is made of texts is kept until its end; else None."""
+    found = _AS_OF.get(model.network.W_E.data_ptr())
+    return None if found is None else found[1]
+
+
+#: Where weights are in memory -> the digest of the weights that texts are made with, and what was made.
+_AS_OF: dict[int, tuple[str, dict[Any, Any]]] = {}
 _TOKENIZERS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()

@@ -231,7 +231,7 @@ def test_edits_go_in_and_out_on_other_threads(model, made):
         pass
 
 
-@pytest.mark.parametrize("method", ["rome", "memit", "ft_m"])
+@pytest.mark.parametrize("method", ["rome", "memit", "alphaedit", "ft_m"])
 def test_a_cancelled_search_leaves_the_model_alone_at_whatever_point(model, method):
     """Among them those at which the edited weights are measured."""
     before, digest, name = weights(model), model.digest, model.name

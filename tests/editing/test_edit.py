@@ -61,7 +61,7 @@ def test_it_is_out_after_any_exception(model, made, error):
     assert same_bits(model, before) and model.digest == digest
 
 
-@pytest.mark.parametrize("method", ["rome", "ft_m", "ft_l", "memit"])
+@pytest.mark.parametrize("method", ["rome", "ft_m", "ft_l", "memit", "alphaedit"])
 def test_an_interrupt_while_it_is_sought_leaves_the_model_alone(model, method):
     before, digest = weights(model), model.digest
 
@@ -69,7 +69,9 @@ def test_an_interrupt_while_it_is_sought_leaves_the_model_alone(model, method):
         raise KeyboardInterrupt
 
     more = {
-        key: value for key, value in (QUICK if method in ("rome", "memit") else TUNING).items() if key != "progress"
+        key: value
+        for key, value in (QUICK if method in ("rome", "memit", "alphaedit") else TUNING).items()
+        if key != "progress"
     }
     with pytest.raises(KeyboardInterrupt):
         edit(model, FACT, "w50", method, layer=0, progress=progress, **more)
@@ -239,7 +241,7 @@ def test_an_edit_that_does_not_get_under_its_bound_is_refused(model):
     assert same_bits(model, before)
 
 
-@pytest.mark.parametrize("method", ["rome", "ft_m", "memit"])
+@pytest.mark.parametrize("method", ["rome", "ft_m", "memit", "alphaedit"])
 def test_an_edit_that_diverges_is_refused(model, method):
     before = weights(model)
     more = {**(QUICK if method != "ft_m" else TUNING), "lr": 3e37, "clamp": 1e38}

@@ -73,7 +73,7 @@ def test_it_takes_one_request_as_it_says_and_is_scored(model):
     case = kcwb.EditCase(FACT, "w50", TEMPLATE, ("w5 w6 w82",), ("w80 w9 w81",))
     table = kcwb.edit_scores(model, [case], "push", progress=False)
     assert table["run"].tolist() == ["unedited", "push"] and table["EM"].nunique() == 2
-    with pytest.raises(SettingError, match="batches for memit alone"):
+    with pytest.raises(SettingError, match="batches for memit or alphaedit alone"):
         kcwb.edit_scores(model, [case], "push", batch=2)
 
 

@@ -114,7 +114,7 @@ def test_a_batch_of_memit_edits_goes_in_at_once(model):
     with made:
         expected = probability(model, other.prompt, "w55") - probability(model, other.prompt, "w42")
     assert table.iloc[-1]["EM"] == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(SettingError, match="memit alone"):
+    with pytest.raises(SettingError, match="memit or alphaedit alone"):
         edit_scores(model, [CASE, other], "ft_m", batch=2)
 
 

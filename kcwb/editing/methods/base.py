@@ -43,7 +43,7 @@ class Fit:
     Attributes
     ----------
     deltas
-        Layer -> `[M, D]`, the change of the MLP's down-projection.
+        Layer -> `[M, D]`, the change of the MLP's down-projection; at least float32, whatever the model has.
     losses
         One record per step (and request); at least `loss`.
     objective
@@ -52,6 +52,8 @@ class Fit:
         Of each request the template, and the template with prefixes.
     keys, values
         `[n, M]`, `[n, D]`: k* and v* of each request; None where the method has none.
+    kept
+        Layer -> `[n, M]`: the keys whose outputs it changes, of each request; later AlphaEdit edits leave these alone.
     details
         What else is worth keeping.
     """
@@ -62,6 +64,7 @@ class Fit:
     contexts: list[list[str]]
     keys: Float[Tensor, "n M"] | None = None
     values: Float[Tensor, "n D"] | None = None
+    kept: dict[int, Float[Tensor, "n M"]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
 

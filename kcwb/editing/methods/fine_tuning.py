@@ -51,7 +51,7 @@ def fine_tune(
     losses = descend(
         delta, settings, measure, lambda: delta.clamp_(-settings.clamp, settings.clamp), progress, "fine-tuning"
     )
-    return Fit({layer: delta.detach().to(network.dtype)}, losses, losses[-1]["loss"], [[request.template]])
+    return Fit({layer: delta.detach()}, losses, losses[-1]["loss"], [[request.template]])
 
 
 FT_M = EditMethod("ft_m", partial(fine_tune, at_end=False), TuningSettings)

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,27 +22,48 @@ from kcwb.editing.methods.rome import DeltaSettings, all_contexts, optimise_delt
 from kcwb.editing.partial_runs import make_rows, read_places
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.settings import Count, Positive
+from kcwb.settings import Count, NotNegative, Positive
 from kcwb.verbs import noun
+
+#: Of a layer, the requests' keys there and what is to be added for them: the change of its down-projection.
+Solving = Callable[[int, Float[Tensor, "n M"], Float[Tensor, "n D"]], Float[Tensor, "M D"]]
 
 
 @noun
 @dataclass(frozen=True)
-class MemitSettings(DeltaSettings):
-    """What MEMIT depends on; the clamp's scale is the norm of the stream.
+class SpreadSettings(DeltaSettings):
+    """What editors of a range of layers depend on; the clamp's scale is the norm of the stream.
 
     Attributes
     ----------
     spread
         How many layers share the change; the last of them is the edit's layer.
-    weight
-        λ: how much C counts beside the requests' keys. The authors take 15,000 for GPT-2 XL and GPT-J; on SmolLM2-135M
-        that leaves a single edit without effect, and 1,500 does not.
     """
 
     clamp: Positive = 0.75
     spread: Count = 3
+
+    def layers(self, last: int) -> range:
+        """The layers that are changed."""
+        return range(max(0, last - self.spread + 1), last + 1)
+
+
+@noun
+@dataclass(frozen=True)
+class MemitSettings(SpreadSettings):
+    """What MEMIT depends on.
+
+    Attributes
+    ----------
+    weight
+        λ: how much C counts beside the requests' keys. The authors take 15,000 for GPT-2 XL and GPT-J; on SmolLM2-135M
+        that leaves a single edit without effect, and 1,500 does not.
+    ridge
+        C, where it is of text, gains this share of tr(C)/d·I, as in ROME.
+    """
+
     weight: Positive = 1_500.0
+    ridge: NotNegative = 0.01
 
 
 def memit(
@@ -54,17 +75,34 @@ def memit(
     progress: Progress = False,
 ) -> Fit:
     """Fit a MEMIT edit of all requests; `layer` is the last that is changed. The steps are the module's."""
+    about: dict[int, Tensor] = {}
+
+    def solve(number: int, keys: Tensor, change: Tensor) -> Tensor:
+        if settings.covariance == "text" and not about:
+            found = covariances(model, settings.layers(layer), seed=seed, progress=progress)
+            about.update({one: c.matrix for one, c in found.items()})
+        c = about.get(number, torch.eye(keys.shape[1], device=model.device))
+        return spread_change(c, keys, change, settings.weight, settings.ridge if number in about else 0.0)
+
+    return spread_edit(model, requests, layer, settings, seed, progress, "MEMIT", solve)
+
+
+def spread_edit(
+    model: Model, requests: Sequence[Request], layer: int, settings: SpreadSettings, seed: int, progress: Progress,
+    what: str, solve: Solving,
+) -> Fit:  # fmt: skip
+    """The module's steps, with any change of a layer for its share of what is missing."""
     network = model.network
-    layers = range(max(0, layer - settings.spread + 1), layer + 1)
+    layers = settings.layers(layer)
     contexts = all_contexts(model, requests, settings.prefixes, seed)
     prompts = make_rows(model, [(one.wanted, one.template) for one in requests])
     # 1. the wanted stream of each request
     before = read_places(network, prompts.tokens, prompts.subjects, [layer])[layer].after.float()
     found, losses, objectives = [], [], []
-    with track(progress, len(requests), "MEMIT") as step:
+    with track(progress, len(requests), what) as step:
         for i, (request, stream) in enumerate(zip(requests, before, strict=True)):
             delta, steps = optimise_delta(
-                model, contexts[i], request.wanted, layer, stream.norm(), settings, False, "MEMIT"
+                model, contexts[i], request.wanted, layer, stream.norm(), settings, False, what
             )
             found.append(stream + delta)
             losses += [{"request": i, **record} for record in steps]
@@ -72,22 +110,17 @@ def memit(
             step(note=request.fact.subject)
     wanted = torch.stack(found)
     # 2. layer by layer, its share of what is still missing
-    about = {}
-    if settings.covariance == "text":
-        about = {one: c.matrix for one, c in covariances(model, layers, seed=seed, progress=progress).items()}
     prefixed = make_rows(
         model, [(one.wanted, text) for one, texts in zip(requests, contexts, strict=True) for text in texts]
     )
     deltas: dict[int, Tensor] = {}
-    keys = torch.empty(0)
+    kept: dict[int, Tensor] = {}
     for left, number in zip(range(len(layers), 0, -1), layers, strict=True):
         all_keys = read_places(network, prefixed.tokens, prefixed.subjects, [number], deltas)[number].key
-        keys = all_keys.float().unflatten(0, (len(requests), -1)).mean(1)
-        missing = wanted - read_places(network, prompts.tokens, prompts.subjects, [layer], deltas)[layer].after
-        c = about.get(number, torch.eye(keys.shape[1], device=model.device))
-        ridge = settings.ridge if number in about else 0.0
-        deltas[number] = spread_change(c, keys, missing / left, settings.weight, ridge).to(network.dtype)
-    return Fit(deltas, losses, max(objectives), contexts, keys, wanted, {"layers": list(layers)})
+        kept[number] = all_keys.float().unflatten(0, (len(requests), -1)).mean(1)
+        missing = wanted - read_places(network, prompts.tokens, prompts.subjects, [layer], deltas)[layer].after.float()
+        deltas[number] = solve(number, kept[number], missing / left)
+    return Fit(deltas, losses, max(objectives), contexts, kept[layer], wanted, kept, {"layers": list(layers)})
 
 
 def spread_change(

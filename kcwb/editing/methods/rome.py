@@ -26,9 +26,10 @@ from torch import Tensor
 from kcwb.editing.covariance import OPENINGS, covariance, sample_texts, whiten
 from kcwb.editing.methods.base import Descent, EditMethod, Fit, Request, descend
 from kcwb.editing.partial_runs import Rows, answer_logits, answer_nll, make_rows, make_tail, read_places
-from kcwb.editing.writing import writer
+from kcwb.editing.writing import text_digest, writer
 from kcwb.errors import DataError
 from kcwb.models.loading import Model
+from kcwb.models.network import Network
 from kcwb.progress import Progress
 from kcwb.settings import Natural, NotNegative
 from kcwb.tasks.relations import Fact
@@ -55,9 +56,6 @@ class DeltaSettings(Descent):
         How many prefixes the model makes up, half of them of 5 tokens and half of 10.
     covariance
         `text`, or `identity` for C = I.
-    ridge
-        λ: C, where it is of text, gains λ·tr(C)/d·I. Without it C is singular where no text wakes some of the units, as
-        happens with ReLUs.
     """
 
     decay: NotNegative = 1e-3
@@ -65,7 +63,6 @@ class DeltaSettings(Descent):
     kl: NotNegative = 0.0625
     prefixes: Natural = 20
     covariance: Literal["text", "identity"] = "text"
-    ridge: NotNegative = 0.01
 
 
 @noun
@@ -75,12 +72,16 @@ class RomeSettings(DeltaSettings):
 
     Attributes
     ----------
+    ridge
+        λ: C, where it is of text, gains λ·tr(C)/d·I. Without it C is singular where no text wakes some of the units, as
+        happens with ReLUs.
     key
         Where the constraint holds: at `mean`, k* (r-ROME, arXiv 2403.07175); or at `prompt`, the key of the prompt
         itself, as ROME's authors' code has it, beside u of k*: that mixture is what makes models collapse after some
         edits.
     """
 
+    ridge: NotNegative = 0.01
     key: Literal["mean", "prompt"] = "mean"
 
 
@@ -105,9 +106,18 @@ def rome(
     delta, losses = optimise_delta(model, contexts, request.wanted, layer, first.norm(), settings, progress, what)
     value = first + delta
     # 3. the change that maps the one to the other
-    place = found.key[0] if settings.key == "prompt" else mean.to(network.dtype)
-    change = rank_one(direction, place, value - network.mlp_output(layer, place)).to(network.dtype)
-    return Fit({layer: change}, losses, losses[-1]["loss"], [contexts], mean[None], value[None], details)
+    place = found.key[0].float() if settings.key == "prompt" else mean
+    change = rank_one(direction, place, value - mapped(network, layer, place))
+    return Fit(
+        {layer: change}, losses, losses[-1]["loss"], [contexts], mean[None], value[None], {layer: place[None]}, details
+    )
+
+
+def mapped(network: Network, layer: int, key: Float[Tensor, "*n M"]) -> Float[Tensor, "*n D"]:
+    """What a down-projection makes of a key, computed in the key's precision."""
+    weights = network.layers[layer]
+    output = key @ weights.W_out.to(key.dtype)
+    return output if weights.b_out is None else output + weights.b_out.to(key.dtype)
 
 
 def rank_one(
@@ -142,7 +152,7 @@ def all_contexts(model: Model, requests: Sequence[Request], n: int, seed: int) -
 
 def context_templates(model: Model, template: str, n: int, seed: int) -> list[str]:
     """The template, and the template after n short texts that the model made up."""
-    wanted = (model.digest, writer(model), n, seed)
+    wanted = (text_digest(model), writer(model), n, seed)
     if wanted not in _PREFIXES:
         texts: list[str] = []
         for i, length in enumerate(_PREFIX_LENGTHS):

@@ -7,6 +7,11 @@ With P the probability of an object given a prompt, the geometric mean over its 
 - neighbourhood, NS: P(true) > P(new) on the same prompt about other subjects with the same true object; NM: P(true) -
   P(new) there;
 - S: the harmonic mean of the three shares over a set of edits;
+- what the model says (QAEdit, arXiv 2502.11177): its likeliest continuation, token by token, up to the first full stop
+  or end of line. `generated`: that this is the new object, by SQuAD's rules, which QAEdit's code takes: lower case, no
+  punctuation, no articles, single spaces. `begins`: that it begins with the new object's words, since a prompt such as
+  "The capital of France is" may go on after it. Both of paraphrases, too; NaN where the object has a full stop in it.
+  ES and its like compare two objects and are told both; these are told nothing;
 - bleed-over: the share of prompts of other relations whose likeliest next token is another one after the edit, about
   the same subject and about others;
 - portability: P(composed new) > P(composed true) on a prompt that needs the edited fact for one of two steps.
@@ -15,6 +20,8 @@ With P the probability of an object given a prompt, the geometric mean over its 
 from __future__ import annotations
 
 import math
+import re
+import string
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,20 +36,27 @@ from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import Edit, EditError, edit
 from kcwb.editing.partial_runs import make_rows
 from kcwb.editing.registry import edit_method, many_at_once
-from kcwb.editing.writing import continued, text_tokens
+from kcwb.editing.writing import continuations, text_tokens
 from kcwb.errors import DataError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.models.memory import by_prompts
 from kcwb.progress import Progress, track
-from kcwb.settings import Count, Seed
+from kcwb.settings import Count, Natural, Seed
 from kcwb.statistics import mean_interval, proportion_interval, statistic_interval
 from kcwb.tasks.relations import Fact
 from kcwb.tasks.tokens import answer_tokens, padded
 from kcwb.verbs import verb
 
 #: What `edit_scores` reports of each edit.
-SCORES = ("ES", "PS", "NS", "EM", "PM", "NM", "bleed_subject", "bleed_other", "portability")
+SCORES = (
+    "ES", "PS", "NS", "EM", "PM", "NM", "generated", "generated_paraphrase", "begins", "begins_paraphrase",
+    "bleed_subject", "bleed_other", "portability",
+)  # fmt: skip
+#: Scores of which each case has one, a hit or a miss.
+_SINGLE = ("ES", "generated", "begins")
+#: Where an answer that the model writes ends.
+STOPS = (".", "\n")
 
 
 @verb
@@ -54,9 +68,20 @@ def generate(model: Model, text: str, tokens: int = 12) -> str:
     DataError
         If the text fills the context.
     """
-    ids = torch.tensor([text_tokens(model, text)], device=model.device)
-    found = continued(model, ids, tokens, do_sample=False)
-    return str(model.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+    return continuations(model, [text], tokens)[0]
+
+
+def normalised(text: str) -> list[str]:
+    """The words of an answer, as SQuAD's rules compare them (arXiv 1606.05250)."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def says(continuation: str, answer: str) -> tuple[bool, bool]:
+    """Whether what a model has written, up to a full stop, is the answer, and whether it begins with it."""
+    first = re.split("|".join(map(re.escape, STOPS)), continuation.strip(), maxsplit=1)[0]
+    said, wanted = normalised(first), normalised(answer)
+    return said == wanted, bool(wanted) and said[: len(wanted)] == wanted
 
 
 class _Asked:
@@ -71,6 +96,8 @@ class _Asked:
         self.rows = [_row(model, text, answer) for _, text, *both in pairs for answer in both]
         self.plain = [_row(model, text, None) for text in (*case.same_subject, *case.other_subjects)]
         self.n_same = len(case.same_subject)
+        self.target = case.target
+        self.questions = (case.prompt, *case.paraphrases)
 
     def probabilities(self, model: Model) -> Float[np.ndarray, "prompts 2"]:
         """P of the new and of the true object."""
@@ -85,7 +112,24 @@ class _Asked:
         found = [logits.argmax(-1) for logits in _answer_logits(model, self.plain)]
         return torch.cat(found).cpu().numpy() if found else np.zeros(0, dtype=int)
 
+    def said(self, model: Model, tokens: int) -> dict[str, float]:
+        """Whether the model says the new object, on the prompt and on paraphrases; NaN where it is not asked."""
+        asked = tokens and not any(stop in self.target for stop in STOPS)
+        written = continuations(model, self.questions, tokens, STOPS) if asked else []
+        found = np.array([says(text, self.target) for text in written], dtype=float).reshape(-1, 2)
+        means = {"": found[:1], "_paraphrase": found[1:]}
+        return {
+            f"{name}{of}": _mean(part[:, i])
+            for i, name in enumerate(("generated", "begins"))
+            for of, part in means.items()
+        }
 
+    def measured(self, model: Model, tokens: int) -> _Measured:
+        """All that scores are made of, by the weights as they are now."""
+        return self.probabilities(model), self.likeliest(model), self.said(model, tokens)
+
+
+_Measured = tuple[Float[np.ndarray, "prompts 2"], Int[np.ndarray, " prompts"], dict[str, float]]
 _Tokens = tuple[list[int], list[int]]
 
 
@@ -122,6 +166,7 @@ def edit_scores(
     *,
     layer: int | None = None,
     batch: Count = 1,
+    tokens: Natural = 20,
     seed: Seed = 0,
     progress: Progress = True,
     **settings: Any,
@@ -140,6 +185,9 @@ def edit_scores(
         As in `kcwb.editing.edit.edit`.
     batch
         How many edits go in at once; more than one for an editor that takes many (`memit`).
+
+    tokens
+        How many tokens the model writes at most where it is asked what it says; 0 for not asking.
 
     Returns
     -------
@@ -175,12 +223,12 @@ def edit_scores(
         for start in range(0, len(cases), batch):
             part = cases[start : start + batch]
             asked = everything[start : start + batch]
-            before = [(one.probabilities(model), one.likeliest(model)) for one in asked]
+            before = [one.measured(model, tokens) for one in asked]
             made = _try_edit(model, part, method, layer, seed, settings)
             after = before
             if made is not None:
                 with made:
-                    after = [(one.probabilities(model), one.likeliest(model)) for one in asked]
+                    after = [one.measured(model, tokens) for one in asked]
             for i, (case, one) in enumerate(zip(part, asked, strict=True)):
                 cost = (made.nll, made.seconds / len(part)) if made else (math.nan, math.nan)
                 head = {"case": start + i, "relation": case.relation, "subject": case.fact.subject}
@@ -205,12 +253,10 @@ def _try_edit(
         return None
 
 
-def _scores(
-    asked: _Asked, before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray]
-) -> dict[str, float]:
+def _scores(asked: _Asked, before: _Measured, after: _Measured) -> dict[str, float]:
     """One case's scores: means over its prompts of each kind."""
     new, true = after[0].T
-    found: dict[str, float] = {}
+    found = dict(after[2])
     for kind, magnitude, wanted, other in (("ES", "EM", new, true), ("PS", "PM", new, true), ("NS", "NM", true, new)):
         here = asked.kinds == kind
         found[kind] = _mean(wanted[here] > other[here])
@@ -262,19 +308,20 @@ def score_summary(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row per `run` and `score` (S first): `n` (cases that have it), `mean`, `low`, `high`. The interval of ES,
-        one hit or miss per case, is Wilson's of the share of cases. Others are the bootstrap's: of the mean over cases,
-        and for S of the harmonic mean of the three means, cases resampled whole (NaN where all cases agree).
+        One row per `run` and `score` (S first): `n` (cases that have it), `mean`, `low`, `high`. The intervals of ES,
+        `generated` and `begins`, one hit or miss per case, are Wilson's of the share of cases. Others are the
+        bootstrap's: of the mean over cases, and for S of the harmonic mean of the three means, cases resampled whole
+        (NaN where all cases agree).
     """
     rows = []
     for run, part in table.groupby("run", sort=False):
         shares = part[["ES", "PS", "NS"]].to_numpy(float)
         rows.append({"run": run, "score": "S", "n": len(part), **_harmonic(shares, seed)})
-        for score in SCORES:
+        for score in (name for name in SCORES if name in part):
             values = part[score].dropna().to_numpy(float)
             row: dict[str, Any] = {"run": run, "score": score, "n": len(values)}
             if len(values):
-                low, high = proportion_interval(values) if score == "ES" else mean_interval(values, seed)
+                low, high = proportion_interval(values) if score in _SINGLE else mean_interval(values, seed)
                 row |= {"mean": float(values.mean()), "low": low, "high": high}
             rows.append(row)
     return pd.DataFrame(rows, columns=["run", "score", "n", "mean", "low", "high"])

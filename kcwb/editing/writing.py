@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +17,53 @@ from torch import Tensor
 
 from kcwb.errors import DataError
 from kcwb.models.loading import Model
+from kcwb.models.memory import in_pieces
+from kcwb.tasks.tokens import padded
+
+_TOGETHER = 16  # texts that are continued at once
 
 
 def text_tokens(model: Model, text: str) -> list[int]:
     """The tokens of a text, after BOS where the model's prompts have one."""
     bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
     return bos + list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def continuations(model: Model, texts: Sequence[str], new: int, stops: Sequence[str] = ()) -> list[str]:
+    """The likeliest continuation of each text, up to `new` tokens, or to the first that has one of `stops` in it.
+
+    Shorter texts are padded on the left, behind a mask: each continuation is that of its text alone.
+
+    Raises
+    ------
+    DataError
+        If a text fills the context.
+    """
+    rows = [text_tokens(model, text) for text in texts]
+    room = model.network.n_ctx - new
+    alone = [[i] for i, row in enumerate(rows) if len(row) > room]  # they end with the context, each at its own place
+    found: dict[int, str] = {}
+    for group in ([i for i, row in enumerate(rows) if len(row) <= room], *alone):
+
+        def write(part: slice, group: list[int] = group) -> list[str]:
+            some = [rows[i] for i in group[part]]
+            ids = padded([row[::-1] for row in some], model.device).flip(1)
+            mask = padded([[1] * len(row) for row in some], model.device).flip(1)
+            how: dict[str, Any] = {"do_sample": False, "attention_mask": mask}
+            if stops:
+                how["stopping_criteria"] = [partial(_stopped, model, tuple(stops))]
+            new_ids = continued(model, ids, new, **how)[:, ids.shape[1] :]
+            return model.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+
+        written = itertools.chain(*in_pieces(len(group), _TOGETHER, write, "texts"))
+        found.update(zip(group, written, strict=True))
+    return [found[i] for i in range(len(rows))]
+
+
+def _stopped(model: Model, stops: tuple[str, ...], ids: Int[Tensor, "N S"], _scores: Any) -> Tensor:
+    """Which rows have come to a stop, as Hugging Face asks after each token."""
+    last = model.tokenizer.batch_decode(ids[:, -1:])
+    return torch.tensor([any(stop in text for stop in stops) for text in last], device=ids.device)
 
 
 @torch.no_grad()
@@ -44,7 +87,8 @@ def continued(model: Model, tokens: Int[Tensor, "N T"], new: int, **how: Any) ->
     module.generation_config = type(own.generation_config)(
         eos_token_id=own.generation_config.eos_token_id, pad_token_id=model.tokenizer.pad_token_id
     )
-    return module.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=min(new, room), **how)
+    how.setdefault("attention_mask", torch.ones_like(tokens))
+    return module.generate(tokens, max_new_tokens=min(new, room), **how)
 
 
 def writer(model: Model) -> str:

@@ -17,6 +17,7 @@ from kcwb.editing.scores import (
     edit_scores,
     generate,
     layer_sweep,
+    says,
     score_summary,
 )
 from kcwb.errors import DataError, SettingError
@@ -49,6 +50,14 @@ def likeliest(model, text: str) -> int:
     return int(model.logits(torch.tensor([prompt_ids(model, text)]))[0, -1].argmax())
 
 
+def written(model, text: str) -> str:
+    """The likeliest word again and again, until the text ends or to the twentieth."""
+    words: list[str] = []
+    while len(words) < 20 and "<eos>" not in words:
+        words.append(model.tokenizer.decode([likeliest(model, " ".join([text, *words]))]))
+    return " ".join(word for word in words if word != "<eos>")
+
+
 def by_hand(model, case: EditCase, before: list[int]) -> dict[str, float]:
     new, true = case.target, case.fact.object
 
@@ -69,6 +78,12 @@ def by_hand(model, case: EditCase, before: list[int]) -> dict[str, float]:
         likeliest(model, t) != b for t, b in zip((*case.same_subject, *case.other_subjects), before, strict=True)
     ]
     found["bleed_subject"], found["bleed_other"] = np.mean(changed[:1]), np.mean(changed[1:])
+    begins = [
+        written(model, text).split()[: len(new.split())] == new.split() for text in (case.prompt, *case.paraphrases)
+    ]
+    is_all = [written(model, text) == new for text in (case.prompt, *case.paraphrases)]
+    for name, hits in (("begins", begins), ("generated", is_all)):
+        found[name], found[f"{name}_paraphrase"] = float(hits[0]), np.mean(hits[1:])
     found["portability"] = np.mean(
         [probability(model, t, n) > probability(model, t, o) for t, n, o in case.compositions]
     )
@@ -94,6 +109,45 @@ def test_every_score_is_what_counting_by_hand_gives(model, method):
     with made:
         loss = -math.log(probability(model, CASE.prompt, CASE.target))
     assert table.loc[method, "nll"] == pytest.approx(loss, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "is_it", "begins"),
+    [
+        (" Rome.", "Rome", True, True),
+        (" the Rome\nand more", "Rome", True, True),
+        (" Rome, the capital of Italy.", "Rome", False, True),
+        (" ROME!", "rome", True, True),
+        (" Romeo", "Rome", False, False),
+        (" not Rome", "Rome", False, False),
+        (" New York City", "New York", False, True),
+        (" New", "New York", False, False),
+        ("\n Rome", "Rome", True, True),
+        ("", "Rome", False, False),
+        (" a", "the", True, False),
+    ],
+)
+def test_what_is_said_is_compared_by_squad_s_rules(text, answer, is_it, begins):
+    assert says(text, answer) == (is_it, begins)
+
+
+def test_what_the_model_says_is_generated_and_its_first_words_begin_it(model):
+    said = written(model, CASE.prompt).split()[:4]
+    for target, expected in ((said, [1.0, 1.0]), (said[:2], [0.0, 1.0]), (said[1:], [0.0, 0.0])):
+        case = replace(CASE, target=" ".join(target))
+        table = edit_scores(model, [case], "ft_m", tokens=4, progress=False, **TUNING).set_index("run")
+        assert table.loc["unedited", ["generated", "begins"]].tolist() == expected
+
+
+def test_without_tokens_the_model_is_not_asked_what_it_says(model, monkeypatch):
+    monkeypatch.setattr("kcwb.editing.scores.continuations", lambda *a: pytest.fail("it was asked"))
+    stopped = replace(CASE, target="w50 w.", paraphrases=())
+    assert (
+        edit_scores(model, [stopped], "ft_m", progress=False, **TUNING)[["generated", "begins"]].isna().all(axis=None)
+    )
+    table = edit_scores(model, [CASE], "ft_m", tokens=0, progress=False, **TUNING)
+    assert table[["generated", "begins", "generated_paraphrase", "begins_paraphrase"]].isna().all(axis=None)
+    assert score_summary(table.drop(columns=["begins"]))["score"].tolist().count("S") == 2
 
 
 def test_a_case_without_some_prompts_has_no_such_scores(model):

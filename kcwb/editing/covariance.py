@@ -14,7 +14,7 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,27 @@ def sample_texts(model: Model, openings: Sequence[str], length: int, seed: int, 
     return texts
 
 
+def own_texts(model: Model, n: int, length: int, seed: int, without: Collection[str] = ()) -> list[list[int]]:
+    """Token ids of at most n texts of this length: shuffled sentences of the package's relations, one after the other.
+
+    Those about subjects in `without`, or with such an object, are left out.
+    """
+    sentences = [
+        f"{template.replace('{}', fact.subject)} {fact.object}."
+        for relation in load_relations()
+        for template in (*relation.prompt_templates_zs, *relation.prompt_templates)
+        for fact in relation.facts
+        if fact.subject not in without and fact.object not in without
+    ]
+    random.Random(seed).shuffle(sentences)
+    flat: list[int] = []
+    for sentence in sentences:
+        flat += model.tokenizer(f" {sentence}" if flat else sentence, add_special_tokens=False)["input_ids"]
+        if len(flat) >= n * length:
+            break
+    return [flat[start : start + length] for start in range(0, len(flat) - length + 1, length)][:n]
+
+
 def _texts(model: Model, wanted: int, seed: int, folder: Path | None) -> Int[Tensor, "N T"]:
     """The texts, from the folder if they are in it."""
     path = None if folder is None else folder / "texts.safetensors"
@@ -217,24 +238,9 @@ def _texts(model: Model, wanted: int, seed: int, folder: Path | None) -> Int[Ten
 
 def _make_texts(model: Model, wanted: int, seed: int) -> Int[Tensor, "N T"]:
     """Equally long texts: shuffled sentences of the relations one after the other, and samples, in turn."""
-    draw = random.Random(seed)
     each = min(_LENGTH, model.network.n_ctx)
     n_texts = 2 * math.ceil(wanted / (2 * (each - 1)))
-    sentences = [
-        f"{template.replace('{}', fact.subject)} {fact.object}."
-        for relation in load_relations()
-        for template in (*relation.prompt_templates_zs, *relation.prompt_templates)
-        for fact in relation.facts
-    ]
-    draw.shuffle(sentences)
-    written: list[list[int]] = []
-    for sentence in sentences:
-        ids = list(model.tokenizer(sentence if not written else f" {sentence}", add_special_tokens=False)["input_ids"])
-        written.append(ids)
-        if sum(map(len, written)) >= n_texts // 2 * each:
-            break
-    flat = [token for ids in written for token in ids]
-    made = [flat[start : start + each] for start in range(0, len(flat) - each + 1, each)][: n_texts // 2]
+    made = own_texts(model, n_texts // 2, each, seed)
     openings = [OPENINGS[i % len(OPENINGS)] for i in range(n_texts - len(made))]
     sampled = [text[:each] for text in sample_texts(model, openings, each - 1, seed)]
     # Each half of the list has both kinds, and no text is in both.

@@ -20,8 +20,6 @@ With P the probability of an object given a prompt, the geometric mean over its 
 from __future__ import annotations
 
 import math
-import re
-import string
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,6 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kcwb.editing.answers import STOPS, says
 from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import Edit, EditError, edit
 from kcwb.editing.partial_runs import make_rows
@@ -55,8 +54,6 @@ SCORES = (
 )  # fmt: skip
 #: Scores of which each case has one, a hit or a miss.
 _SINGLE = ("ES", "generated", "begins")
-#: Where an answer that the model writes ends.
-STOPS = (".", "\n")
 
 
 @verb
@@ -71,20 +68,7 @@ def generate(model: Model, text: str, tokens: int = 12) -> str:
     return continuations(model, [text], tokens)[0]
 
 
-def normalised(text: str) -> list[str]:
-    """The words of an answer, as SQuAD's rules compare them (arXiv 1606.05250)."""
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def says(continuation: str, answer: str) -> tuple[bool, bool]:
-    """Whether what a model has written, up to a full stop, is the answer, and whether it begins with it."""
-    first = re.split("|".join(map(re.escape, STOPS)), continuation.strip(), maxsplit=1)[0]
-    said, wanted = normalised(first), normalised(answer)
-    return said == wanted, bool(wanted) and said[: len(wanted)] == wanted
-
-
-class _Asked:
+class Asked:
     """The prompts of one case, in the order in which they are scored."""
 
     def __init__(self, model: Model, case: EditCase) -> None:
@@ -124,12 +108,12 @@ class _Asked:
             for of, part in means.items()
         }
 
-    def measured(self, model: Model, tokens: int) -> _Measured:
+    def measured(self, model: Model, tokens: int) -> Measured:
         """All that scores are made of, by the weights as they are now."""
         return self.probabilities(model), self.likeliest(model), self.said(model, tokens)
 
 
-_Measured = tuple[Float[np.ndarray, "prompts 2"], Int[np.ndarray, " prompts"], dict[str, float]]
+Measured = tuple[Float[np.ndarray, "prompts 2"], Int[np.ndarray, " prompts"], dict[str, float]]
 _Tokens = tuple[list[int], list[int]]
 
 
@@ -217,14 +201,14 @@ def edit_scores(
         if case.fact.subject in others:
             raise SettingError(f"Case {i}: {case.fact.subject!r:.60} is in its batch of {batch} before; take batch=1.")
     make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
-    everything = [_Asked(model, case) for case in cases]
+    everything = [Asked(model, case) for case in cases]
     rows: list[dict[str, Any]] = []
     with track(progress, len(cases), f"{method} edits") as step:
         for start in range(0, len(cases), batch):
             part = cases[start : start + batch]
             asked = everything[start : start + batch]
             before = [one.measured(model, tokens) for one in asked]
-            made = _try_edit(model, part, method, layer, seed, settings)
+            made = try_edit(model, part, method, layer, seed, settings)
             after = before
             if made is not None:
                 with made:
@@ -233,14 +217,14 @@ def edit_scores(
                 cost = (made.nll, made.seconds / len(part)) if made else (math.nan, math.nan)
                 head = {"case": start + i, "relation": case.relation, "subject": case.fact.subject}
                 head |= {"true": case.fact.object, "target": case.target}
-                rows.append({**head, "run": "unedited", **_scores(one, before[i], before[i])})
-                rows.append({**head, "run": method, **_scores(one, before[i], after[i])})
+                rows.append({**head, "run": "unedited", **case_scores(one, before[i], before[i])})
+                rows.append({**head, "run": method, **case_scores(one, before[i], after[i])})
                 rows[-1] |= dict(zip(("nll", "seconds"), cost, strict=True))
             step(len(part), part[-1].fact.subject)
     return pd.DataFrame(rows)
 
 
-def _try_edit(
+def try_edit(
     model: Model, cases: Sequence[EditCase], method: str, layer: int | None, seed: int, settings: dict[str, Any]
 ) -> Edit | None:
     """The edit; None if it diverged."""
@@ -253,7 +237,7 @@ def _try_edit(
         return None
 
 
-def _scores(asked: _Asked, before: _Measured, after: _Measured) -> dict[str, float]:
+def case_scores(asked: Asked, before: Measured, after: Measured) -> dict[str, float]:
     """One case's scores: means over its prompts of each kind."""
     new, true = after[0].T
     found = dict(after[2])

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from kcwb.editing.answers import says
 from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import edit
 from kcwb.editing.scores import (
@@ -17,7 +18,6 @@ from kcwb.editing.scores import (
     edit_scores,
     generate,
     layer_sweep,
-    says,
     score_summary,
 )
 from kcwb.errors import DataError, SettingError

@@ -94,7 +94,7 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     option("--model", default="smollm2-135m", help="built-in name, hub name or local folder (default: %(default)s)"),
     option(
         "--method",
-        help="eap, eap-ig, eap-ig-activations, ceap, gim, relp, ig-prune, edge-pruning, exact, acdc (default: eap-ig)",
+        help="eap, eap-ig, eap-ig-activations, ceap, gim, relp, ig-prune, edge-pruning, exact, acdc (default: gim)",
     ),
     option("--metric", help="the loss that a cut is judged by: nll, kl (not for eap) or logit_diff (default: nll)"),
     option("--ablation", help="zero, mean, resample, or name(setting=value) (default: mean; acdc: zero or as within)"),
@@ -103,9 +103,9 @@ def models(args: argparse.Namespace) -> tuple[Any, str]:
     option(
         "--select",
         type=selection_of,
-        help="attribution: signed, absolute, a number between (0 to 1), tuned, greedy or optimal (default: signed)",
+        help="attribution: signed, absolute, a number between (0 to 1), tuned, greedy or optimal (default: tuned)",
     ),
-    option("--steps", type=int, help="of eap-ig and its kind, points of the integral (default: 5; gim, relp: 1)"),
+    option("--steps", type=int, help="of eap-ig and its kind, points of the integral (default: 5; relp: 1)"),
     option("--tau", type=float, help="acdc: the loss increase below which an edge is cut (default: 0.01 nats)"),
     option("--absolute", action="store_true", default=None, help="acdc: judge the increase by its absolute value"),
     option("--within", metavar="CIRCUIT", help="acdc: search only this file's edges, or those of e.g. gim:2000"),
@@ -130,7 +130,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
         check_output(args.out, CIRCUIT, what="--out", inputs=inputs, force=args.force)
     from kcwb.circuits.ablation import ABLATIONS
     from kcwb.discovery.discover import discover
-    from kcwb.discovery.methods import METHODS, check_method, load_extensions
+    from kcwb.discovery.methods import DEFAULT, METHODS, check_method, load_extensions
     from kcwb.discovery.selection import SELECTIONS
     from kcwb.tasks.metrics import METRICS
     from kcwb.tasks.task import make_task
@@ -138,7 +138,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     load_extensions()
     # Misspelt names are told before a model is loaded; discover checks the rest.
     given = given_of(args, "ablation", "edges", "threshold", "select", "steps", "tau", "absolute")
-    given |= {"method": args.method or "eap-ig", "metric": args.metric or "nll"} | dict(read_parameters(args.set))
+    given |= {"method": args.method or DEFAULT, "metric": args.metric or "nll"} | dict(read_parameters(args.set))
     if args.within is not None:
         circuit = Path(args.within)
         given["within"] = kcwb.Circuit.load(circuit) if circuit.suffix or ":" not in args.within else args.within

@@ -18,7 +18,7 @@ from kcwb.circuits.run import check_same_model
 from kcwb.discovery.acdc import acdc
 from kcwb.discovery.methods import Pruning, check_method, check_size, scoring
 from kcwb.discovery.methods.acdc import pruning, search_within
-from kcwb.discovery.registry import Settled, read_within
+from kcwb.discovery.registry import DEFAULT, Settled, read_within
 from kcwb.discovery.selection import select_edges, sure_signs
 from kcwb.discovery.tuning import Tuning
 from kcwb.errors import SettingError, choose
@@ -36,7 +36,7 @@ from kcwb.verbs import verb
 def discover(
     model: Model,
     task: Task,
-    method: str = "eap-ig",
+    method: str = DEFAULT,
     *,
     metric: str = "nll",
     ablation: str | AblationKind | None = None,
@@ -50,8 +50,8 @@ def discover(
     model, task
         The model, and a task made for it.
     method
-        One of `kcwb.discovery.registry.METHODS`. `eap-ig`, `eap`, `gim`, `relp`, `ceap`, `eap-ig-activations` (an
-        integral per sender: minutes on the built-in model): attribution, then the edges of highest score, without
+        One of `kcwb.discovery.registry.METHODS`. `gim` (default), `eap-ig`, `eap`, `relp`, `ceap`, `eap-ig-activations`
+        (an integral per sender: minutes on the built-in model): attribution, then the edges of highest score, without
         dangling ones. `ig-prune`: attribution again and again among the edges that are left. `exact`: the exact effect
         of each edge (one run per edge, so for tiny models). `acdc`: greedy pruning, one edge at a time; exact, and
         minutes on the built-in model.
@@ -67,13 +67,14 @@ def discover(
     edges, threshold
         Of methods that score every edge: how many edges, or the least score kept. Default: 1% of all edges.
     select
-        Of the same: `signed` (default), `absolute`, a number between (0 to 1), `greedy` or `optimal`, see
-        `kcwb.discovery.selection.select_edges`; or `tuned`, the number that does best on D_val, which is recorded.
+        Of the same: `signed`, `absolute`, a number between (0 to 1), `greedy` or `optimal`, see
+        `kcwb.discovery.selection.select_edges`; or `tuned` (default), the number that does best on D_val, which is
+        recorded.
     stable
         Of the same, where scores are means over facts: only edges whose score has the same sign in this share of
         bootstrap resamples of the facts, such as .95; the others' scores are 0. None (default): all edges.
     steps
-        eap-ig, eap-ig-activations, ceap: points of the integral, default 5; ig-prune: 4; gim, relp: 1, the clean run.
+        eap-ig, eap-ig-activations, ceap, gim: points of the integral, default 5; ig-prune: 4; relp: 1, the clean run.
     tau, absolute
         acdc: the loss increase below which an edge is cut, default 0.01 (`tau_from_kc` converts that of the Knowledge
         Circuits code); and whether its absolute value counts.
@@ -123,7 +124,7 @@ def discover(
 def score_edges(
     model: Model,
     task: Task,
-    method: str = "eap-ig",
+    method: str = DEFAULT,
     *,
     metric: str = "nll",
     ablation: str | AblationKind | None = None,

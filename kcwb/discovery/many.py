@@ -28,7 +28,7 @@ from kcwb.circuits.provenance import origin, record
 from kcwb.discovery.discover import discover, find_circuits
 from kcwb.discovery.draws import Draw, Plan, make_plan, shares
 from kcwb.discovery.methods import check_method, check_size
-from kcwb.discovery.registry import Settled
+from kcwb.discovery.registry import DEFAULT, Settled
 from kcwb.discovery.runs import Finished, outputs, runs_of
 from kcwb.discovery.selection import select_edges
 from kcwb.errors import SettingError
@@ -43,7 +43,7 @@ from kcwb.verbs import verb
 def discover_many(
     model: Model,
     task: Task,
-    method: str = "eap-ig",
+    method: str = DEFAULT,
     *,
     draws: Annotated[int, at_least(2)] = 100,
     vary: Sequence[str] | None = None,
@@ -112,9 +112,6 @@ def discover_many(
         raise SettingError("stable is for a single circuit: an ensemble's pi says how sure each edge is.")
     started = time.perf_counter()
     find_circuits(model, task, settled, metric, progress)
-    if settled.settings.get("select") == "tuned":
-        whole = discover(model, task, method, metric=metric, ablation=ablation, progress=progress, **settings)
-        settled.settings["select"] = whole.provenance["parameters"]["select"]
     scores = settled.method.scores
     plan = make_plan(
         model,
@@ -128,6 +125,9 @@ def discover_many(
         shuffled=shuffled,
         seed=seed,
     )
+    if settled.settings.get("select") == "tuned":
+        whole = discover(model, task, method, metric=metric, ablation=ablation, progress=progress, **settings)
+        settled.settings["select"] = whole.provenance["parameters"]["select"]
     runs = runs_of(plan, settled, metric)
     kept_runs = Finished(checkpoint, [run.key(model) for run in runs])
     found: dict[Draw, Tensor] = {}

@@ -188,21 +188,26 @@ def resize(
         raise CircuitError(
             "Only a circuit whose every edge has a score can be resized; run an attribution method first."
         )
-    if select is None:  # a file may hold anything there
-        found = part(circuit.provenance, "parameters").get("select", "signed")
-        select = found if isinstance(found, (str, float, int)) else str(found)
+    if select is None:
+        select = chosen_by(circuit)
     kept = select_edges(circuit.graph, circuit.scores, edges=edges, threshold=threshold, select=select)
     parameters = dict(circuit.provenance.get("parameters", {}), edges=edges, threshold=threshold, select=select)
     provenance = dict(circuit.provenance, parameters=parameters)
     return replace(circuit, kept=kept, provenance=provenance, session=None).without_dangling()
 
 
-def matched_circuit(graph: Graph, scores: Float[Tensor, "S R"], edges: int) -> Circuit:
+def chosen_by(circuit: Circuit) -> str | float:
+    """How a circuit's edges were chosen by their scores; `signed` where its provenance does not say."""
+    found = part(circuit.provenance, "parameters").get("select", "signed")
+    return found if isinstance(found, (str, float, int)) else str(found)  # a file may hold anything there
+
+
+def matched_circuit(graph: Graph, scores: Float[Tensor, "S R"], edges: int, select: str | float = "signed") -> Circuit:
     """The edges of highest score, as many as leave the number nearest to `edges` once dangling ones are dropped."""
     scores = scores.masked_fill(~graph.exists, math.nan).float()
 
     def of(asked: int) -> Circuit:
-        kept = select_edges(graph, scores.nan_to_num(0.0), edges=asked)
+        kept = select_edges(graph, scores.nan_to_num(0.0), edges=asked, select=select)
         return Circuit(graph, kept, scores).without_dangling()
 
     low, high = 0, min(2 * edges, graph.n_edges)

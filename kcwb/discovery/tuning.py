@@ -9,7 +9,10 @@ answers better than the model is not the model either). That takes a run of each
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -35,7 +38,7 @@ class Tuning:
 
     def __init__(self, model: Model, loss: Loss, ablation: Ablation) -> None:
         self.model, self._runs = model, GatedLoss(model, loss, ablation)
-        self._whole = self._runs.of(model.graph.exists)
+        self._whole = cache(lambda: self._runs.of(model.graph.exists))
 
     def share(
         self,
@@ -53,5 +56,9 @@ class Tuning:
             .kept
             for share in SHARES
         ]
-        losses = np.array([*on_each_core(self._runs.of, tried, self.model.device)])
-        return SHARES[int(np.abs(losses - self._whole).argmin())]
+        same = [next(i for i, other in enumerate(tried) if torch.equal(one, other)) for one in tried]
+        different = sorted(set(same))
+        if len(different) == 1:  # no score that would be kept is negative
+            return SHARES[0]
+        losses = np.array([*on_each_core(self._runs.of, [tried[i] for i in different], self.model.device)])
+        return SHARES[different[int(np.abs(losses - self._whole()).argmin())]]

@@ -1,7 +1,7 @@
-"""Many sets of heads at once: the model's answers without each of them.
+"""Many sets of heads at once: the model's answers without each of them, or with each of them weaker or stronger.
 
-The outputs of a set's heads are set to zero at every position, as Knowledge Circuits (arXiv 2405.17969) ablates heads.
-It is the run of the full graph in which all edges out of those heads are cut
+The outputs of a set's heads are set to zero at every position, as Knowledge Circuits (arXiv 2405.17969) ablates heads,
+or multiplied by a factor. Zero is the run of the full graph in which all edges out of those heads are cut
 (`kcwb.interventions.nodes.ablate_nodes`), done for a hundred sets in the time of a few:
 
 1. One clean run gives the residual stream before each layer. A batch of sets begins at the first layer in which any of
@@ -42,9 +42,10 @@ def answers_without(
     sets: Sequence[Sequence[str]],
     groups: Sequence[int] | None = None,
     *,
+    factors: Sequence[float] | None = None,
     progress: Progress = True,
 ) -> tuple[Int[np.ndarray, "sets N"], Float[np.ndarray, "sets N"]]:
-    """The answers of the full model when the outputs of sets of heads are zero at every position.
+    """The answers of the full model when the outputs of sets of heads are zero, or scaled, at every position.
 
     Many sets run at once, from the first layer that any of them has a head in. Prompts of a group share their first
     tokens (a set of demonstrations and the beginning of the question), which are run once for each set of heads, not
@@ -58,6 +59,8 @@ def answers_without(
         Names of heads; an empty set leaves the model intact.
     groups
         Which prompts begin alike; None for a single group. Grouping changes the speed alone.
+    factors
+        What each set's outputs are multiplied by; None for 0, which takes them out.
     progress
         Reported per set.
 
@@ -69,6 +72,7 @@ def answers_without(
     places = [[head_place(model.graph, name) for name in heads] for heads in sets]
     late = model.graph.n_layers
     order = sorted(range(len(sets)), key=lambda i: min((layer for layer, _ in places[i]), default=late))
+    by = [0.0] * len(sets) if factors is None else list(factors)
     ranks = np.zeros((len(sets), len(prompts)), dtype=np.int64)
     losses = np.zeros((len(sets), len(prompts)))
     rows_of: dict[int, list[int]] = {}
@@ -80,7 +84,7 @@ def answers_without(
 
             def work(part: slice, group: _Group = group, rows: list[int] = rows) -> None:
                 some = order[part]
-                residual = _without(model.network, group, [places[i] for i in some])
+                residual = _scaled(model.network, group, [places[i] for i in some], [by[i] for i in some])
                 logits = model.network.logits(residual).float()
                 answers = group.prompts.answers[:, 0].expand(len(some), -1)
                 ranks[np.ix_(some, rows)] = rank_of(logits, answers).cpu().numpy()
@@ -113,23 +117,25 @@ def _group(network: Network, prompts: Prompts) -> _Group:
     return _Group(prompts, [x[0, :n_prefix] for x in streams], [x[:, n_prefix:] for x in streams], batch)
 
 
-def _without(network: Network, group: _Group, sets: Sequence[Sequence[tuple[int, int]]]) -> Float[Tensor, "c N D"]:
-    """The final residual stream at END without each set of (layer, head)."""
+def _scaled(
+    network: Network, group: _Group, sets: Sequence[Sequence[tuple[int, int]]], factors: Sequence[float]
+) -> Float[Tensor, "c N D"]:
+    """The final residual stream at END with the outputs of each set of (layer, head) times its factor."""
     first = min((layer for heads in sets for layer, _ in heads), default=network.graph.n_layers - 1)
     x = group.prefix[first].expand(len(sets), 1, -1, -1)
     y = group.suffix[first].expand(len(sets), -1, -1, -1)
     n_prefix, n_prompts = x.shape[2], y.shape[1]
     at = torch.arange(n_prefix, n_prefix + y.shape[2], device=y.device)
     for layer in range(first, network.graph.n_layers):
-        gone = [(head, i) for i, heads in enumerate(sets) for of, head in heads if of == layer]
+        changed = [(head, i) for i, heads in enumerate(sets) for of, head in heads if of == layer]
 
-        def zeroed(outputs: Tensor, gone: list[tuple[int, int]] = gone) -> Tensor:
-            for head, i in gone:
-                outputs[head, i] = 0.0
+        def scaled(outputs: Tensor, changed: list[tuple[int, int]] = changed) -> Tensor:
+            for head, i in changed:
+                outputs[head, i] *= factors[i]
             return outputs
 
-        early = run_block(network, layer, x, heads=zeroed)
-        y = run_block(network, layer, y, at, (early.keys, early.values), zeroed).after
+        early = run_block(network, layer, x, heads=scaled)
+        y = run_block(network, layer, y, at, (early.keys, early.values), scaled).after
         x = early.after
     ends = group.prompts.ends - n_prefix
     return y[:, torch.arange(n_prompts, device=y.device), ends]

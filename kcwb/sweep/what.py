@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pandas as pd
 
 from kcwb.circuits.ablation import AblationKind, ablation_kind
-from kcwb.discovery.methods import METHODS, check_method
+from kcwb.discovery.methods import DEFAULT, METHODS, check_method
 from kcwb.errors import DataError, SettingError, nearest, shown
 from kcwb.models.loading import known_dtype
 from kcwb.models.worker import WORKER, error_words, results
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 def sweep(
     models: Sequence[str | Path],
     relations: Sequence[str | Path | Relation],
-    methods: Sequence[str] = ("eap-ig",),
+    methods: Sequence[str] = (DEFAULT,),
     taus: Sequence[Positive] = (0.01,),
     ablations: Sequence[str | AblationKind] | None = None,
     *,

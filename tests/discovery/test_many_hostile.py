@@ -117,7 +117,7 @@ def test_a_kept_run_that_is_none_is_run_again(model, task, expected, tmp_path, d
 
 
 def test_kept_scores_of_other_facts_are_run_again(model, task, tmp_path):
-    settings = {"method": "eap", "edges": 30, "draws": 4, "vary": ["facts", "ablation"]}
+    settings = {"method": "eap", "edges": 30, "select": "signed", "draws": 4, "vary": ["facts", "ablation"]}
     (file,) = interrupted(model, task, tmp_path / "runs", 1, **settings)
     file.write_bytes(save({"scores": torch.zeros(3, *model.graph.exists.shape)}))
     found = discover_many(model, task, checkpoint=tmp_path / "runs", progress=False, **settings)

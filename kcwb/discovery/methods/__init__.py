@@ -11,6 +11,7 @@ from kcwb.discovery.methods.edgepruning import EDGE_PRUNING
 from kcwb.discovery.methods.exact import EXACT
 from kcwb.discovery.methods.gates import IG_PRUNE
 from kcwb.discovery.registry import (
+    DEFAULT,
     METHODS,
     Pruning,
     check_method,
@@ -20,7 +21,17 @@ from kcwb.discovery.registry import (
     scoring,
 )
 
-__all__ = ["METHODS", "STEPS", "Pruning", "check_method", "check_size", "load_extensions", "register_method", "scoring"]
+__all__ = [
+    "DEFAULT",
+    "METHODS",
+    "STEPS",
+    "Pruning",
+    "check_method",
+    "check_size",
+    "load_extensions",
+    "register_method",
+    "scoring",
+]
 
 for _method in (EAP, EAP_IG, EAP_IG_ACTIVATIONS, CEAP, GIM, RELP, IG_PRUNE, EDGE_PRUNING, EXACT, ACDC):
     register_method(_method)

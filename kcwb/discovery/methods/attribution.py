@@ -40,9 +40,9 @@ def eap_ig(
 
 
 def gim(
-    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = 1, progress: Progress = False
+    model: Model, loss: Loss, ablation: Ablation, *, steps: Count = STEPS, progress: Progress = False
 ) -> Float[Tensor, "S R"]:
-    """Gradient interaction modifications, arXiv 2505.17630; with more steps, averaged as in `eap_ig`."""
+    """Gradient interaction modifications, arXiv 2505.17630 (there `steps=1`), averaged over points as in `eap_ig`."""
     return attribution_scores(model, loss, ablation, steps=steps, rules=rules.GIM, progress=progress)
 
 

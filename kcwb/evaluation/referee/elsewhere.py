@@ -25,7 +25,8 @@ from kcwb.circuits.ablation import AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import score_edges
 from kcwb.discovery.methods import METHODS, scoring
-from kcwb.discovery.selection import matched_circuit
+from kcwb.discovery.registry import DEFAULT
+from kcwb.discovery.selection import chosen_by, matched_circuit
 from kcwb.errors import DataError, SettingError
 from kcwb.evaluation.faithfulness import recovered_share
 from kcwb.evaluation.referee.scores import Scores
@@ -36,7 +37,6 @@ from kcwb.tasks.relations import Relation, load_relation, relation_files
 from kcwb.tasks.task import Task, make_task
 
 ABLATIONS = ("zero", "mean", "resample")
-_FALLBACK = "eap-ig"
 _KNOWN = 8  # facts of another relation that a model must know for the circuit to be tried on it
 #: Nats of a mean gain over nothing below which no share of it means anything.
 _LEAST_GAIN = 0.05
@@ -112,7 +112,7 @@ def task_elsewhere(
 def found_under(model: Model, task: Task, circuit: Circuit, own: str, step: Step) -> dict[str, Circuit]:
     """Ablation -> the circuit of this size that the same method finds under it; its own stays what it is.
 
-    For a method that does not score edges, or is not known, EAP-IG stands in.
+    For a method that does not score edges, or is not known, the default method stands in.
     """
     found: dict[str, Circuit] = {}
     for ablation in ABLATIONS:
@@ -120,7 +120,7 @@ def found_under(model: Model, task: Task, circuit: Circuit, own: str, step: Step
             found[ablation] = circuit
         elif ablation != "resample" or bool(task.val.paired.any()):
             scores = edge_scores(model, task, circuit, ablation)
-            found[ablation] = matched_circuit(model.graph, scores, circuit.n_edges)
+            found[ablation] = matched_circuit(model.graph, scores, circuit.n_edges, chosen_by(circuit))
         step()
     if own not in found:
         found = {own: circuit, **found}
@@ -133,7 +133,7 @@ def edge_scores(
     """Scores of all edges on D_val by the method, and in the metric, that the circuit was found with."""
     recorded = circuit.provenance
     method = str(recorded.get("method"))
-    method = method if method in scoring() else _FALLBACK
+    method = method if method in scoring() else DEFAULT
     given = recorded.get("parameters")
     own: dict[str, Any] = {}
     if isinstance(given, dict) and method == recorded.get("method"):
@@ -142,8 +142,8 @@ def edge_scores(
     try:
         return score_edges(model, task, method, metric=metric, ablation=ablation, progress=False, **own)
     except SettingError as error:  # a metric, or a setting, of another version
-        warnings.warn(f"Other circuits are scored by {_FALLBACK}, not as this one was found: {error}", stacklevel=2)
-        return score_edges(model, task, _FALLBACK, ablation=ablation, progress=False)
+        warnings.warn(f"Other circuits are scored by {DEFAULT}, not as this one was found: {error}", stacklevel=2)
+        return score_edges(model, task, DEFAULT, ablation=ablation, progress=False)
 
 
 def of_nodes(circuit: Circuit) -> Circuit:

@@ -59,7 +59,7 @@ class Controls(Group):
         self.tau = W.FloatText(tau, step=0.005, description="τ, nats", layout=room(160))
         self.within = W.BoundedIntText(
             within or 0, min=0, max=self._n_edges, step=1000, description="Within", layout=room(160),
-            tooltip="Search only this many edges, chosen by attribution (eap-ig); 0 searches all",
+            tooltip="Search only this many edges, chosen by attribution; 0 searches all",
         )  # fmt: skip
         self.rows = [
             [self.method, self.ablation, self.metric],

@@ -12,7 +12,7 @@ import pandas as pd
 from kcwb.circuits.ablation import AblationKind
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
-from kcwb.discovery.methods import METHODS, check_method
+from kcwb.discovery.methods import DEFAULT, METHODS, check_method
 from kcwb.discovery.selection import resize
 from kcwb.errors import CircuitError, KcwbError, SettingError
 from kcwb.evaluation.completeness import completeness
@@ -53,8 +53,8 @@ class DiscoveryPanel(Panel):
     tau
         The loss increase below which `acdc` cuts an edge.
     within
-        How many edges `acdc` searches, chosen by `eap-ig` under the same ablation (`mean` where none is said, since
-        attribution says little about `zero`); None searches all.
+        How many edges `acdc` searches, chosen by the default method under the same ablation (`mean` where none is
+        said, since attribution says little about `zero`); None searches all.
     n, seed, template
         As in `kcwb.make_task`; a template of your own is offered beside the relation's.
     draws
@@ -84,7 +84,7 @@ class DiscoveryPanel(Panel):
         model: Model,
         relation: Relation | str | Path = "country_capital",
         *,
-        method: str = "eap-ig",
+        method: str = DEFAULT,
         ablation: str | AblationKind | None = None,
         metric: str = "nll",
         edges: int = 300,

@@ -14,7 +14,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.draws import SOURCES
-from kcwb.discovery.methods import METHODS, check_method
+from kcwb.discovery.methods import DEFAULT, METHODS, check_method
 from kcwb.errors import CircuitError, DataError, KcwbError, SettingError, choose
 from kcwb.evaluation.confidence import confidence_curve
 from kcwb.models.loading import Model
@@ -86,7 +86,7 @@ class EnsemblePanel(Panel):
         model: Model,
         relation: Relation | str | Path = "country_capital",
         *,
-        method: str = "eap-ig",
+        method: str = DEFAULT,
         ablation: str | AblationKind | None = None,
         metric: str = "nll",
         edges: int = 300,

@@ -106,7 +106,7 @@ class Search:
         def search() -> Circuit:
             self._enter("Choosing by attribution which edges to search", progress)
             how: Settings = {"metric": metric, "ablation": ablation, "edges": edges}
-            return discover(self._model, task, "eap-ig", progress=progress, **how)
+            return discover(self._model, task, progress=progress, **how)
 
         return resize(self._searched.get((task, metric, ablation), search), edges=edges)
 

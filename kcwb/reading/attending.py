@@ -60,6 +60,7 @@ def why_attends(
     at: Place = "end",
     to: Place = "subject",
     other: Task | Prompts | None = None,
+    each: bool = False,
     circuit: Circuit | None = None,
     ablation: str | AblationKind | Ablation | None = None,
 ) -> pd.DataFrame:
@@ -78,6 +79,8 @@ def why_attends(
         token), `first`, or a number from 0.
     other
         Another relation's task or prompts, for the column `contrast`.
+    each
+        Say it of each prompt in which the key is in sight, instead of the mean; not with `other`.
     circuit, ablation
         As in `attention_pattern`; None for the full model.
 
@@ -95,10 +98,12 @@ def why_attends(
     CircuitError
         If the model has no such head, or the circuit belongs to another model.
     SettingError
-        If there is no such prompt or position, or an ablation needs the task.
+        If there is no such prompt or position, an ablation needs the task, or `each` stands beside `other`.
     DataError
         If a prompt's subject is not known, or a key is never in sight of the query.
     """
+    if each and other is not None:
+        raise SettingError("Each prompt has none of the other relation's beside it: each=True takes no other.")
     heads = _heads(model, head, circuit)
     split = _split(model, planned_run(model, task, circuit, ablation, prompt), heads, at, to)
     beside = None
@@ -108,13 +113,12 @@ def why_attends(
     for name, of_head in split.items():
         if beside is not None and name not in beside:
             continue
-        table = pd.DataFrame({"head": name, "side": np.repeat(["q", "k"], len(of_head.senders))})
-        table["sender"] = [*of_head.senders, *of_head.senders]
-        table["score"] = of_head.scores.flatten().tolist()
-        if beside is not None:
-            table["contrast"] = (of_head.scores - beside[name].scores).flatten().tolist()
-        strength = table[table.columns[-1]].abs()
-        tables.append(table.loc[np.lexsort((-strength, table["side"] == "k"))])
+        if each:
+            shown = zip(of_head.prompts, of_head.scores.unbind(-1), strict=True)
+            tables += [_table(name, of_head, scores, None).assign(prompt=row) for row, scores in shown]
+        else:
+            contrast = None if beside is None else of_head.mean - beside[name].mean
+            tables.append(_table(name, of_head, of_head.mean, contrast))
     if not tables:
         raise DataError(
             f"No key at {to!r} is in sight of the query at {at!r} in both the prompts and the other ones: a window "
@@ -147,14 +151,33 @@ def attending_pairs(
     """
     (only,) = _heads(model, head, circuit)
     found = _split(model, planned_run(model, task, circuit, ablation, prompt), [only], at, to, pairs=True)[only]
-    return pd.DataFrame(found.scores.numpy(), index=list(found.senders), columns=list(found.senders))
+    return pd.DataFrame(found.mean.numpy(), index=list(found.senders), columns=list(found.senders))
 
 
 class _Split(NamedTuple):
-    """The senders that a head reads, the two rows beside them, and their scores: `[2, P]`, or `[P, P]` of pairs."""
+    """The senders that a head reads, the two rows beside them, and their scores: `[2, P, n]`, or `[P, P, n]` of pairs.
+
+    `prompts` are those in which the key is in sight.
+    """
 
     senders: tuple[str, ...]
-    scores: Float[Tensor, "q P"]
+    scores: Float[Tensor, "q P n"]
+    prompts: list[int]
+
+    @property
+    def mean(self) -> Float[Tensor, "q P"]:
+        return self.scores.mean(-1)
+
+
+def _table(name: str, split: _Split, scores: Tensor, contrast: Tensor | None) -> pd.DataFrame:
+    """The rows of one head, by side, the largest first."""
+    table = pd.DataFrame({"head": name, "side": np.repeat(["q", "k"], len(split.senders))})
+    table["sender"] = [*split.senders, *split.senders]
+    table["score"] = scores.flatten().tolist()
+    if contrast is not None:
+        table["contrast"] = contrast.flatten().tolist()
+    strength = table[table.columns[-1]].abs()
+    return table.loc[np.lexsort((-strength, table["side"] == "k"))]
 
 
 def _heads(model: Model, head: str | Sequence[str] | None, circuit: Circuit | None) -> list[str]:
@@ -218,7 +241,7 @@ def _split(
         senders = graph.sender_names[: graph.senders_before(graph.attention_receivers(places[names[0]].layer).start)]
         rows = (*senders, *([] if run.kept is None else [CUT]), BIASES)
         for name, scores in zip(names, torch.cat(parts, -1), strict=True):
-            split[name] = _Split(rows, scores[..., seen[name]].double().mean(-1))
+            split[name] = _Split(rows, scores[..., seen[name]].double(), seen[name].nonzero()[:, 0].tolist())
     return split
 
 

@@ -74,23 +74,39 @@ def attention_pattern(
     SettingError
         If there is no such prompt, or an ablation needs the task.
     """
+    run = planned_run(model, task, circuit, ablation, prompt)
+    pattern = _patterns(model, run, head)[0]
+    tokens = run.prompts.tokens[0, : int(run.prompts.lengths[0])].tolist()
+    labels = [f"{i}:{model.tokenizer.decode([token])}" for i, token in enumerate(tokens)]
+    shown = pattern[: len(tokens), : len(tokens)].float().cpu().numpy()
+    return pd.DataFrame(shown, index=labels, columns=labels)
+
+
+def end_attention(model: Model, run: PlannedRun, head: str) -> Float[Tensor, "N T"]:
+    """Where a head attends from END, on every prompt of a run: rows sum to 1; what comes after END is 0."""
+    pattern = _patterns(model, run, head)
+    return pattern[torch.arange(len(pattern), device=pattern.device), run.prompts.ends]
+
+
+@torch.no_grad()
+def _patterns(model: Model, run: PlannedRun, head: str) -> Float[Tensor, "N T T"]:
+    """A head's attention on all prompts of a run."""
     place, network = model.graph.node(head), model.network
     if place.kind != "head":
         raise CircuitError(f"{head} does not attend: only heads do, a<layer>.h<head>.")
-    run = planned_run(model, task, circuit, ablation, prompt)
-    with torch.no_grad():
-        inputs = run.forward(run.prompts, receivers=True).receivers
-        x = inputs[place.layer][0]
+    chosen, width = torch.tensor([place.head], device=network.device), run.prompts.tokens.shape[1]
+
+    def work(rows: slice) -> Tensor:
+        x = run.forward(run.prompts.select(rows), receivers=True).receivers[place.layer][0]
         reads = x.chunk(3) if x.shape[0] > 1 else (x, x)  # in a circuit each head reads its own
         q, k = (part[[place.head]] if part.shape[0] > 1 else part for part in reads[:2])
-        chosen = torch.tensor([place.head], device=x.device)
         pattern = network.pattern(
             place.layer, network.queries(place.layer, q, chosen), network.keys(place.layer, k, chosen)
         )
-    tokens = run.prompts.tokens[0, : int(run.prompts.lengths[0])].tolist()
-    labels = [f"{i}:{model.tokenizer.decode([token])}" for i, token in enumerate(tokens)]
-    shown = pattern[0, 0, : len(tokens), : len(tokens)].float().cpu().numpy()
-    return pd.DataFrame(shown, index=labels, columns=labels)
+        room = width - pattern.shape[-1]
+        return torch.nn.functional.pad(pattern[0], (0, room, 0, room))
+
+    return torch.cat([*by_prompts(network, run.prompts.tokens, work)])
 
 
 def node_logits(
@@ -127,9 +143,13 @@ def node_logits(
     SettingError
         If there is no such prompt, or an ablation needs the task.
     """
+    return written_logits(model, planned_run(model, task, circuit, ablation, prompt), node)
+
+
+def written_logits(model: Model, run: PlannedRun, node: str) -> Float[Tensor, "N V"]:
+    """`node_logits` on every prompt of a run."""
     graph, network = model.graph, model.network
     whole = graph.node(node).kind == "logits"
-    run = planned_run(model, task, circuit, ablation, prompt)
 
     @torch.no_grad()
     def written(rows: slice) -> Tensor:

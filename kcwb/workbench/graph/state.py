@@ -125,6 +125,36 @@ def _is_fact(fact: Any) -> bool:
     )
 
 
+def _reading(name: str, value: Any, circuit: Circuit | None) -> dict[str, Any]:
+    try:
+        given = json.loads(json.dumps(value, allow_nan=False))
+        runs = given["runs"] if given else []
+        good = isinstance(runs, list) and all(
+            fits(run["run"], str) and run["prompts"] and all(_is_read(one) for one in run["prompts"]) for run in runs
+        )
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise SettingError(f"{name}={shown(value)} is not {{'node', 'runs': [{{'run', 'prompts': read_node(...)}}]}}.")
+    if given:
+        _nodes(f"{name}['node']", [given.get("node")], circuit)
+    return given
+
+
+def _is_read(one: Any) -> bool:
+    pairs = [pair for part in ("writes", "query", "key") for pair in one.get(part, [])]
+    tokens, attention = one.get("tokens", []), one.get("attention", [])
+    return (
+        fits(one["prompt"], str)
+        and fits(one["answer"], str)
+        and all(fits(text, str) and fits(number, float) for text, number in pairs)
+        and fits(tokens, list[str])
+        and fits(attention, list[float])
+        and len(tokens) == len(attention)
+        and fits(one.get("at", 0), int)
+    )
+
+
 def _asked(name: str, value: Any, circuit: Circuit | None) -> str:
     if value not in ("", "undo", "redo", "explain"):
         raise SettingError(f"{name}={shown(value)} is none of undo, redo, explain.")
@@ -134,7 +164,7 @@ def _asked(name: str, value: Any, circuit: Circuit | None) -> str:
 CHECKS: Mapping[str, Callable[[str, Any, Circuit | None], Any]] = {
     "selected": _nodes, "selected_edges": _edges, "pinned": _nodes, "cut": _cut, "forced": _forced, "groups": _groups,
     "names": _words, "notes": _words, "threshold": _threshold, "confidence": _confidence, "answers": _answers,
-    "paths": _paths, "asked": _asked,
+    "reading": _reading, "paths": _paths, "asked": _asked,
 }  # fmt: skip
 """Trait -> its check."""
 

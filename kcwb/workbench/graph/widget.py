@@ -20,6 +20,7 @@ from kcwb.workbench.graph.drawing import Drawing, Look, Roles, draw, draw_two
 from kcwb.workbench.graph.instrument import module, scene
 from kcwb.workbench.graph.page import GraphView, view_of
 from kcwb.workbench.graph.state import CHECKS, checked, is_blank, kept_of
+from kcwb.workbench.graph.steps import Steps, lead, led
 
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from kcwb.evaluation.play import Play
 
 _MOST = 20_000  # edges
-_STEPS = 1000  # that are undone
 _NONE = "There is no circuit yet: graph.show(circuit)."
+_PYTHONS = ("scene", "height", "live", "busy")
 _SESSION = ("pinned", "groups", "names", "notes", "cut", "forced")
 
 
@@ -71,6 +72,9 @@ class CircuitGraph(anywidget.AnyWidget):
         What is shown beside the graph, as `kcwb.Play.as_traits` gives it: ``facts``, each with ``prompt``,
         ``answer``, ``before`` and ``after`` (``p``, ``rank``, ``top``: tokens with probabilities), and ``loss_before``,
         ``loss_after``.
+    reading : dict
+        What is read of a ``node``, beside the graph while it is selected: ``runs``, each with the name of its ``run``
+        and its ``prompts``, as `kcwb.workbench.graph.reading.read_node` gives them. Panels fill it.
     paths : list of list of str
         Paths that are lit, in order, each a list of nodes.
     busy : bool
@@ -108,6 +112,7 @@ class CircuitGraph(anywidget.AnyWidget):
     threshold = T.Float(0.0).tag(sync=True)
     confidence = T.Float(0.0).tag(sync=True)
     answers = T.Dict().tag(sync=True)
+    reading = T.Dict().tag(sync=True)
     paths = T.List().tag(sync=True)
     busy = T.Bool(False).tag(sync=True)
     problem = T.Unicode("").tag(sync=True)
@@ -132,15 +137,13 @@ class CircuitGraph(anywidget.AnyWidget):
         self._circuit: Circuit | None = None
         self._drawing: Drawing | None = None
         self._play: Play | None = None
-        self._past: list[tuple[list[str], list[str]]] = []
-        self._future: list[tuple[list[str], list[str]]] = []
-        self._held: tuple[list[str], list[str]] = ([], [])
+        self._steps = Steps()
         super().__init__(height=height, **({"layout": traits.pop("layout")} if "layout" in traits else {}))
         if circuit is not None:
             self.show(circuit, roles=roles, title=title, details=details, ensemble=ensemble, max_edges=max_edges)
         for name, value in traits.items():
             setattr(self, name, value)
-        self._past.clear()
+        self._steps.forget()
 
     # --- what is drawn ---
 
@@ -230,12 +233,11 @@ class CircuitGraph(anywidget.AnyWidget):
         held = {name: getattr(self if circuit.session is None else circuit.session, name) for name in _SESSION}
         kept = kept_of(held, circuit)
         self._circuit, self._drawing, self._play = circuit, drawing, None
-        fresh = {"selected": [], "selected_edges": [], "answers": {}, "paths": [], "threshold": 0.0, "problem": ""}
+        fresh = {"selected": [], "selected_edges": [], "answers": {}, "reading": {}, "paths": [], "threshold": 0.0}
         with self.hold_sync():
-            for name, value in {**fresh, **kept, "scene": scene(drawing)}.items():
+            for name, value in {**fresh, **kept, "problem": "", "scene": scene(drawing)}.items():
                 setattr(self, name, value)
-        self._past.clear()
-        self._future.clear()
+        self._steps.forget()
 
     # --- what is played ---
 
@@ -261,38 +263,28 @@ class CircuitGraph(anywidget.AnyWidget):
     @verb
     def undo(self, steps: Count = 1) -> None:
         """Take back the last steps that changed `cut` or `forced`; those that there are."""
-        self._go(self._past, self._future, steps)
+        self._go(-steps)
 
     @verb
     def redo(self, steps: Count = 1) -> None:
         """Take such steps again."""
-        self._go(self._future, self._past, steps)
+        self._go(steps)
 
-    def _go(self, back: list[Any], forth: list[Any], steps: int) -> None:
-        if not back:
-            return
-        for _ in range(min(steps, len(back))):
-            forth.append(self._held)
-            self._held = back.pop()
-        cut, forced = self._held
+    def _go(self, steps: int) -> None:
+        cut, forced = self._steps.go(steps)
         with self.hold_sync(), self.hold_trait_notifications():
-            self.cut, self.forced = list(cut), list(forced)
+            self.cut, self.forced = cut, forced
 
     @T.observe("cut", "forced")
     def _on_step(self, change: Any) -> None:
-        now = (list(self.cut), list(self.forced))
-        if now != self._held:  # else it was undone, or is the other half of one step
-            self._past.append(self._held)
-            del self._past[:-_STEPS]
-            self._future.clear()
-            self._held = now
+        self._steps.take(self.cut, self.forced)
         if self._play is not None:
             self._answer()
 
     def _answer(self) -> None:
         """Show what is answered now."""
         play = self._play
-        if play is None or (self.answers and _led(play, self.cut, self.forced)):
+        if play is None or (self.answers and led(play, self.cut, self.forced)):
             return
         self.busy = True
         try:
@@ -350,11 +342,11 @@ class CircuitGraph(anywidget.AnyWidget):
         good, wrong = {}, []
         for name, value in sync_data.items():
             try:
+                if name in _PYTHONS:
+                    raise SettingError(f"{name} is for Python to set.")
                 if name in CHECKS:
                     getattr(type(self), name).validate(self, value)
                     checked(name, value, self._circuit)
-                elif name in ("scene", "height", "live", "busy"):
-                    raise SettingError(f"{name} is for Python to set.")
                 good[name] = value
             except (SettingError, CircuitError, T.TraitError) as error:
                 wrong.append((name, str(error)))
@@ -386,14 +378,3 @@ class CircuitGraph(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         return {**data, "text/html": self._repr_html_()}, metadata
-
-
-def lead(play: Play, cut: Sequence[str], forced: Sequence[str]) -> dict[str, Any]:
-    """Lead a Play to what is cut and forced in, and give what is answered then, as `CircuitGraph.answers` takes it."""
-    if not _led(play, cut, forced):
-        play.go_to(cut=cut, forced=forced)
-    return play.as_traits()
-
-
-def _led(play: Play, cut: Sequence[str], forced: Sequence[str]) -> bool:
-    return set(play.cuts) == set(cut) and set(play.forced) == set(forced)

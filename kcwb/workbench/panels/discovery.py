@@ -115,7 +115,6 @@ class DiscoveryPanel(Panel):
         naming = "Which heads move the answer? Colours the graph"
         self._roles_button = self._button("Roles", "paint-brush", self.find_roles, tooltip=naming)
         self._graph = hidden_graph(height)
-        self._playing = Playing(model, self._graph, self._enter)
         self.nodes = NodePanel(model, graph=False)
         self._comparison = Comparison(height)
         self.bench = Bench(self, lambda: self._shown)
@@ -128,8 +127,7 @@ class DiscoveryPanel(Panel):
         self._on(self._comparison.other, lambda _: self._compare())
         self._on(self._tabs, lambda _: self._compare(), "selected_index")
         self._on(self._graph, self._on_click, "selected")
-        for trait in ("cut", "forced"):
-            self._on(self._graph, lambda _: self._play(), trait)
+        self._playing = Playing(self, self._graph, lambda: (self.circuit, self.task))
         graph, tabs = model.graph, dict[str, W.Widget](self._pages)
         size = f"{graph.n_layers} layers of {graph.n_heads} heads, {graph.n_edges:,} edges"
         tabs |= {_NODE: self.nodes._root, _COMPARE: self._comparison.widget, _REFEREE: self.bench.widget}
@@ -331,24 +329,9 @@ class DiscoveryPanel(Panel):
                     found.completeness = table
                 if found is self._shown:
                     self._draw_completeness(found)
-                    if self._graph.cut or self._graph.forced:  # meanwhile, or still
-                        self._play(after="test")
+                    self._playing.resume("test")
 
         self._start("test", job, done)
-
-    def _play(self, after: str | None = None) -> None:
-        """Ask the circuit its facts with what is cut and forced in the graph; after other work, not instead."""
-        found, graph = self._shown, self._graph
-        if found is None or found.task is None or self._runner.job not in (None, "play", after):
-            return
-        circuit = found.circuit
-
-        def done(answers: dict[str, Any]) -> None:
-            with self._lock:
-                if found is self._shown and found.circuit is circuit:
-                    graph.answers = answers
-
-        self._start("play", self._playing.job(circuit, found.task), done)
 
     # --- drawing ---
 

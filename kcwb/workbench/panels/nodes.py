@@ -24,6 +24,7 @@ from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.workbench import tables
 from kcwb.workbench.panels.base import Panel
+from kcwb.workbench.panels.playing import Playing
 from kcwb.workbench.panels.results import SCORE, title
 from kcwb.workbench.panels.runner import Job, Latest
 from kcwb.workbench.panels.widgets import brief, button, dropdown, hidden_graph, numbered, room, rows
@@ -114,11 +115,12 @@ class NodePanel(Panel):
         self._where = dropdown("In", [("the circuit alone", _CIRCUIT), ("the full model", _MODEL)], _CIRCUIT)
         self._prompt = dropdown("Prompt", [], None, least=400)
         self._heading, self._joined, self._gone = W.HTML(), W.HTML(), W.HTML()
-        self._graph = hidden_graph(height) if graph else None
+        self._graph, self._playing = hidden_graph(height) if graph else None, None
         beside = {"flex": "1 1 330px", "min_width": "0"}
         self._attention, self._writes = W.HTML(layout=beside), W.HTML(layout=beside)
         if self._graph is not None:
             self._on(self._graph, lambda change: self.select(*change["new"]) if change["new"] else None, "selected")
+            self._playing = Playing(self, self._graph, lambda: (self.circuit, self.task))
         for widget in (self._where, self._prompt):
             self._on(widget, lambda _: self._look())
         self._on(self._node, lambda change: self.select(*change["new"].replace(",", " ").split()))
@@ -269,6 +271,8 @@ class NodePanel(Panel):
         if asked == (self.circuit, self.task, self.nodes):
             self.ablated = ablated
             self._draw_ablation()
+        if self._playing is not None:
+            self._playing.resume("ablate it")
         return {}
 
     def _heading_of(self) -> str:
@@ -315,6 +319,8 @@ class NodePanel(Panel):
             if look.pattern is not None:
                 self._attention.value = tables.styled(_attention_html(look.pattern, self.nodes[0], where))
             self._writes.value = tables.styled(_writes_html(look.tokens, where))
+            if self._playing is not None:
+                self._playing.resume("look")
 
     def _draw_ablation(self) -> None:
         names = brief(", ".join(self.nodes), 80)

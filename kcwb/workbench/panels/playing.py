@@ -1,44 +1,106 @@
-"""A circuit asked its facts as it is played in a panel's graph."""
+"""A graph that is played in a panel: its circuit is asked its facts after each step, its chosen node is read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.evaluation.play import Play
-from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
 from kcwb.tasks.task import Task
-from kcwb.workbench.graph.widget import CircuitGraph, lead
-from kcwb.workbench.panels.runner import Job, Latest
+from kcwb.workbench.graph.reading import read_node
+from kcwb.workbench.graph.steps import lead
+from kcwb.workbench.graph.widget import CircuitGraph
+from kcwb.workbench.panels.life import Living
+from kcwb.workbench.panels.runner import Latest
+
+_PLAY, _READ = "play", "read"
 
 
 class Playing:
-    """Makes jobs that answer what is cut and forced in a graph; of one circuit, all go on from the last answer.
+    """Answers what is cut and forced in a graph, and reads the node that is selected in it.
+
+    Both are jobs of the panel's worker, which wait for its other jobs: `resume` after these. Playing goes first: it
+    stops a reading, which then begins again.
 
     Parameters
     ----------
-    model, graph
-        The model, and the graph that is played in; it is dimmed meanwhile.
-    enter
-        Names what a job does next.
+    panel, graph
+        The panel, and its graph that is played in; it is dimmed meanwhile.
+    of
+        Gives the circuit that is drawn and what it is asked; None for either where there is none.
     """
 
-    def __init__(self, model: Model, graph: CircuitGraph, enter: Callable[[str, ProgressCallback], None]) -> None:
-        self._model, self._graph, self._enter, self._latest = model, graph, enter, Latest[Play]()
+    def __init__(
+        self, panel: Living, graph: CircuitGraph, of: Callable[[], tuple[Circuit | None, Task | None]]
+    ) -> None:
+        self._panel, self._graph, self._of = panel, graph, of
+        self._play, self._cuts = Latest[Play](), Latest[Ablation]()
+        self._full = Latest[list[dict[str, Any]]]()  # what is read of a node in the full model
+        self._read: object = None  # what was read last, and of what
+        for trait in ("cut", "forced"):
+            panel._on(graph, lambda _: self.play(), trait)
+        panel._on(graph, lambda _: self.read(), "selected")
 
-    def job(self, circuit: Circuit, task: Task) -> Job:
-        """One that gives what the circuit answers, as `CircuitGraph.answers` takes it, as it is in the graph now."""
-        cut, forced = list(self._graph.cut), list(self._graph.forced)
+    def resume(self, after: str) -> None:
+        """At the end of another job, by its name: answer what was cut meanwhile, and read what was chosen."""
+        if self._graph.cut or self._graph.forced:
+            self.play(after)
+        else:
+            self.read(after)
+
+    def play(self, after: str | None = None) -> None:
+        """Ask the circuit its facts as it is in the graph now, and then read on; after other work, not instead."""
+        (circuit, task), graph, panel = self._of(), self._graph, self._panel
+        if circuit is None or task is None or panel._runner.job not in (None, _PLAY, _READ, after):
+            return
+        cut, forced = list(graph.cut), list(graph.forced)
 
         def job(progress: ProgressCallback) -> dict[str, Any]:
-            self._enter("Asking the circuit as it is now", progress)
-            self._graph.busy = True
+            panel._enter("Asking the circuit as it is now", progress)
+            graph.busy = True
             try:
-                play = self._latest.get((circuit, task), lambda: Play(self._model, circuit, task))
-                return lead(play, cut, forced)
+                return lead(self._play.get((circuit, task), lambda: Play(panel.model, circuit, task)), cut, forced)
             finally:
-                self._graph.busy = False
+                graph.busy = False
 
-        return job
+        def done(answers: dict[str, Any]) -> None:
+            with panel._lock:
+                if self._of() == (circuit, task):
+                    graph.answers = answers
+                    self.read(_PLAY)
+
+        panel._start(_PLAY, job, done)
+
+    def read(self, after: str | None = None) -> None:
+        """Read the selected node in the full model and in the circuit as it is now; after other work, not instead."""
+        (circuit, task), graph, panel = self._of(), self._graph, self._panel
+        if len(graph.selected) != 1 or task is None or panel._runner.job not in (None, _READ, after):
+            return
+        (node,), model = graph.selected, panel.model
+        played = None if circuit is None else graph.played if graph.cut or graph.forced else circuit
+        asked = (node, circuit, task, tuple(graph.cut), tuple(graph.forced))
+        if self._read == (asked, model.digest) and graph.reading.get("node") == node:
+            return
+
+        def show(*runs: dict[str, Any]) -> None:
+            with panel._lock:
+                if graph.selected == [node] and self._of() == (circuit, task):
+                    graph.reading = {"node": node, "runs": list(runs)}
+
+        def job(progress: ProgressCallback) -> None:
+            panel._enter(f"Reading {node}", progress)
+            digest = model.digest
+            whole = self._full.get((digest, task, node), lambda: read_node(model, task, node))
+            show(full := {"run": "the full model", "prompts": whole})
+            if played is not None:
+                progress(1, 2, "")
+                kind = played.ablation
+                cuts = self._cuts.get((digest, task, kind), lambda: make_ablation(model, task, kind))
+                alone = read_node(model, task, node, circuit=played, ablation=cuts)
+                show(full, {"run": "the circuit alone, as it is now", "prompts": alone})
+            self._read = asked, digest
+
+        panel._start(_READ, job)

@@ -284,6 +284,49 @@ def test_answers_are_bars_beside_the_graph(show: Any) -> None:
     assert page.is_visible("#kc-answers")
 
 
+READ = {
+    "prompt": "The capital of France is", "answer": "Paris", "tokens": ["The", " capital", " <b>France</b>", "\n"],
+    "attention": [0.1, 0.0, 0.8, 0.1], "at": 2, "query": [["m0", 0.5], ["a0.h0", -0.25], ["cut edges", 0.1]],
+    "key": [["input", 1.0]], "writes": [[" Paris", 2.0], ["<i>", 0.5]],
+}  # fmt: skip
+READING = {
+    "node": "a1.h2",
+    "runs": [
+        {"run": "the full model", "prompts": [READ | {"prompt": "mean over 2 prompts", "answer": ""}, READ]},
+        {"run": "the circuit alone", "prompts": [READ | {"query": []}]},
+    ],
+}
+
+
+def test_what_is_read_of_a_head_stands_beside_the_graph_and_leads_on(show: Any) -> None:
+    page = page_of(show, reading=READING, selected=["a1.h2"], answers={"facts": [FACT]})
+    assert page.locator("#kc-aside h3").all_inner_texts() == ["a1.h2", "Answers"]
+    tokens = page.locator("#kc-reading .token")
+    assert tokens.all_inner_texts() == ["The\n.10", "capital\n\xa0", "<b>France</b>\n.80", "\u2423\n.10"]
+    assert page.locator("#kc-reading .token.at").inner_text().startswith("<b>France</b>")
+    assert page.locator("#kc-reading h4").all_inner_texts() == [
+        "Attention from END", "What makes the query, at END", "What makes the key, at the <b>France</b>",
+        "What it writes, in logits",
+    ]  # fmt: skip
+    page.focus("#kc-prompt")
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#kc-reading h4").nth(2).inner_text() == "What makes the key, at \u201c<b>France</b>\u201d"
+    assert asked(page, "shadow.activeElement.id") == "kc-prompt"
+    bars = page.locator("#kc-reading ul.bars >> nth=0")
+    assert bars.locator("li").all_inner_texts() == ["m0\n0.5", "a0.h0\n\u22120.25", "cut edges\n0.1"]
+    widths = bars.locator("i").evaluate_all("(all) => all.map((one) => one.offsetWidth)")
+    assert widths[0] == pytest.approx(2 * widths[1], abs=2) and bars.locator("i.against").count() == 1
+    page.select_option("#kc-run", index=1)
+    assert page.locator("#kc-reading h4").count() == 3
+    page.select_option("#kc-run", index=0)
+    assert bars.locator("button").all_inner_texts() == ["m0", "a0.h0"]
+    bars.locator("button").first.click()
+    assert trait(page, "selected") == ["m0"]
+    assert page.locator("#kc-aside h3").all_inner_texts() == ["Answers"]  # nothing is read of m0 here
+    press(page, "Escape")
+    assert page.locator("#kc-reading").count() == 1  # without a kernel, the last one stays
+
+
 def test_answers_stand_below_the_graph_where_it_is_narrow(show: Any) -> None:
     page = page_of(show, answers={"facts": [FACT, FACT]})
     for width, below in ((980, False), (500, True), (980, False)):
@@ -327,6 +370,7 @@ def test_what_the_model_holds_wrongly_is_told_and_never_a_blank_picture(show: An
     page = page_of(show, groups={"none": ["nobody"]}, names={"m0": "x"}, pinned=["nobody"], forced=["x", "a->b->c"])
     assert asked(page, "graph.boxes().length") == 7
     wrong = {"cut": "x", "groups": [], "threshold": "x", "paths": [["nobody"]], "answers": {"facts": [None, 3]}}
+    wrong["reading"] = {"node": "m0", "runs": [None, {"prompts": [{}]}]}
     for name, value in wrong.items():
         asked(page, "(graph.model.set(...arg), 0)", [name, value])
         page.wait_for_timeout(60)
@@ -343,8 +387,13 @@ def test_hostile_names_notes_groups_and_answers_are_text(show: Any) -> None:
         some = TOLD[start : start + 9]
         texts = dict(zip(["input", "a0.h0", "a0.h1", "m0", "a1.h2", "m1", "logits"], some, strict=False))
         fact = FACT | {"prompt": some[0], "answer": some[1], "after": {"p": 0.2, "rank": 7, "top": [[some[2], 0.3]]}}
+        pairs = [[text, 1.0] for text in some]
+        read = {"prompt": some[0], "answer": some[1], "tokens": some, "attention": [0.1] * len(some), "at": 0}
+        read |= {"query": pairs, "key": pairs, "writes": pairs}
         state = {"groups": {some[0]: ["a0.h0", "a0.h1"]}, "problem": some[1], "answers": {"facts": [fact]}}
+        state["reading"] = {"node": "a1.h2", "runs": [{"run": some[0], "prompts": [read, read]}] * 2}
         page = page_of(show, names=texts, notes=texts, **state)
+        assert page.locator("#kc-reading .token").count() == len(some)
         page.click("#kc-answers .fact button")
         page.hover("#kc-canvas", position=spot(page, "m0"))
         assert page.evaluate("window.hacked") is None

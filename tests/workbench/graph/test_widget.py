@@ -35,6 +35,11 @@ FACT = {
     "prompt": "The capital of France is", "answer": "Paris", "before": {"p": 0.8, "rank": 1, "top": [["Paris", 0.8]]},
     "after": {"p": 0.1, "rank": 7, "top": [["Lyon", 0.3]]},
 }  # fmt: skip
+READ_ONE = {
+    "prompt": "The capital of France is", "answer": "Paris", "tokens": ["The", "France"], "attention": [0.25, 0.75],
+    "at": 1, "query": [["a0.h1", 0.5], ["m0", -0.25]], "key": [["input", 1.0]], "writes": [["Paris", 2.0], ["\n", 0.5]],
+}  # fmt: skip
+READ = {"node": "a1.h0", "runs": [{"run": "the full model", "prompts": [READ_ONE, READ_ONE]}]}
 NAMES = [text for text in HOSTILE if "\0" not in text and len(text) <= 120]
 
 
@@ -85,6 +90,11 @@ WRONG = [
     ("answers", {"facts": [{"prompt": "x"}]}, "answers=.* is not "),
     ("answers", {"facts": [FACT | {"before": {"p": float("nan"), "rank": 1}}]}, "answers=.* with finite numbers"),
     ("answers", {"facts": object()}, "answers=.* is not "),
+    ("reading", {"node": "m0"}, "reading=.* is not "),
+    ("reading", {"node": "m9", "runs": []}, "reading.'node'.: .* has no node 'm9'"),
+    ("reading", READ | {"runs": [{"run": "x", "prompts": []}]}, "reading=.* is not "),
+    ("reading", {"node": "m0", "runs": [{"run": "x", "prompts": [READ_ONE | {"tokens": []}]}]}, "reading=.* is not "),
+    ("reading", {"node": "m0", "runs": [{"run": "x", "prompts": [READ_ONE | {"key": [[1, 1.0]]}]}]}, "reading=.* is"),
     ("paths", [["input", "m9"]], "paths: .* has no node 'm9'"),
     ("paths", [3], "paths=3 is not a list of names"),
     ("asked", "delete", "asked='delete' is none of undo, redo, explain"),
@@ -99,7 +109,7 @@ def test_nonsense_from_python_raises_in_one_line_and_the_old_value_stays(
     with pytest.raises(traitlets.TraitError, match=words) as caught:
         setattr(graph, name, value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    assert getattr(graph, name) == before and not graph.problem and not graph._past
+    assert getattr(graph, name) == before and not graph.problem and not graph._steps.past
 
 
 @pytest.mark.parametrize(("name", "value", "words"), WRONG)
@@ -273,12 +283,13 @@ def test_the_fallback_holds_all_that_a_person_did(graph: CircuitGraph) -> None:
     graph.names, graph.notes = texts, texts
     graph.groups = {text: [node] for node, text in zip(GRAPH.node_names, NAMES, strict=False)}
     graph.cut, graph.pinned, graph.answers = ["m0->logits"], ["m0"], {"facts": [FACT], "loss_before": 0.1}
+    graph.reading = READ
     data, _ = graph._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
     view = graph.as_view()
     assert isinstance(view, GraphView) and html.escape(view.page, quote=True) in data["text/html"]
     held = circuit_of(view)
-    for name in ("names", "notes", "groups", "cut", "pinned", "answers"):
+    for name in ("names", "notes", "groups", "cut", "pinned", "answers", "reading"):
         assert held[name] == getattr(graph, name)
     assert "selected" not in held and "asked" not in held
 

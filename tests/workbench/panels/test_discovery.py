@@ -21,6 +21,7 @@ from kcwb.errors import CircuitError, DataError, KcwbError, SettingError
 from kcwb.reading.nodes import node_edges
 from kcwb.tasks.relations import Fact, Relation
 from kcwb.tasks.task import make_task
+from kcwb.workbench.graph.reading import read_node
 from kcwb.workbench.panels import discovery as panels
 from kcwb.workbench.panels import life, search
 from kcwb.workbench.panels.discovery import DiscoveryPanel
@@ -521,6 +522,27 @@ def test_what_is_cut_in_the_graph_is_answered_beside_it(found, model):
     smaller.cut(first)
     assert found._graph.cut == [first] and found._graph.answers == smaller.as_traits()
     assert found.completeness is not None and found.error is None
+
+
+def test_a_node_that_is_selected_is_read_beside_the_graph_and_again_after_a_step(found, model):
+    graph, task = found._graph, found.task
+    node = found.circuit.nodes.query("kind == 'head'")["node"].iloc[-1]
+    graph.set_state({"selected": [node]})
+    found.wait(SOON)
+    full, alone = graph.reading["runs"]
+    assert graph.reading["node"] == node and full["prompts"] == read_node(model, task, node)
+    assert alone["prompts"] == read_node(model, task, node, circuit=found.circuit, ablation=found.circuit.ablation)
+    edge = next(f"{row.sender}->{row.receiver}" for row in found.circuit.edges.itertuples() if node in row.receiver)
+    graph.set_state({"cut": [edge]})
+    found.wait(SOON)
+    assert graph.answers and graph.reading["runs"][0] == full
+    again = read_node(model, task, node, circuit=graph.played, ablation=found.circuit.ablation)
+    assert graph.reading["runs"][1]["prompts"] == again != alone["prompts"]
+    graph.set_state({"selected": []})
+    found.wait(SOON)
+    found.resize(20)
+    found.wait(SOON)
+    assert graph.reading == {} and found.error is None
 
 
 def test_the_node_panel_follows_the_slider(found):

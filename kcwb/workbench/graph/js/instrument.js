@@ -2,7 +2,7 @@
 
 const DEFAULTS = {
   scene: {}, selected: [], selected_edges: [], pinned: [], cut: [], forced: [], groups: {}, names: {}, notes: {}, threshold: 0, confidence: 0,
-  answers: {}, paths: [], busy: false, problem: "", asked: "", height: 0,
+  answers: {}, reading: {}, paths: [], busy: false, problem: "", asked: "", height: 0,
 };
 const BLANK = { title: "", notice: "", nodes: [], edges: [], rows: [], pitch: 40, tightest: 1, sides: {}, withRoles: false, sure: false, plan: {} };
 
@@ -16,7 +16,7 @@ function render({ model, el }) {
     for (const [name, value] of Object.entries(values)) model.set(name, value);
     model.save_changes();
   };
-  const local = { hidden: new Set(), pinnedOnly: false, open: new Set(), layered: null, hover: null, cursor: null, path: 0, facts: new Set(), folded: false };
+  const local = { hidden: new Set(), pinnedOnly: false, open: new Set(), layered: null, hover: null, cursor: null, path: 0, facts: new Set(), run: 0, prompt: 0, folded: false };
   let circuit = indexed(BLANK, []), view = { boxes: [], links: [], edges: [] }, scene = BLANK, levels = [];
 
   // --- the page ---
@@ -35,7 +35,7 @@ function render({ model, el }) {
   const below = make("span", { id: "kc-below" }, "Hide below |score|"), told = make("output", { id: "kc-shown" });
   const sure = make("input", { id: "kc-confidence", type: "range", min: 0, max: 1, step: 0.01, value: 0 }), sureTold = make("output"), sureLabel = make("label", {}, "Confidence", sure, sureTold);
   const canvas = make("canvas", { id: "kc-canvas", tabIndex: 0, role: "application", "aria-label": "Circuit" });
-  const acts = make("div", { className: "bar-of-acts", id: "kc-acts" }), tip = make("div", { className: "tip", id: "kc-tip", role: "tooltip", hidden: true }), aside = make("aside", { id: "kc-aside", "aria-label": "Answers and paths", hidden: true });
+  const acts = make("div", { className: "bar-of-acts", id: "kc-acts" }), tip = make("div", { className: "tip", id: "kc-tip", role: "tooltip", hidden: true }), aside = make("aside", { id: "kc-aside", "aria-label": "The selected node, paths and answers", hidden: true });
   const empty = make("div", { className: "empty", hidden: true }, "This circuit has no edges."), frame = make("div", { className: "frame", hidden: true }), prompt = make("form", { className: "ask", id: "kc-ask", hidden: true });
   const mirror = make("ul", { id: "kc-mirror", className: "unseen", "aria-label": "Nodes of the circuit" }), live = make("div", { className: "unseen", id: "kc-live", "aria-live": "polite" });
   const trouble = make("span"), problem = make("div", { className: "problem", id: "kc-problem", role: "alert", hidden: true }, trouble, make("button", { type: "button", on: { click: () => { problem.hidden = true; put({ problem: "" }); } } }, "Dismiss"));
@@ -267,15 +267,19 @@ function render({ model, el }) {
   function tell(words) { live.textContent = words; }
   function reflect() {
     mirror.replaceChildren(...view.boxes.map((box) => make("li", { id: `kc-n${box.id}`, "aria-selected": String(box.chosen) }, describe(box))));
-    const answers = get("answers"), paths = get("paths").filter(Array.isArray), parts = [];
+    const answers = get("answers"), paths = get("paths").filter(Array.isArray), parts = [], reading = get("reading"), chosen = get("selected");
+    const alone = chosen.length === 1 ? chosen[0] : !chosen.length && !model.get("live") ? reading.node : undefined;  // a page keeps the last one
+    if (reading.node !== undefined && reading.node === alone) parts.push(readingOf(reading, get("names"), local, (name) => circuit.ofName.has(name), (name) => select([name]), reflect));
     if (paths.length) parts.push(pathsOf(paths, Math.min(local.path, paths.length - 1), (i) => { local.path = i; redraw(); }));
     if (Array.isArray(answers.facts) && answers.facts.length) parts.push(answersOf(answers, local.facts, (i) => { local.facts[local.facts.has(i) ? "delete" : "add"](i); reflect(); }));
+    const focused = shadow.activeElement?.closest("aside") ? shadow.activeElement.id : "";
     aside.hidden = !parts.length;
     aside.classList.toggle("busy", get("busy"));
     aside.setAttribute("aria-busy", String(get("busy")));
     aside.classList.toggle("folded", local.folded);
     const fold = make("button", { className: "fold", id: "kc-fold", type: "button", title: local.folded ? "Unfold" : "Fold away", "aria-expanded": String(!local.folded), on: { click: () => { local.folded = !local.folded; reflect(); } } }, local.folded ? "\u2039" : "\u203a");
-    aside.replaceChildren(fold, ...(local.folded ? [] : parts));
+    aside.replaceChildren(fold, ...(local.folded ? [] : parts.filter(Boolean)));
+    if (focused) shadow.getElementById(focused)?.focus();
   }
 
   // --- finding, saving, full screen ---
@@ -442,7 +446,7 @@ function render({ model, el }) {
 
   // --- following the model, the theme and the size ---
 
-  const followed = { scene: load, height: load, asked: next, problem: () => say(get("problem")), busy: reflect, answers: reflect, paths: () => { local.path = 0; redraw(); step(0); } };
+  const followed = { scene: load, height: load, asked: next, problem: () => say(get("problem")), busy: reflect, answers: reflect, reading: reflect, paths: () => { local.path = 0; redraw(); step(0); } };
   const listeners = ["pinned", "cut", "forced", "groups", "names", "notes", "threshold", "confidence"].map((name) => [name, redraw]);
   let due = 0;
   const soon = () => { due ||= requestAnimationFrame(() => { due = 0; redraw(); }); };  // several traits at once are one change

@@ -127,6 +127,18 @@ def session_of(circuit: Circuit, session: Session) -> Session:
     return replace(session, circuit=digest)
 
 
+def played(circuit: Circuit, session: Session) -> Circuit:
+    """A circuit without what a session of it cuts, and with what it forces in; see `session_of` for what is refused."""
+    from kcwb.circuits.circuit import Circuit
+
+    own, kept = session_of(circuit, session), circuit.kept.clone()
+    for names, value in ((own.cut, False), (own.forced, True)):
+        for name in names:
+            kept[circuit.graph.edge_index(name)] = value
+    told = {**circuit.provenance, "cut": list(own.cut), "forced": list(own.forced)}
+    return Circuit(circuit.graph, kept, circuit.scores, told)
+
+
 def session_json(session: Session) -> dict[str, Any]:
     """A session as a circuit's file has it."""
     return {"format": _FORMAT, "circuit": session.circuit} | {

@@ -56,6 +56,7 @@ DASHES: Mapping[str, tuple[int, ...]] = {"q": (8, 4), "k": (2, 3), "v": (), "dir
 _LABEL, _MARK, _NAME, _TEXT = 12, 22, 120, 600  # characters kept of a label, a mark, a name in a text, a long text
 _CHARACTER, _PADDING = 7.5, 20  # width of a node: of a character, of what is around the text
 _ROW = 26  # the least distance of two layers; a node is 21 high
+_PLACES = {"subject": "subject", "relation": "relation", "end": "END"}
 _WAVE = (0.0, 1.5, 3.0, 1.5)  # in which column the MLPs of successive layers stand
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
 
@@ -77,6 +78,7 @@ class Node(NamedTuple):
     layer: int
     role: str
     mark: str  # what may stand below the label: its role, or the start of its detail
+    place: str  # where in a prompt it is at work: where it attends from END, where that is known
 
 
 class Edge(NamedTuple):
@@ -108,6 +110,7 @@ class Drawing(NamedTuple):
     sure: bool  # whether opacity is the share of draws that keep an edge
     sides: dict[str, str]  # side -> how the legend names it; empty unless two circuits are compared
     plan: dict[str, Any]  # where nodes that are not in the circuit would stand: heads' width and columns, MLPs' x
+    differences: Sequence[Sequence[str]] = ()  # of two sessions: part, node, edge or group, what either says of it
 
 
 class Look(NamedTuple):
@@ -194,7 +197,11 @@ def _own_share(circuit: Circuit) -> pd.Series:
 
 def _draw(circuit: Circuit, table: pd.DataFrame, sides: dict[str, str], held: Mapping[str, str], look: Look) -> Drawing:
     """What is drawn of a table of edges; `held` has the side of each node."""
-    rows, roles = list(circuit.nodes.itertuples(index=False)), _read_roles(look.roles)
+    rows, roles, at_work = (
+        list(circuit.nodes.itertuples(index=False)),
+        _read_roles(look.roles),
+        _read_places(look.roles),
+    )
     places, lines, tightest, plan = _layout(rows, circuit.graph.n_heads)
     words = {side: text.rpartition(" (")[0] if side != "shared" else "in both" for side, text in sides.items()}
     nodes = []
@@ -204,7 +211,8 @@ def _draw(circuit: Circuit, table: pd.DataFrame, sides: dict[str, str], held: Ma
         detail = (look.details or {}).get(name)
         hover, mark = _lines(row, role, words.get(held.get(name, "")), detail), _line(role or str(detail or ""), _MARK)
         side, layer = held.get(name), int(str(row.layer))
-        nodes.append(Node(name, kind, tone, _label(name), hover, *places[name], side, layer, role, mark))
+        place = at_work.get(name, "")
+        nodes.append(Node(name, kind, tone, _label(name), hover, *places[name], side, layer, role, mark, place))
     shown, sure = table.head(look.max_edges), look.ensemble
     shown = shown.assign(pi=math.nan, told=None) if sure is None else with_sureness(shown, circuit, sure)
     notice = f"showing the {len(shown):,} strongest of {len(table):,} edges" if len(shown) < len(table) else ""
@@ -222,11 +230,24 @@ def _read_roles(roles: Roles | None) -> dict[str, str]:
     if "role" not in roles or not ("node" in roles or {"layer", "head"} <= set(roles)):
         found = ", ".join(map(str, roles.columns)) or "none"
         raise SettingError(f"A table of roles needs the columns node (or layer and head) and role; it has {found}.")
+    return {name: str(role) for name, role in zip(_names(roles), roles["role"], strict=True) if not pd.isna(role)}
+
+
+def _read_places(roles: Roles | None) -> dict[str, str]:
+    """Head -> the part of the prompt that it attends to most from END, the first token aside, where all rest."""
+    if not isinstance(roles, pd.DataFrame) or not {f"attention_{part}" for part in _PLACES} <= set(roles):
+        return {}
+    attention = roles[[f"attention_{part}" for part in _PLACES]].fillna(0.0).to_numpy(dtype=float)
+    words = list(_PLACES.values())
+    return {
+        name: words[row.argmax()] for name, row in zip(_names(roles), attention, strict=True) if float(row.max()) > 0
+    }
+
+
+def _names(roles: pd.DataFrame) -> list[str]:
     if "node" in roles:
-        names = roles["node"].astype(str)
-    else:
-        names = [f"a{layer}.h{head}" for layer, head in zip(roles["layer"], roles["head"], strict=True)]
-    return {name: str(role) for name, role in zip(names, roles["role"], strict=True) if not pd.isna(role)}
+        return roles["node"].astype(str).tolist()
+    return [f"a{layer}.h{head}" for layer, head in zip(roles["layer"], roles["head"], strict=True)]
 
 
 def _lines(row: Any, role: str, held: str | None, detail: str | None) -> list[str]:

@@ -35,13 +35,13 @@ def script() -> str:
 
 def scene(drawing: Drawing) -> dict[str, Any]:
     """What is drawn, as JSON can hold it; a node's id is its place, for a name may be any text."""
-    view = {
-        key: getattr(drawing, key) for key in ("title", "notice", "rows", "pitch", "tightest", "sides", "sure", "plan")
-    }
+    keys = ("title", "notice", "rows", "pitch", "tightest", "sides", "sure", "plan")
+    view = {key: getattr(drawing, key) for key in keys}
     nodes = [node._asdict() for node in drawing.nodes]
     edges = [
         {"from": edge.start, "to": edge.end, **{key: getattr(edge, key) for key in _OF_EDGE}} for edge in drawing.edges
     ]
+    view["differences"] = [list(row) for row in drawing.differences]
     return view | {"withRoles": drawing.with_roles, "nodes": nodes, "edges": edges}
 
 

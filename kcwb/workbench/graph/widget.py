@@ -19,6 +19,7 @@ from kcwb.verbs import verb
 from kcwb.workbench.graph.drawing import Drawing, Look, Roles, draw, draw_two
 from kcwb.workbench.graph.instrument import module, scene
 from kcwb.workbench.graph.page import GraphView, view_of
+from kcwb.workbench.graph.sessions import two_sessions
 from kcwb.workbench.graph.state import CHECKS, checked, is_blank, kept_of
 from kcwb.workbench.graph.steps import Steps, lead, led
 
@@ -176,17 +177,11 @@ class CircuitGraph(anywidget.AnyWidget):
         CircuitError
             If there is no circuit yet.
         """
-        from kcwb.circuits.circuit import Circuit
+        from kcwb.circuits.session import played
 
-        whole = self._circuit
-        if whole is None:
-            raise CircuitError(_NONE)
-        kept = whole.kept.clone()
-        for names, value in ((self.cut, False), (self.forced, True)):
-            for name in names:
-                kept[whole.graph.edge_index(name)] = value
-        told = {**whole.provenance, "cut": list(self.cut), "forced": list(self.forced)}
-        return Circuit(whole.graph, kept, whole.scores, told)
+        session = self.session
+        assert self._circuit is not None
+        return played(self._circuit, session)
 
     @verb
     def show(
@@ -228,6 +223,23 @@ class CircuitGraph(anywidget.AnyWidget):
     ) -> None:
         """Draw two circuits of one model in one picture, in place; parameters as in `compare_view`."""
         self._take(draw_two(left, right, names, Look(roles, max_edges, title, details)), left | right)
+
+    @verb
+    def compare_sessions(
+        self,
+        circuit: Circuit,
+        left: Session,
+        right: Session,
+        *,
+        names: Sequence[str] = ("left", "right"),
+        roles: Roles | None = None,
+        title: str | None = None,
+    ) -> None:
+        """Draw what two people did to one circuit, in place; parameters as in `compare_sessions_view`."""
+        drawing, both, state = two_sessions(circuit, left, right, names, Look(roles, _MOST, title, None))
+        self._take(drawing, both)
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def _take(self, drawing: Drawing, circuit: Circuit) -> None:
         held = {name: getattr(self if circuit.session is None else circuit.session, name) for name in _SESSION}

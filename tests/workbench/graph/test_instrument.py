@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from kcwb.circuits.circuit import Circuit
@@ -183,6 +184,23 @@ def test_groups_are_one_box_that_opens_and_closes(show: Any) -> None:
     assert trait(page, "groups") == {"L0": ["a0.h0", "a0.h1", "m0"], "L1": ["a1.h2", "m1"]}
     page.select_option("#kc-by", "none")
     assert trait(page, "groups") == {}
+
+
+def test_heads_are_grouped_by_where_they_attend_once_that_is_known(show: Any) -> None:
+    page = page_of(show, selected=["m0"])
+    for name in ("role", "position"):
+        option = page.locator(f"#kc-by option[value={name}]")
+        assert option.is_disabled() and option.inner_text() == f"{name} (find roles first)"
+    columns = ["node", "role", "attention_subject", "attention_relation", "attention_bos", "attention_end"]
+    rows = [
+        ("a0.h0", "other", 0.2, 0.1, 0.7, 0.0),
+        ("a0.h1", "other", 0.4, 0.1, 0.3, 0.2),
+        ("a1.h2", "other", 0, 0, 1, 0),
+    ]
+    roles = pd.DataFrame(rows, columns=columns)
+    page = page_of(show, look=Look(roles, 20_000, None, None), selected=["m0"])
+    page.select_option("#kc-by", "position")
+    assert trait(page, "groups") == {"at subject": ["a0.h0", "a0.h1"]}
 
 
 def test_pins_names_and_notes(show: Any) -> None:

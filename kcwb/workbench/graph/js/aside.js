@@ -48,3 +48,13 @@ function pathsOf(paths, current, choose) {
   }, `${i + 1}. ${path.map((name) => plainText(name, 20)).join(" \u2192 ")}`)));
   return make("section", {}, make("h3", {}, "Strongest paths"), make("ol", { className: "paths" }, rows));
 }
+
+// What differs between two sessions: a line for each edge, node or group, which leads to it.
+function differencesOf([names, ...rows], known, choose) {
+  const cell = (text) => make("td", { dir: "auto" }, plainText(text, 80) || "\u2013");
+  const lines = rows.map(([part, what, ...sides]) => make("tr", {}, make("td", {}, known(part, what)
+    ? make("button", { type: "button", title: "Select", on: { click: () => choose(part, what) } }, plainText(what, 40).replace("->", " \u2192 "))
+    : make("span", { dir: "auto" }, plainText(what, 40)), make("small", {}, part)), sides.map(cell)));
+  const head = make("tr", {}, make("th", {}, ""), names.map((name) => make("th", { dir: "auto" }, plainText(name, 24))));
+  return make("section", { id: "kc-differences" }, make("h3", {}, `What differs (${rows.length.toLocaleString("en")})`), make("table", {}, make("thead", {}, head), make("tbody", {}, lines)));
+}

@@ -47,7 +47,7 @@ function indexed(scene, forced) {
     const near = known.sort((a, b) => Math.abs(a.layer - layer) - Math.abs(b.layer - layer))[0];
     const y = (near ? height(near) - (layer - near.layer) * pitch : -layer * pitch) - (mlp ? 0.32 * pitch : 0);
     const node = {
-      id: nodes.length, name, kind: head ? "head" : "mlp", tone: head ? "head" : "mlp", label: name, role: "", mark: "", layer, y, side: null,
+      id: nodes.length, name, kind: head ? "head" : "mlp", tone: head ? "head" : "mlp", label: name, role: "", mark: "", place: "", layer, y, side: null,
       x: head ? width * Number(head[2]) / columns : mlps[layer % mlps.length], lines: [name, "not in the circuit; forced in by hand"],
     };
     nodes.push(node);
@@ -146,7 +146,7 @@ function reach(starts) {
 
 // Nodes by what they have in common, as groups: only such as have two or more.
 function alike(nodes, by) {
-  const words = { role: (node) => node.role, layer: (node) => `L${node.layer}`, kind: (node) => ({ head: "heads", mlp: "MLPs" })[node.kind] };
+  const words = { role: (node) => node.role, position: (node) => node.place && `at ${node.place}`, layer: (node) => `L${node.layer}`, kind: (node) => ({ head: "heads", mlp: "MLPs" })[node.kind] };
   const found = new Map();
   for (const node of nodes) {
     const name = node.kind === "head" || node.kind === "mlp" ? plainText(words[by](node) ?? "", 60) : "";

@@ -4,7 +4,9 @@ const DEFAULTS = {
   scene: {}, selected: [], selected_edges: [], pinned: [], cut: [], forced: [], groups: {}, names: {}, notes: {}, threshold: 0, confidence: 0,
   answers: {}, reading: {}, paths: [], busy: false, problem: "", asked: "", height: 0,
 };
-const BLANK = { title: "", notice: "", nodes: [], edges: [], rows: [], pitch: 40, tightest: 1, sides: {}, withRoles: false, sure: false, plan: {} };
+// What nodes are grouped by, the key of a node that says it, and what is wanted for it.
+const GROUPINGS = [["role", "role", "find roles first"], ["position", "place", "find roles first"], ["layer"], ["kind"], ["none"]];
+const BLANK = { title: "", notice: "", nodes: [], edges: [], rows: [], pitch: 40, tightest: 1, sides: {}, withRoles: false, sure: false, plan: {}, differences: [] };
 
 function render({ model, el }) {
   const get = (name) => {  // of the kind that it should be, whatever the model holds
@@ -183,7 +185,10 @@ function render({ model, el }) {
       row.push(only);
     }
     if (model.get("live") || names.length || get("paths").length) row.push(act("explain", "Explain", "The strongest paths (e)", explain));
-    const menu = make("select", { id: "kc-by", "aria-label": "Group by", on: { change: guarded(() => groupBy(menu.value)) } }, ...[["", "Group by\u2026"], ["role", "role"], ["layer", "layer"], ["kind", "kind"], ["none", "none"]].map(([value, words]) => make("option", { value }, words)));
+    const menu = make("select", { id: "kc-by", "aria-label": "Group by", on: { change: guarded(() => groupBy(menu.value)) } }, make("option", { value: "" }, "Group by\u2026"), GROUPINGS.map(([value, key, needs]) => {
+      const unknown = key !== undefined && !scene.nodes.some((node) => node[key]);
+      return make("option", { value, disabled: unknown, title: unknown ? needs : "" }, unknown ? `${value} (${needs})` : value);
+    }));
     if (scene.nodes.length && (row.length || Object.keys(get("groups")).length)) row.push(menu);
     acts.replaceChildren(...row);
     void links;
@@ -273,6 +278,10 @@ function render({ model, el }) {
     if (paths.length) parts.push(pathsOf(paths, Math.min(local.path, paths.length - 1), (i) => { local.path = i; redraw(); }));
     if (Array.isArray(answers.facts) && answers.facts.length) parts.push(answersOf(answers, local.facts, (i) => { local.facts[local.facts.has(i) ? "delete" : "add"](i); reflect(); }));
     const focused = shadow.activeElement?.closest("aside") ? shadow.activeElement.id : "";
+    if (scene.differences.length > 1) {
+      const isEdge = (part) => part === "cut" || part === "forced", names = (part, what) => (part === "groups" ? [] : [what].filter((name) => circuit.ofName.has(name)));
+      parts.push(differencesOf(scene.differences, (part, what) => (isEdge(part) ? circuit.ofEdge.has(what) : names(part, what).length > 0), (part, what) => (isEdge(part) ? select([], [what]) : select(names(part, what)))));
+    }
     aside.hidden = !parts.length;
     aside.classList.toggle("busy", get("busy"));
     aside.setAttribute("aria-busy", String(get("busy")));

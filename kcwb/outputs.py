@@ -137,8 +137,14 @@ def _is_ensemble(path: Path) -> bool:
     return is_ours(path)
 
 
+def _is_graph(path: Path) -> bool:
+    from kcwb.workbench.graph.figure import MARK
+
+    return MARK.encode() in path.read_bytes()
+
+
 PAGE, PDF, CIRCUIT = Kind("a page", _is_page), Kind("a PDF", _is_pdf), Kind("a circuit", _is_circuit)
-ENSEMBLE = Kind("an ensemble", _is_ensemble)
+ENSEMBLE, GRAPH = Kind("an ensemble", _is_ensemble), Kind("a picture of a circuit", _is_graph)
 
 
 def same_text(text: str) -> Kind:

@@ -155,6 +155,16 @@ def _is_read(one: Any) -> bool:
     )
 
 
+def _view(name: str, value: Any, circuit: Circuit | None) -> dict[str, Any]:
+    numbers = {"width": 1, "height": 1, "scale": 1e-3, "stretch": 1e-3, "left": -math.inf, "top": -math.inf}
+    kinds = dict.fromkeys(numbers, float) | {"hidden": list[str], "open": list[str]}
+    kinds |= dict.fromkeys(("pinned_only", "layered", "dark"), bool)
+    good = fits(value, dict) and all(key in kinds and fits(one, kinds[key]) for key, one in value.items())
+    if not good or not all(least <= value.get(key, 1) <= 1e6 for key, least in numbers.items()):
+        raise SettingError(f"{name}={shown(value)} is not what is looked at: {', '.join(kinds)}.")
+    return dict(value)
+
+
 def _asked(name: str, value: Any, circuit: Circuit | None) -> str:
     if value not in ("", "undo", "redo", "explain"):
         raise SettingError(f"{name}={shown(value)} is none of undo, redo, explain.")
@@ -165,6 +175,7 @@ CHECKS: Mapping[str, Callable[[str, Any, Circuit | None], Any]] = {
     "selected": _nodes, "selected_edges": _edges, "pinned": _nodes, "cut": _cut, "forced": _forced, "groups": _groups,
     "names": _words, "notes": _words, "threshold": _threshold, "confidence": _confidence, "answers": _answers,
     "reading": _reading, "paths": _paths, "asked": _asked,
+    "view": _view,
 }  # fmt: skip
 """Trait -> its check."""
 

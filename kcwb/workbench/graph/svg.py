@@ -138,7 +138,7 @@ def _add_node(root: ElementTree.Element, node: Node, place: Place, ink: Mapping[
         group, "rect", x=x - width / 2, y=y - _HEIGHT / 2, width=width, height=_HEIGHT, fill=fill,
         rx={"head": 3, "mlp": 10}.get(node.kind, 2), stroke=ink["rim"],
     )  # fmt: skip
-    _add(group, "text", node.label, x=x, y=y + 4.5, font_size=13, text_anchor="middle", fill=_text_on(fill))
+    _add(group, "text", node.label, x=x, y=y + 4.5, font_size=13, text_anchor="middle", fill=text_on(fill))
 
 
 def _add_legend(root: ElementTree.Element, drawing: Drawing, x: float, y: float, ink: Mapping[str, str]) -> None:
@@ -173,7 +173,7 @@ def _add(
     return element
 
 
-def _text_on(fill: str) -> str:
+def text_on(fill: str) -> str:
     """Black or white, whichever is read better on a colour."""
     red, green, blue = ((int(fill[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5))
     return "#111111" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else "#ffffff"

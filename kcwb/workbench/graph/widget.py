@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import anywidget
 import traitlets as T
 
 from kcwb.errors import CircuitError, KcwbError, SettingError, nearest
@@ -18,9 +17,9 @@ from kcwb.settings import Count
 from kcwb.verbs import verb
 from kcwb.workbench.graph.drawing import Drawing, Look, Roles, draw, draw_two
 from kcwb.workbench.graph.instrument import module, scene
-from kcwb.workbench.graph.page import GraphView, view_of
+from kcwb.workbench.graph.kept import NONE, Kept
 from kcwb.workbench.graph.sessions import two_sessions
-from kcwb.workbench.graph.state import CHECKS, checked, is_blank, kept_of
+from kcwb.workbench.graph.state import CHECKS, checked, kept_of
 from kcwb.workbench.graph.steps import Steps, lead, led
 
 if TYPE_CHECKING:
@@ -30,12 +29,11 @@ if TYPE_CHECKING:
     from kcwb.evaluation.play import Play
 
 _MOST = 20_000  # edges
-_NONE = "There is no circuit yet: graph.show(circuit)."
 _PYTHONS = ("scene", "height", "live", "busy")
 _SESSION = ("pinned", "groups", "names", "notes", "cut", "forced")
 
 
-class CircuitGraph(anywidget.AnyWidget):
+class CircuitGraph(Kept):
     """A circuit, drawn and played: select, cut, restore, force in, undo, pin, group, name, note, explain.
 
     All of it by mouse or keyboard in the widget (`?` shows the keys), and from Python by its traits, which
@@ -84,6 +82,10 @@ class CircuitGraph(anywidget.AnyWidget):
         One line about what went wrong, shown in the widget.
     asked : str
         What the page asks Python for, ``"undo"``, ``"redo"`` or ``"explain"``; empty once it is done.
+    view : dict
+        What the page shows at the moment, for `save`: the window (``width``, ``height``, ``left``, ``top``, ``scale``,
+        ``stretch``, pixels), what the legend has ``hidden``, groups that are ``open``, and ``pinned_only``,
+        ``layered``, ``dark``.
 
     Raises
     ------
@@ -118,6 +120,7 @@ class CircuitGraph(anywidget.AnyWidget):
     busy = T.Bool(False).tag(sync=True)
     problem = T.Unicode("").tag(sync=True)
     asked = T.Unicode("").tag(sync=True)
+    view = T.Dict().tag(sync=True)
 
     @verb
     def __init__(
@@ -136,7 +139,6 @@ class CircuitGraph(anywidget.AnyWidget):
             if name not in {*CHECKS, "layout"}:
                 raise SettingError(f"CircuitGraph has no {name!r}. {nearest(name, CHECKS)}")
         self._circuit: Circuit | None = None
-        self._drawing: Drawing | None = None
         self._play: Play | None = None
         self._steps = Steps()
         super().__init__(height=height, **({"layout": traits.pop("layout")} if "layout" in traits else {}))
@@ -165,7 +167,7 @@ class CircuitGraph(anywidget.AnyWidget):
         from kcwb.circuits.session import Session, session_of
 
         if self._circuit is None:
-            raise CircuitError(_NONE)
+            raise CircuitError(NONE)
         return session_of(self._circuit, Session(**{name: getattr(self, name) for name in _SESSION}))
 
     @property
@@ -368,25 +370,3 @@ class CircuitGraph(anywidget.AnyWidget):
             self.problem = wrong[0][1]
         elif self.problem and "problem" not in good:
             self.problem = ""
-
-    # --- pages without a kernel ---
-
-    def as_view(self) -> GraphView:
-        """The graph as a page, as it is now: what is cut, pinned, grouped, named, noted and answered.
-
-        Raises
-        ------
-        CircuitError
-            If there is no circuit yet.
-        """
-        if self._drawing is None:
-            raise CircuitError(_NONE)
-        state = {name: value for name in CHECKS if not is_blank(value := getattr(self, name)) and name != "asked"}
-        return view_of(self._drawing, self.height, state)
-
-    def _repr_html_(self) -> str:
-        return "" if self._drawing is None else self.as_view()._repr_html_()
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        return {**data, "text/html": self._repr_html_()}, metadata

@@ -97,6 +97,9 @@ WRONG = [
     ("reading", {"node": "m0", "runs": [{"run": "x", "prompts": [READ_ONE | {"key": [[1, 1.0]]}]}]}, "reading=.* is"),
     ("paths", [["input", "m9"]], "paths: .* has no node 'm9'"),
     ("paths", [3], "paths=3 is not a list of names"),
+    ("view", {"scale": 0}, "view=.* is not what is looked at"),
+    ("view", {"hidden": "x"}, "view=.* is not what is looked at"),
+    ("view", {"nothing": 1}, "view=.* is not what is looked at"),
     ("asked", "delete", "asked='delete' is none of undo, redo, explain"),
 ]
 

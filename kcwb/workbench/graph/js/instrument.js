@@ -2,7 +2,7 @@
 
 const DEFAULTS = {
   scene: {}, selected: [], selected_edges: [], pinned: [], cut: [], forced: [], groups: {}, names: {}, notes: {}, threshold: 0, confidence: 0,
-  answers: {}, reading: {}, paths: [], busy: false, problem: "", asked: "", height: 0,
+  answers: {}, reading: {}, paths: [], busy: false, problem: "", asked: "", height: 0, view: {},
 };
 // What nodes are grouped by, the key of a node that says it, and what is wanted for it.
 const GROUPINGS = [["role", "role", "find roles first"], ["position", "place", "find roles first"], ["layer"], ["kind"], ["none"]];
@@ -481,6 +481,17 @@ function render({ model, el }) {
     if (tries > 0 || host.isConnected) setTimeout(begin, tries > 0 ? 60 : 500, tries - 1);
   };
   begin(50);
+  let telling = 0;
+  painter.then = () => {  // what is looked at is told once it stands, for what Python saves
+    clearTimeout(telling);
+    if (model.get("live")) telling = setTimeout(guarded(tellView), 400);
+  };
+  function tellView() {
+    const { width, height, scale, left, top, stretch } = painter, looked = { width, height, scale, left, top, stretch };
+    Object.assign(looked, { hidden: [...local.hidden], open: [...local.open], pinned_only: local.pinnedOnly, layered: Boolean(local.layered), dark: theme() === "dark" });
+    if (width && JSON.stringify(looked) !== JSON.stringify(get("view"))) put({ view: looked });
+  }
+  painter.then();
   say(get("problem"));
   host.graph = {  // what is on screen, for tests and for who is curious
     place: (name) => { const box = view.boxOf?.[circuit.ofName.get(name)?.id]; if (box && !box.at) painter.now(); return box && { x: box.at[0], y: box.at[1], width: box.size[0], height: box.size[1], labelled: box.labelled, label: box.label, tone: box.tone, group: box.group }; },
@@ -491,6 +502,8 @@ function render({ model, el }) {
     view: () => ({ scale: painter.scale, left: painter.left, top: painter.top, cost: painter.cost, frames: painter.frames }), model, painter,
   };
   return () => {
+    clearTimeout(telling);
+    painter.then = null;
     for (const [name, work] of heard) model.off?.(name, work);
     light.removeEventListener("change", setTheme);
     watcher.disconnect();

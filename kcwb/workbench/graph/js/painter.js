@@ -154,6 +154,7 @@ class Painter {
     const cursor = this.boxes.find((box) => box.cursor);
     if (cursor) this.card(ctx, ...this.place(cursor), cursor.size[0] + 9, cursor.size[1] + 9, 7, null, this.ink.relation, 2);
     this.frames = (this.frames ?? 0) + 1;
+    this.then?.();
   }
   bands(ctx, width) {
     ctx.fillStyle = this.ink.bg;

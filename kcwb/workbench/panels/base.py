@@ -32,12 +32,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import ipywidgets as W
 
+from kcwb.circuits.ensemble import Ensemble
 from kcwb.workbench import tables
 from kcwb.workbench.panels.life import Living
 from kcwb.workbench.panels.runner import Job
-from kcwb.workbench.panels.widgets import rows, wide
+from kcwb.workbench.panels.widgets import hidden_graph, rows, wide
 
 if TYPE_CHECKING:
+    from kcwb.circuits.circuit import Circuit
     from kcwb.models.loading import Model
 
 
@@ -59,6 +61,8 @@ class Panel(Living):
 
     pages: ClassVar[tuple[str, ...]] = ()
     """The titles of the tabs under which results are shown."""
+    graphs: ClassVar[Mapping[str, int]] = {}
+    """Those in which a graph stands above the rest, and its height in pixels."""
 
     def __init__(self, model: Model, start: W.Button) -> None:
         super().__init__(model)
@@ -66,7 +70,9 @@ class Panel(Living):
         self._press(start, self.run)
         self._summary = W.HTML()
         self._pages = {name: wide() for name in self.pages}
-        self._tabs = W.Tab(list(self._pages.values()), titles=self.pages)
+        self._graphs = {name: hidden_graph(height) for name, height in self.graphs.items()}
+        tabs = [W.VBox([self._graphs[name], one]) if name in self._graphs else one for name, one in self._pages.items()]
+        self._tabs = W.Tab(tabs, titles=self.pages)
         self._result = W.VBox(layout=W.Layout(display="none"))
         self._adopt()
 
@@ -86,7 +92,10 @@ class Panel(Living):
         """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
         if self._result.layout.display == "none":
             return self._settings_html()
-        pages = [part for name in self.pages for part in (tables.heading(name), self._pages[name].value)]
+        drawn = {name: graph._repr_html_() for name, graph in self._graphs.items() if graph.layout.display != "none"}
+        pages = [
+            part for name in self.pages for part in (tables.heading(name), drawn.get(name, ""), self._pages[name].value)
+        ]
         return tables.styled(self._message.value, self._summary.value, *pages)
 
     def _settings_html(self) -> str:
@@ -142,6 +151,14 @@ class Panel(Living):
         """Show pieces of HTML under their titles."""
         for name, drawn in pages.items():
             self._pages[name].value = tables.styled(drawn)
+
+    def _draw_two(self, name: str, circuits: Mapping[str, Circuit | Ensemble] | None) -> None:
+        """Draw two circuits, of ensembles the consensus, by the names that the legend gives them, in a graph under a title; None for no graph."""
+        graph = self._graphs[name]
+        if circuits is not None:
+            left, right = (one.consensus() if isinstance(one, Ensemble) else one for one in circuits.values())
+            graph.compare(left, right, names=tuple(circuits))
+        graph.layout.display = "none" if circuits is None else ""
 
     def _summarise(self, words: str) -> None:
         """What stands above the tabs."""

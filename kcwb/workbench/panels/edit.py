@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets as W
 import pandas as pd
@@ -24,13 +24,13 @@ from kcwb.studies.editing_account.comparison import EditComparison, compare_edit
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import make_task
 from kcwb.workbench import tables
-from kcwb.workbench.graph.page import GraphView, graph_view
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.runner import Job
 from kcwb.workbench.panels.widgets import button, dropdown, room
 from kcwb.workbench.plots import picture, plot_lens
 
+_CIRCUITS = {"before": "before: the old object", "after": "after: the new object"}
 _NEIGHBOURS = 3  # other subjects whose continuations are shown
 
 
@@ -82,6 +82,7 @@ class EditPanel(Panel):
     """
 
     pages = ("What it says", "Lens", "Circuits", "Which way", "Roles", "Optimisation")
+    graphs: ClassVar = {"Circuits": 460}
 
     def __init__(
         self,
@@ -219,6 +220,8 @@ class EditPanel(Panel):
         if result.note:
             self._say("kc-note", f"Circuits were not compared. {result.note}")
         self._tell_state(result.made, "In the weights now.")
+        circuits = None if result.comparison is None else result.comparison.circuits
+        self._draw_two("Circuits", circuits and {words: circuits[name] for name, words in _CIRCUITS.items()})
         drawn = dict.fromkeys(self.pages, tables.muted("Circuits were not compared."))
         drawn |= {} if result.comparison is None else _compared(result.comparison)
         return drawn | {
@@ -244,8 +247,6 @@ def _compared(found: EditComparison) -> dict[str, str]:
         picture(plot_lens(part, title=f"{state} the edit"), f"Logit lens of old and new object, {state}")
         for state, part in found.lens.groupby("state", sort=False)
     ]
-    titles = {"before": "Before: the old object", "after": "After: the new object"}
-    graphs = [_half(graph_view(found.circuits[name], height=420, title=words)) for name, words in titles.items()]
     p = "Too few heads are left to draw from." if math.isnan(found.p) else f"p = {found.p:.3f}."
     words = (
         "TE: the share of the edit's effect that goes when these outputs are put back to what they were; for random "
@@ -253,16 +254,10 @@ def _compared(found: EditComparison) -> dict[str, str]:
     )
     return {
         "Lens": "".join(lenses),
-        "Circuits": f'<div style="display:flex;flex-wrap:wrap">{"".join(graphs)}</div>'
-        + tables.table(found.overlap.reset_index()),
+        "Circuits": tables.table(found.overlap.reset_index()),
         "Which way": tables.table(found.transport) + tables.muted(words + p),
         "Roles": tables.table(found.roles, scroll=True),
     }
-
-
-def _half(view: GraphView) -> str:
-    """A graph beside another, below it where there is no room."""
-    return f'<div style="flex:1 1 420px;min-width:0">{view._repr_html_()}</div>'
 
 
 def _said(model: Model, made: Edit, relation: Relation, number: int) -> pd.DataFrame:

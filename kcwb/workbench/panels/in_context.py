@@ -7,7 +7,7 @@ with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets as W
 import pandas as pd
@@ -20,7 +20,6 @@ from kcwb.studies.in_context.study import InContext, in_context
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.shots import KINDS, label_of
 from kcwb.workbench import tables
-from kcwb.workbench.graph.page import compare_view
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.runner import Job
@@ -57,6 +56,7 @@ class ContextPanel(Panel):
     """
 
     pages = ("Accuracy", "Heads", "Without them", "What they read", "Circuits")
+    graphs: ClassVar = {"Circuits": 480}
 
     def __init__(
         self,
@@ -119,13 +119,13 @@ class ContextPanel(Panel):
     def _take(self, result: InContext) -> dict[str, str]:
         self.found = result
         self._summarise(summary(result))
-        before, after = (one.circuit for one in result.circuits.values())
+        self._draw_two("Circuits", {name: one.circuit for name, one in result.circuits.items()})
         return {
             "Accuracy": _accuracy(result),
             "Heads": _heads(result),
             "Without them": _without(result),
             "What they read": _reads(result),
-            "Circuits": compare_view(before, after, names=tuple(result.circuits), height=480)._repr_html_(),
+            "Circuits": tables.muted("What both contexts' circuits have, and what either has alone."),
         }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets as W
 import pandas as pd
@@ -26,7 +26,6 @@ from kcwb.tasks.hops import ASKED, HopAnswers, Hops, ask_hops, funnel, make_hops
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import make_task
 from kcwb.workbench import tables
-from kcwb.workbench.graph.page import compare_view
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.picker import ChainPicker
 from kcwb.workbench.panels.runner import Job
@@ -90,6 +89,7 @@ class HopPanel(Panel):
     """
 
     pages = ("Funnel", "Case", "Bridge", "Overlap", "Without the first hop")
+    graphs: ClassVar = {"Overlap": 420}
 
     def __init__(
         self,
@@ -207,6 +207,8 @@ class HopPanel(Panel):
         with self._silently():
             offer(self._case, numbered(f"{one.subject} → {one.bridge} → {one.object}" for one in chains))
         self._summarise(repr(result.answers.composition if result.hops is None else result.hops))
+        shown = None if result.circuits is None or result.overlap is None else result.circuits.circuits
+        self._draw_two("Overlap", shown and {name: shown[name] for name in ("two-hop", "integrated")})
         bridge = {"Funnel": _funnel_page(result), "Case": self._case_page(), "Bridge": self._bridge_page()}
         return bridge | _circuit_pages(result)
 
@@ -259,7 +261,7 @@ def _funnel_page(found: _Found) -> str:
 def _circuit_pages(found: _Found) -> dict[str, str]:
     if found.circuits is None or found.overlap is None:
         return dict.fromkeys(("Overlap", "Without the first hop"), tables.muted("Circuits were not compared."))
-    one, shown = found.overlap[found.overlap["level"] == "one fact"], found.circuits.circuits
+    one = found.overlap[found.overlap["level"] == "one fact"]
     bars = plot_bars(one, "circuit", "share", column="part", label="share in the two-hop circuit")
     overlap = [
         picture(bars, "Share of each circuit that the two-hop circuit has"),
@@ -269,7 +271,6 @@ def _circuit_pages(found: _Found) -> dict[str, str]:
             "chains with its 95% bootstrap interval. The control has nothing to do with either hop: what it shares "
             "is shared by all."
         ),
-        compare_view(shown["two-hop"], shown["integrated"], names=("two-hop", "integrated"), height=420)._repr_html_(),
     ]
     deletion = tables.muted("Nothing could be cut.")
     if found.deletion is not None:

@@ -153,7 +153,7 @@ class Panel(Living):
             self._pages[name].value = tables.styled(drawn)
 
     def _draw_two(self, name: str, circuits: Mapping[str, Circuit | Ensemble] | None) -> None:
-        """Draw two circuits, of ensembles the consensus, by the names that the legend gives them, in a graph under a title; None for no graph."""
+        """Draw two circuits, of ensembles the consensus, in the graph under a title; None for no graph."""
         graph = self._graphs[name]
         if circuits is not None:
             left, right = (one.consensus() if isinstance(one, Ensemble) else one for one in circuits.values())

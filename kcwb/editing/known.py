@@ -49,12 +49,15 @@ _DELTA: dict[str, Any] = {"steps": 20, "lr": 0.5, "decay": 0.5, "penalty": "norm
 _EASY: dict[str, Any] = {"steps": 25, "lr": 0.5, "decay": 1e-3, "penalty": "norm", "kl": 0.0625, "clamp": 4.0}
 _EASY_ROME: dict[str, Any] = {"layer": 5, **_EASY}
 _EASY_MEMIT: dict[str, Any] = {"layer": 8, "spread": 5, "weight": 15_000.0, **_EASY}
+_LLAMA_3: dict[str, Any] = {"layer": 8, "spread": 5, "clamp": 0.75, **_DELTA, "steps": 25, "lr": 0.1}
 _TUNING: dict[str, Any] = {"layer": 0, "steps": 25, "lr": 5e-4}
 
 #: From the files `hparams/` of github.com/kmeng01/rome (ROME; FT with a constraint, which is our `ft_l`) and of
 #: github.com/kmeng01/memit (MEMIT); r-ROME's authors (arXiv 2403.07175) take ROME's. For Llama, Mistral and Qwen from
 #: `hparams/{R-ROME,ROME,MEMIT}` of github.com/zjunlp/EasyEdit, whose ROME leaves C out (its README: to be quick).
-#: Covariances are of Wikipedia there; ours are of text that the project makes.
+#: AlphaEdit's, and Llama-3-8B's, from `hparams/` of github.com/jianghoucheng/AlphaEdit, but for the bound of the null
+#: space, which is of its covariances' scale (`kcwb.editing.methods.alphaedit`). Covariances are of Wikipedia there,
+#: and ours of text that the project makes.
 #: SmolLM2-135M: over eight facts (`layer_sweep` on `edit_cases(model, n=8, seed=1)`), ES is 1 at layers 1 to 9 and PS
 #: .88 (.81 at 9). The later the layer, the more an edit spills: NS, P(true) - P(new) of the neighbours, and the share
 #: of the subject's other answers that change, are at layer 1 1, .41, .58; 3 1, .39, .58; 5 .90, .35, .83; 7 .81, .13,
@@ -76,6 +79,7 @@ KNOWN = (
         {
             "rome": {"layer": 17, "clamp": 4.0, **_DELTA},
             "memit": {"layer": 17, "spread": 5, "clamp": 0.75, "weight": 20_000.0, **_DELTA},
+            "alphaedit": {"layer": 17, "spread": 5, "clamp": 0.75, "weight": 10.0, **_DELTA},
             "ft_l": {**_TUNING, "clamp": 5e-4},
         },
     ),
@@ -85,6 +89,7 @@ KNOWN = (
         {
             "rome": {"layer": 5, "clamp": 4.0, **_DELTA},
             "memit": {"layer": 8, "spread": 6, "clamp": 0.75, "weight": 15_000.0, **_DELTA, "steps": 25},
+            "alphaedit": {"layer": 8, "spread": 6, "clamp": 0.75, "weight": 10.0, **_DELTA, "steps": 25},
             "ft_l": {**_TUNING, "clamp": 5e-5},
         },
     ),
@@ -100,8 +105,12 @@ KNOWN = (
     ),
     Known(
         Shape("llama", 32, 32, 4096, 14336),
-        "published in EasyEdit for Llama-3-8B",
-        {"rome": _EASY_ROME},
+        "published by AlphaEdit's authors for Llama-3-8B",
+        {
+            "rome": _EASY_ROME,
+            "memit": {**_LLAMA_3, "weight": 15_000.0},
+            "alphaedit": {**_LLAMA_3, "weight": 10.0},
+        },
     ),
     Known(
         Shape("llama", 28, 24, 3072, 8192),
@@ -116,7 +125,7 @@ KNOWN = (
     Known(
         Shape("qwen2", 28, 28, 3584, 18944),
         "published in EasyEdit for Qwen2.5-7B",
-        {"rome": _EASY_ROME, "memit": _EASY_MEMIT},
+        {"rome": _EASY_ROME, "memit": _EASY_MEMIT, "alphaedit": {**_EASY_MEMIT, "weight": 1.0}},
     ),
     Known(
         Shape("llama", 30, 9, 576, 1536),

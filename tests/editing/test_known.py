@@ -44,19 +44,42 @@ def test_published_values_are_taken(shape, method, expected):
     ("shape", "name"),
     [
         (("llama", 32, 32, 4096, 11008), "Llama-2-7B"),
-        (("llama", 32, 32, 4096, 14336), "Llama-3-8B"),
         (("llama", 28, 24, 3072, 8192), "Llama-3.2-3B"),
         (("mistral", 32, 32, 4096, 14336), "Mistral-7B"),
         (("qwen2", 28, 28, 3584, 18944), "Qwen2.5-7B"),
     ],
 )
 def test_values_of_easyedit_are_taken_where_the_authors_have_none(shape, name):
-    """As in `hparams/R-ROME` and `hparams/ROME` of EasyEdit; two Llamas differ in the width of the MLP alone."""
+    """As in `hparams/R-ROME` and `hparams/ROME` of EasyEdit."""
     found, source = known_settings(shaped(*shape), "rome")
     assert found == {
         "layer": 5, "steps": 25, "lr": 0.5, "decay": 1e-3, "penalty": "norm", "kl": 0.0625, "clamp": 4
     }  # fmt: skip
     assert source == f"published in EasyEdit for {name}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (("gpt2", 48, 25, 1600), {"layer": 17, "spread": 5, "steps": 20}),
+        (("gptj", 28, 16, 4096), {"layer": 8, "spread": 6, "steps": 25}),
+        (("llama", 32, 32, 4096, 14336), {"layer": 8, "spread": 5, "steps": 25, "lr": 0.1}),
+    ],
+)
+def test_alphaedit_s_published_values_are_taken(shape, expected):
+    """As in `hparams/AlphaEdit` of its authors; what is of their covariances' scale is not."""
+    found, source = known_settings(shaped(*shape), "alphaedit")
+    more = {"lr": 0.5, "decay": 0.5, "penalty": "norm", "kl": 0.0625, "clamp": 0.75, "weight": 10.0}
+    assert found == {**more, **expected} and source.startswith("published")
+
+
+def test_two_llamas_differ_in_the_width_of_their_mlps_alone():
+    """ROME's and MEMIT's values for Llama-3-8B in the files of AlphaEdit's authors."""
+    shape = ("llama", 32, 32, 4096, 14336)
+    assert known_settings(shaped(*shape), "rome")[0] == known_settings(shaped(*shape[:4], 11008), "rome")[0]
+    found = known_settings(shaped(*shape), "memit")[0]
+    assert (found["lr"], found["clamp"], found["weight"], found["decay"]) == (0.1, 0.75, 15_000.0, 0.5)
+    assert known_settings(shaped(*shape[:4], 11008), "memit")[0]["clamp"] == 4.0
 
 
 def test_fine_tuning_with_a_constraint_has_the_authors_bounds():

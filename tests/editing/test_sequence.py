@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import time
 from typing import Any
 
 import pytest
@@ -181,6 +183,36 @@ def test_ctrl_c_in_a_sequence_comes_after_the_weights_are_back(model):
     with pytest.raises(KeyboardInterrupt):
         sequential_edits(model, CASES, "ft_m", at=(4,), **{**OWN["ft_m"], "progress": progress})
     assert same_bits(model, before) and model.digest == digest and text_digest(model) == digest
+
+
+def test_a_signal_at_any_time_leaves_the_model_as_it_was(model):
+    """A real timer, at other times of a short sequence; a second signal comes while the first is being handled."""
+    before, name, digest = weights(model), model.name, model.digest
+    more = {**OWN["ft_m"], "steps": 1, "tokens": 0, "at": (2,), "judged": 1}
+    sequential_edits(model, CASES[:2], "ft_m", **more)
+    started = time.perf_counter()
+    sequential_edits(model, CASES[:2], "ft_m", **more)
+    whole, came = time.perf_counter() - started, 0
+    handler = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        for i in range(16):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, whole * (0.05 + 0.055 * i), 1e-3)
+                try:
+                    sequential_edits(model, CASES[:2], "ft_m", **more)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                came += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert same_bits(model, before) and (model.name, model.digest) == (name, digest), i
+            assert text_digest(model) == digest and model.edits == ()
+            if model.lock.mine:  # a signal came on the step that lets go
+                model.lock.release()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert came > 4
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,24 @@ def test_a_model_is_trained_once(cache, monkeypatch):
     )
 
 
+def test_checkpoints_are_what_fewer_steps_of_the_same_training_leave(cache):
+    kept = train_world(["llama"], recipe=BRIEF, checkpoints=[0, 2, 2], progress=False)["llama"]
+    plain = train_world(["llama"], recipe=BRIEF, progress=False)["llama"]
+    assert kept != plain and sorted(path.name for path in kept.glob("step*")) == ["step0", "step2"]
+    assert read_training(kept)["weights_sha256"] == read_training(plain)["weights_sha256"]
+    words = world_tokenizer(WORLD)
+    module = new_model("llama", words, BRIEF)
+    found = {0: weights_digest(module)}
+    train(module, words, WORLD.sentences, BRIEF, keep=lambda done: found.update({done: weights_digest(module)}))
+    assert sorted(found) == [0, 1, 2, 3]
+    for steps in (0, 2):
+        assert load_world(kept, revision=f"step{steps}", device="cpu").digest == found[steps]
+    assert load_world(kept, device="cpu").digest == found[3]
+    assert read_training(kept)["checkpoints"] == [0, 2] and "checkpoints" not in read_training(plain)
+    with pytest.raises(SettingError, match="4 is more than the 3 steps"):
+        train_world(["llama"], recipe=BRIEF, checkpoints=[4], progress=False)
+
+
 def test_whatever_determines_the_weights_is_in_the_folders_name(monkeypatch):
     known = {world_folder(name, WORLD, BRIEF) for name in ARCHITECTURES}
     known.add(world_folder("llama", make_world(1), BRIEF))

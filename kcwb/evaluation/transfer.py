@@ -64,7 +64,8 @@ def transfer_matrix(
         One row per circuit and task: `circuit`, `task`, `own`; `edges`; `n` facts; `hit`, `hit_model` (Hit@10); `nll`,
         `nll_model`, `nll_empty` (nats); `faithfulness` with its 95% bootstrap interval over facts `low` to `high`, NaN
         where the model gains nothing over nothing; `chance`, `chance_high`, the mean and 97.5% quantile of the random
-        circuits' faithfulness; `p`, one-sided, not corrected for the number of rows (NaN without draws, and of an empty circuit).
+        circuits' faithfulness; `p`, one-sided, not corrected for the number of rows (NaN without draws, and of an empty
+        circuit).
 
     Raises
     ------

@@ -61,10 +61,10 @@ def damaged_files(folder: Path) -> list[str]:
 
 def file_digests(folder: Path) -> dict[str, dict[str, Any]]:
     """Sizes and SHA-256 of a folder's files, as a manifest has them."""
-    files = sorted(folder.iterdir())
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        "files": {path.name: path.stat().st_size for path in files},
-        "sha256": {path.name: _file_digest(path) for path in files},
+        "files": {name: path.stat().st_size for name, path in files.items()},
+        "sha256": {name: _file_digest(path) for name, path in files.items()},
     }
 
 

@@ -89,6 +89,7 @@ def load_encoder(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    revision: str | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
 ) -> Encoder:
@@ -113,7 +114,7 @@ def load_encoder(
     """
     place, precision = known_device(device), known_dtype(dtype)
     read = partial(read_pretrained, dtype=precision, covered=covered_encoder, masked=True)
-    module, words, name = named_or_given(model, tokenizer, read, "load_encoder")
+    module, words, name = named_or_given(model, tokenizer, read, "load_encoder", revision)
     _require_masked(module)
     require_fast(words, name)
     if words.mask_token_id is None:

@@ -165,6 +165,7 @@ def load_model(
     model: str | Path | PreTrainedModel = BUILTIN_NAME,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    revision: str | None = None,
     device: str | torch.device = "auto",
     device_map: str | Mapping[str, str | int] | None = None,
     dtype: str | torch.dtype = "float32",
@@ -181,6 +182,9 @@ def load_model(
         loaded several times; an edit of one of these models edits all.
     tokenizer
         The tokenizer of a model in memory; otherwise the model's own.
+    revision
+        Of a name on the hub a branch, tag or commit, such as a checkpoint of Pythia's training, `"step1000"`; of a
+        folder a folder in it (`kcwb.world.train_world`). `"name@revision"` is the same, and the model's name then.
     device
         `"auto"` takes CUDA if there is one, else the CPU.
     device_map
@@ -214,7 +218,7 @@ def load_model(
             known_device(f"cuda:{place}" if isinstance(place, int) else place)
     device, dtype = known_device(device), known_dtype(dtype)
     read = partial(read_pretrained, dtype=dtype, covered=covered_family, device_map=device_map)
-    module, tokenizer, name = named_or_given(model, tokenizer, read, "load_model")
+    module, tokenizer, name = named_or_given(model, tokenizer, read, "load_model", revision)
     if module is model and device_map is not None:
         raise SettingError("A model in memory is where it is; device_map is for one that is loaded by its name.")
     covered_family(module.config)

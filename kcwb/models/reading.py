@@ -63,17 +63,41 @@ def read_pretrained(
     return _read(name, name, dtype, covered, masked, device_map)
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """`name@revision` in its two parts; of a folder the folder of that revision, and None.
+
+    A revision of a name of the hub is a branch, a tag or a commit, such as the checkpoints of Pythia, `step1000`. That
+    of a folder is a folder in it, as `kcwb.world.train_world` keeps them.
+    """
+    base, found, revision = name.rpartition("@")
+    if not found or Path(name).is_dir():
+        return name, None
+    if not base or not revision:
+        raise SettingError(f"{name!r} is not a name, @ and a revision, such as 'EleutherAI/pythia-70m@step1000'.")
+    if base == BUILTIN_NAME:
+        raise SettingError(f"{BUILTIN_NAME} is built in, and has no revisions.")
+    if not Path(base).is_dir():
+        return base, revision
+    kept = sorted(path.parent.name for path in Path(base).glob("*/config.json"))
+    if revision not in kept:
+        raise ModelError(f"The folder {base} has no revision {revision!r}; it has {', '.join(kept) or 'none'}.")
+    return str(Path(base) / revision), None
+
+
 def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], masked: bool, device_map: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+    source, revision = split_revision(source)
     local = Path(source).is_dir()
     safe: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    if revision is not None:
+        safe["revision"] = revision
     kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     more = {} if device_map is None else {"device_map": device_map}
     try:
         with no_bars(local):
             stored = stored_weights(Path(source)) if local and name != BUILTIN_NAME else None
-            _require_plain(source, local, stored)
+            _require_plain(source, stored, local_files_only=local, revision=revision)
             config = AutoConfig.from_pretrained(source, **safe)
             covered(config)
             if stored is not None:
@@ -98,7 +122,8 @@ def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], mas
             reason = "it comes with Python code of its own, which kcwb never runs."
         raise ModelError(
             f"The model {name!r} cannot be loaded: {reason} A name is {BUILTIN_NAME!r} (built in, works offline), the "
-            "folder of a causal language model, or a name on the Hugging Face hub (needs the network, or its cache)."
+            "folder of a causal language model, or a name on the Hugging Face hub (needs the network, or its cache), "
+            "with @ and a revision where it is not the main one."
         ) from error
     _require_whole(found, name)
     return module, tokenizer
@@ -112,7 +137,7 @@ def _tokenizer(source: str, safe: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    said = get_tokenizer_config(source, local_files_only=safe["local_files_only"])
+    said = get_tokenizer_config(source, local_files_only=safe["local_files_only"], revision=safe.get("revision"))
     generic = said.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in said
     return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **safe)
 
@@ -142,14 +167,14 @@ def stored_weights(folder: Path) -> Stored:
     return Stored(tensors, size)
 
 
-def _require_plain(source: str | Path, local: bool, stored: Stored | None) -> None:
+def _require_plain(source: str, stored: Stored | None, **where: Any) -> None:
     """Raise ModelError for a configuration that asks for foreign code, or for more layers than there are weights.
 
     It is looked at before Hugging Face makes an object of it, which writes out a list entry for each layer.
     """
     from transformers import PreTrainedConfig
 
-    raw, _ = PreTrainedConfig.get_config_dict(source, local_files_only=local)
+    raw, _ = PreTrainedConfig.get_config_dict(source, **where)
     kind = raw.get("model_type")
     if "auto_map" in raw and kind not in FAMILIES and kind not in ENCODERS:
         raise ModelError(f"The model {str(source)!r} comes with Python code of its own, which kcwb never runs.")
@@ -210,9 +235,11 @@ def _require_whole(found: Mapping[str, Collection[Any]], name: str) -> None:
 
 
 def named_or_given(
-    model: Any, tokenizer: Any, read: Callable[[str], tuple[Any, Any]], verb: str
+    model: Any, tokenizer: Any, read: Callable[[str], tuple[Any, Any]], verb: str, revision: str | None = None
 ) -> tuple[Any, Any, str]:
     """Module, tokenizer and name of what `read` makes of a name, or of a model in memory, for which `verb` is called.
+
+    A `revision` becomes part of the name, so that whoever has the name can load the same model.
 
     Raises
     ------
@@ -222,7 +249,10 @@ def named_or_given(
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
             raise SettingError("A tokenizer is only taken beside a model in memory; a named model brings its own.")
-        return *read(str(model)), str(model)
+        name = str(model) if revision is None else f"{model}@{revision}"
+        return *read(name), name
+    if revision is not None:
+        raise SettingError("A model in memory is one revision already; a revision is of a name or a folder.")
     if tokenizer is None:
         raise SettingError(f"A model in memory needs its tokenizer: {verb}(model, tokenizer).")
     return model, tokenizer, str(model.config.name_or_path or type(model).__name__)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -118,6 +118,7 @@ def train_world(
     *,
     world: World | None = None,
     recipe: Recipe | None = None,
+    checkpoints: Sequence[Natural] = (),
     progress: Progress = True,
 ) -> dict[str, Path]:
     """Train a model of each architecture on a world, or find those that were trained before.
@@ -130,6 +131,9 @@ def train_world(
         Whose sentences are shown; default `make_world()`.
     recipe
         Sizes, steps and seed; default `Recipe()`.
+    checkpoints
+        After how many steps the model is kept, too (0: before the first): in folders `step<n>` of its folder, for
+        `load_world(folder, revision="step<n>")`. Training is the same with them and without.
     progress
         Reported per step. An exception that it raises stops the training, and what is not finished is lost.
 
@@ -150,10 +154,15 @@ def train_world(
     for name in architectures:
         choose("The architecture", name, ARCHITECTURES)
     world, recipe = world or make_world(), recipe or Recipe()
+    kept = tuple(sorted(set(checkpoints)))
+    for name in architectures:
+        steps = recipe.encoder_steps if name in ENCODERS else recipe.steps
+        if kept and kept[-1] > steps:
+            raise SettingError(f"checkpoints: {kept[-1]} is more than the {steps} steps that {name} is trained for.")
     found = {}
     for name in architectures:
-        folder = world_folder(name, world, recipe)
-        build = partial(_build, name, world, recipe, progress)
+        folder = world_folder(name, world, recipe, kept)
+        build = partial(_build, name, world, recipe, kept, progress)
         try:
             waiting = f"Another process is training {folder.name}; waiting for it."
             found[name] = build_folder(folder, build, waiting if progress else "")
@@ -165,26 +174,35 @@ def train_world(
     return found
 
 
-def world_folder(architecture: str, world: World, recipe: Recipe) -> Path:
+def world_folder(architecture: str, world: World, recipe: Recipe, checkpoints: Sequence[int] = ()) -> Path:
     """Where the model of a world lies, or will."""
-    digest = hashlib.sha256(json.dumps(_origin(architecture, world, recipe), sort_keys=True).encode()).hexdigest()
+    origin = _origin(architecture, world, recipe, checkpoints)
+    digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
     return model_cache() / f"world-{architecture}-{digest[:12]}"
 
 
-def _origin(architecture: str, world: World, recipe: Recipe) -> dict[str, Any]:
-    """What determines the weights, up to the number of threads, on which the order of sums depends."""
+def _origin(architecture: str, world: World, recipe: Recipe, checkpoints: Sequence[int]) -> dict[str, Any]:
+    """What determines the weights, up to the number of threads, on which sums depend, and what is kept of them."""
     libraries = {name: versions()[name] for name in ("torch", "transformers")}
     origin = {"format": _FORMAT, "architecture": architecture, "world": world.digest, "recipe": asdict(recipe)}
-    return {**origin, "versions": libraries}
+    kept = {"checkpoints": list(checkpoints)} if checkpoints else {}
+    return {**origin, **kept, "versions": libraries}
 
 
-def _build(architecture: str, world: World, recipe: Recipe, progress: Progress, folder: Path) -> dict[str, Any]:
+def _build(
+    architecture: str, world: World, recipe: Recipe, checkpoints: Sequence[int], progress: Progress, folder: Path
+) -> dict[str, Any]:
     """Train, write the model to the folder, and say how."""
     tokenizer = world_tokenizer(world, masked=architecture in ENCODERS)
     module = new_model(architecture, tokenizer, recipe)
-    losses = train(module, tokenizer, world.sentences, recipe, progress)
+
+    def keep(steps: int) -> None:
+        if steps in checkpoints:
+            save_model(module, tokenizer, folder / f"step{steps}")
+
+    losses = train(module, tokenizer, world.sentences, recipe, progress, keep)
     digest = save_model(module, tokenizer, folder)
-    return {**_origin(architecture, world, recipe), "weights_sha256": digest, "loss": round(losses[-1], 4)}
+    return {**_origin(architecture, world, recipe, checkpoints), "weights_sha256": digest, "loss": round(losses[-1], 4)}
 
 
 def new_model(architecture: str, tokenizer: Any, recipe: Recipe) -> Any:
@@ -200,9 +218,12 @@ def new_model(architecture: str, tokenizer: Any, recipe: Recipe) -> Any:
 
 
 def train(
-    module: Any, tokenizer: Any, sentences: Sequence[str], recipe: Recipe, progress: Progress = False
-) -> list[float]:
+    module: Any, tokenizer: Any, sentences: Sequence[str], recipe: Recipe, progress: Progress = False,
+    keep: Callable[[int], None] | None = None,
+) -> list[float]:  # fmt: skip
     """Train a model on sentences, in place; the loss of each step (nats per word that is asked).
+
+    `keep` is called with the number of steps done, before the first and after each.
 
     A decoder is asked for every word, given those before it; an encoder, which is told by its tokenizer's mask, for the
     masked words.
@@ -217,7 +238,11 @@ def train(
     losses, order = [], torch.empty(0, dtype=torch.long)
     module.train()
     with torch.enable_grad(), track(progress, steps, f"training {module.config.model_type}") as step:
-        for _ in range(steps):
+        for done in range(steps + 1):
+            if keep is not None:
+                keep(done)
+            if done == steps:
+                break
             while len(order) < recipe.batch:
                 order = torch.cat([order, torch.randperm(len(tokens), generator=draw)])
             rows, order = order[: recipe.batch], order[recipe.batch :]
@@ -257,7 +282,7 @@ def draw_masks(words: Bool[Tensor, "N T"], share: float, draw: torch.Generator) 
 
 @verb
 def load_world(folder: str | Path, **more: Any) -> Model | Encoder:
-    """Load a model that `train_world` wrote, decoder or encoder; other parameters as in `load_model`."""
+    """Load a model that `train_world` wrote, or a checkpoint (`revision`); other parameters as in `load_model`."""
     kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
     return load_encoder(folder, **more) if kind in ENCODERS else load_model(folder, **more)
 

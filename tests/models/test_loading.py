@@ -35,6 +35,45 @@ def test_a_name_that_is_nowhere_is_refused_with_what_a_name_can_be(name: str) ->
         load_model(name)
 
 
+def test_a_revision_of_a_name_is_that_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two snapshots in a cache of the hub, as Hugging Face's library lays them out; offline."""
+    repository = tmp_path / "models--tiny--pythia"
+    for seed, (commit, name) in enumerate([("a" * 40, "main"), ("b" * 40, "step1000")]):
+        snapshot = repository / "snapshots" / commit
+        tiny_hf("neox", seed).save_pretrained(snapshot)
+        tokenizer().save_pretrained(snapshot)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path), raising=False)
+    main, early = load_model("tiny/pythia"), load_model("tiny/pythia", revision="step1000")
+    assert [main.digest, early.digest] == [weights_digest(tiny_hf("neox", seed)) for seed in (0, 1)]
+    assert early.name == "tiny/pythia@step1000" and load_model(early.name).digest == early.digest
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model("tiny/pythia@step7")
+
+
+def test_a_revision_of_a_folder_is_a_folder_in_it(tmp_path: Path) -> None:
+    for seed, folder in enumerate([tmp_path, tmp_path / "step3"]):
+        tiny_hf("llama", seed).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+    early = load_model(tmp_path, revision="step3")
+    assert early.digest == load_model(tmp_path / "step3").digest != load_model(tmp_path).digest
+    assert early.name == f"{tmp_path}@step3" and load_model(early.name).digest == early.digest
+    for missing in ("step4", "..", "step3/../step3"):
+        with pytest.raises(ModelError, match=r"no revision.*it has step3"):
+            load_model(tmp_path, revision=missing)
+
+
+def test_what_has_no_revisions_is_refused() -> None:
+    with pytest.raises(SettingError, match="built in, and has no revisions"):
+        load_model("smollm2-135m", revision="step1")
+    with pytest.raises(SettingError, match="in memory is one revision"):
+        load_model(tiny_hf("llama"), tokenizer(), revision="step1")
+    with pytest.raises(SettingError, match="not a name, @ and a revision"):
+        load_model("tiny/pythia@")
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_model(tmp_path)

@@ -280,10 +280,10 @@ _ROOM = {"ig-prune": 5, "acdc": 4, "covariance": 20, "heads taken out": 10, "hea
 
 
 def test_a_circuit_records_how_many_were_computed_at_once(model, task, room) -> None:
-    found = kcwb.discover(model, task, "eap", edges=40, progress=False)
+    found = kcwb.discover(model, task, "eap", edges=40, select="signed", progress=False)
     assert found.provenance["at_once"] == {"mean": [len(task.reference)], "attribution": [len(task.val)]}
     room(2 * task.val.tokens.shape[1])
-    again = kcwb.discover(model, task, "eap", edges=40, progress=False)
+    again = kcwb.discover(model, task, "eap", edges=40, select="signed", progress=False)
     assert again.provenance["at_once"]["attribution"] == [4, 2]
     assert again.provenance["at_once"]["mean"][-1] == 2
     assert torch.equal(again.kept, found.kept)

@@ -108,5 +108,5 @@ def test_the_built_in_model_is_known_from_memory_too(smollm2):
     name = smollm2.name
     again = load_model(smollm2.bridge.original_model.config.name_or_path)  # its folder
     assert again.name != name
-    for method, layer in (("rome", 3), ("ft_m", 3), ("ft_l", 3), ("memit", 5)):
+    for method, layer in (("rome", 3), ("ft_m", 3), ("ft_l", 3), ("memit", 5), ("alphaedit", 5)):
         assert default_layer(again, method) == default_layer(smollm2, method) == layer

@@ -14,7 +14,7 @@ for whoever shows it to escape it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from kcwb.verbs import noun, verb
 
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
+    from kcwb.models.graph import Graph
 
 _FORMAT = 1
 _NAME, _TEXT = 120, 4000  # letters of a name, and of a note
@@ -70,13 +71,10 @@ class Session:
                     raise SettingError(
                         f"{name}, {shown(node)}: {shown(text)} is not text of at most {longest} letters."
                     )
-        owner: dict[str, str] = {}
         for name, nodes in self.groups.items():
             if not fits(name, str) or not name or len(name) > _NAME or not nodes:
                 raise SettingError(f"groups: {shown(name)} has no nodes, or no name of at most {_NAME} letters.")
-            for node in nodes:
-                if owner.setdefault(node, name) != name:
-                    raise SettingError(f"groups: {shown(node)} is in {shown(owner[node])} and in {shown(name)}.")
+        one_group_each("groups", self.groups)
 
     @verb
     def compare(self, other: Session) -> pd.DataFrame:
@@ -106,25 +104,52 @@ def session_of(circuit: Circuit, session: Session) -> Session:
     CircuitError
         If it belongs to another circuit, or names what this one has not; says what.
     """
-    graph, digest = circuit.graph, circuit.digest
-    if session.circuit not in ("", digest):
+    if session.circuit not in ("", circuit.digest):
         raise CircuitError(
-            f"The session is of the circuit {shown(session.circuit[:12])}, not of this one, {digest:.12}."
+            f"The session is of the circuit {shown(session.circuit[:12])}, not of this one, {circuit.digest:.12}."
         )
-    known = set(graph.node_names)
     named = {f"groups, {shown(group)}": nodes for group, nodes in session.groups.items()}
     for where, nodes in {"pinned": session.pinned, **named, "names": session.names, "notes": session.notes}.items():
-        for node in nodes:
-            if node not in known:
-                raise CircuitError(f"{where}: there is no node {shown(node)}. {nearest(node[:60], known, few=6)}")
-    for where, edges in (("cut", session.cut), ("forced", session.forced)):
-        for edge in edges:
+        check_nodes(where, nodes, circuit.graph)
+    check_edges("cut", session.cut, circuit, kept=True)
+    check_edges("forced", session.forced, circuit, kept=False)
+    return replace(session, circuit=circuit.digest)
+
+
+def check_nodes(where: str, nodes: Iterable[str], graph: Graph) -> None:
+    """Refuse nodes that a graph has not; CircuitError."""
+    known = set(graph.node_names)
+    for node in nodes:
+        if node not in known:
+            raise CircuitError(
+                f"{where}: there is no node {shown(node)}. {nearest(node[:60], graph.node_names, few=6)}"
+            )
+
+
+def check_edges(where: str, edges: Iterable[str], circuit: Circuit, kept: bool | None = None) -> list[str]:
+    """The full names of edges; CircuitError if the graph has not got them, or (not) the circuit, as `kept` says."""
+    graph, names = circuit.graph, {}
+    for edge in edges:
+        try:
+            place = graph.edge_index(edge)
+        except CircuitError as error:
             ends = edge.split("->")
-            if len(ends) != 2 or ends[0] not in graph.sender_names or ends[1] not in graph.receiver_names:
-                raise CircuitError(f"{where}: there is no edge {shown(edge)}; they are written input->a0.h0<q>.")
-            if bool(circuit.kept[graph.edge_index(edge)]) != (where == "cut"):
-                raise CircuitError(f"{where}: {edge} is {'in' if where == 'forced' else 'not in'} the circuit.")
-    return replace(session, circuit=digest)
+            if len(ends) == 2 and ends[0] in graph.sender_names and ends[1] in graph.receiver_names:
+                raise CircuitError(f"{where}: {' '.join(str(error).split())[:300]}") from None
+            raise CircuitError(f"{where}: there is no edge {shown(edge)}; they are written input->a0.h0<q>.") from None
+        if kept is not None and bool(circuit.kept[place]) != kept:
+            raise CircuitError(f"{where}: {edge} is {'not in' if kept else 'in'} the circuit.")
+        names[graph.edge_name(*place)] = None
+    return list(names)
+
+
+def one_group_each(where: str, groups: Mapping[str, Iterable[str]]) -> None:
+    """Refuse a node that is in two groups; SettingError."""
+    owner: dict[str, str] = {}
+    for name, nodes in groups.items():
+        for node in nodes:
+            if owner.setdefault(node, name) != name:
+                raise SettingError(f"{where}: {shown(node)} is in {shown(owner[node])} and in {shown(name)}.")
 
 
 def played(circuit: Circuit, session: Session) -> Circuit:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kcwb.circuits.circuit import Circuit
-from kcwb.errors import CircuitError, SettingError, nearest, shown
+from kcwb.circuits.session import check_edges, check_nodes, one_group_each
+from kcwb.errors import CircuitError, SettingError, shown
 from kcwb.settings import fits
 
 _ITEMS, _NAME, _TEXT = 100_000, 120, 4000  # of a list; letters of a name, of a text
@@ -29,31 +30,23 @@ def checked(name: str, value: Any, circuit: Circuit | None) -> Any:
 
 
 def _nodes(name: str, value: Any, circuit: Circuit | None) -> list[str]:
-    known = set() if circuit is None else set(circuit.graph.node_names)
-    for node in _texts(name, value):
-        if node not in known:
-            raise CircuitError(f"{name}: {_no_node(node, circuit)}")
-    return list(dict.fromkeys(value))
+    nodes = list(dict.fromkeys(_texts(name, value)))
+    if nodes:
+        check_nodes(name, nodes, _there(name, nodes[0], circuit).graph)
+    return nodes
 
 
-def _edges(name: str, value: Any, circuit: Circuit | None) -> list[str]:
-    return [edge for edge, _ in _places(name, value, circuit)]
+def _edges(name: str, value: Any, circuit: Circuit | None, kept: bool | None = None) -> list[str]:
+    edges = _texts(name, value)
+    return check_edges(name, edges, _there(name, edges[0], circuit), kept) if edges else []
 
 
 def _cut(name: str, value: Any, circuit: Circuit | None) -> list[str]:
-    found = _places(name, value, circuit)
-    for edge, place in found:
-        if circuit is not None and not circuit.kept[place]:
-            raise CircuitError(f"{name}: {edge} is not in the circuit; what is forced in is taken out of `forced`.")
-    return [edge for edge, _ in found]
+    return _edges(name, value, circuit, kept=True)
 
 
 def _forced(name: str, value: Any, circuit: Circuit | None) -> list[str]:
-    found = _places(name, value, circuit)
-    for edge, place in found:
-        if circuit is not None and circuit.kept[place]:
-            raise CircuitError(f"{name}: {edge} is in the circuit already.")
-    return [edge for edge, _ in found]
+    return _edges(name, value, circuit, kept=False)
 
 
 def _groups(name: str, value: Any, circuit: Circuit | None) -> dict[str, list[str]]:
@@ -61,13 +54,7 @@ def _groups(name: str, value: Any, circuit: Circuit | None) -> dict[str, list[st
     for group, nodes in groups.items():
         if not group or not nodes:
             raise SettingError(f"{name}: {shown(group)} has no name or no nodes.")
-    owner: dict[str, str] = {}
-    for group, nodes in groups.items():
-        for node in nodes:
-            if owner.setdefault(node, group) != group:
-                raise SettingError(
-                    f"{name}: {node} is in {shown(owner[node])} and in {shown(group)}; a node is in one."
-                )
+    one_group_each(name, groups)
     return groups
 
 
@@ -218,24 +205,10 @@ def _named(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _places(name: str, value: Any, circuit: Circuit | None) -> list[tuple[str, tuple[int, int]]]:
-    """Each edge with its row and column."""
-    found = {}
-    for edge in _texts(name, value):
-        if circuit is None:
-            raise CircuitError(f"{name}: there is no circuit yet, so it has no edge {shown(edge)}.")
-        try:
-            place = circuit.graph.edge_index(edge)
-        except CircuitError as error:
-            raise CircuitError(f"{name}: {' '.join(str(error).split())[:300]}") from None
-        found[circuit.graph.edge_name(*place)] = place
-    return list(found.items())
-
-
-def _no_node(node: str, circuit: Circuit | None) -> str:
+def _there(name: str, one: str, circuit: Circuit | None) -> Circuit:
     if circuit is None:
-        return f"there is no circuit yet, so it has no node {shown(node)}."
-    return f"{circuit.graph} has no node {shown(node)}. {nearest(node[:60], circuit.graph.node_names, few=6)}"
+        raise CircuitError(f"{name}: there is no circuit yet, so it has no {shown(one)}.")
+    return circuit
 
 
 def is_blank(value: Any) -> bool:

@@ -68,17 +68,17 @@ def test_it_draws_what_the_page_draws(graph: CircuitGraph, circuit: Circuit) -> 
 # --- what is refused ---
 
 WRONG = [
-    ("selected", ["a9.h9"], "selected: .* has no node 'a9.h9'"),
+    ("selected", ["a9.h9"], "selected: .*there is no node 'a9.h9'"),
     ("selected", 5, "selected"),
     ("selected", [3], "selected=.* is not a list of names"),
     ("selected_edges", ["input->nowhere"], "selected_edges: "),
     ("pinned", [["a0.h1"]], "pinned=.* is not a list of names"),
-    ("cut", ["input"], "cut: 'input' is not an edge"),
+    ("cut", ["input"], "cut: there is no edge 'input'"),
     ("cut", ["input->m1"], "cut: input->m1 is not in the circuit"),
-    ("forced", ["input->a0.h1<v>"], "forced: input->a0.h1<v> is in the circuit already"),
+    ("forced", ["input->a0.h1<v>"], "forced: input->a0.h1<v> is in the circuit"),
     ("forced", ["logits->m0"], "forced: "),
-    ("groups", {"one": ["a0.h1"], "two": ["a0.h1"]}, "groups: a0.h1 is in 'one' and in 'two'"),
-    ("groups", {"one": ["x"]}, "groups.'one'.: .* has no node 'x'"),
+    ("groups", {"one": ["a0.h1"], "two": ["a0.h1"]}, "groups: 'a0.h1' is in 'one' and in 'two'"),
+    ("groups", {"one": ["x"]}, "groups.'one'.: .*there is no node 'x'"),
     ("groups", {"one": []}, "groups: 'one' has no name or no nodes"),
     ("groups", {"x" * 121: []}, "groups=.* is not a table by names"),
     ("names", {"a0.h1": "x" * 121}, "names.'a0.h1'.=.* is not text of at most 120 letters"),
@@ -91,11 +91,11 @@ WRONG = [
     ("answers", {"facts": [FACT | {"before": {"p": float("nan"), "rank": 1}}]}, "answers=.* with finite numbers"),
     ("answers", {"facts": object()}, "answers=.* is not "),
     ("reading", {"node": "m0"}, "reading=.* is not "),
-    ("reading", {"node": "m9", "runs": []}, "reading.'node'.: .* has no node 'm9'"),
+    ("reading", {"node": "m9", "runs": []}, "reading.'node'.: there is no node 'm9'"),
     ("reading", READ | {"runs": [{"run": "x", "prompts": []}]}, "reading=.* is not "),
     ("reading", {"node": "m0", "runs": [{"run": "x", "prompts": [READ_ONE | {"tokens": []}]}]}, "reading=.* is not "),
     ("reading", {"node": "m0", "runs": [{"run": "x", "prompts": [READ_ONE | {"key": [[1, 1.0]]}]}]}, "reading=.* is"),
-    ("paths", [["input", "m9"]], "paths: .* has no node 'm9'"),
+    ("paths", [["input", "m9"]], "paths: .*there is no node 'm9'"),
     ("paths", [3], "paths=3 is not a list of names"),
     ("view", {"scale": 0}, "view=.* is not what is looked at"),
     ("view", {"hidden": "x"}, "view=.* is not what is looked at"),
@@ -140,7 +140,7 @@ def test_bad_settings_are_refused(circuit: Circuit) -> None:
         CircuitGraph(circuit, pined=["m0"])
     with pytest.raises(SettingError, match="height=0"):
         CircuitGraph(circuit, height=0)
-    with pytest.raises(traitlets.TraitError, match="has no node"):
+    with pytest.raises(traitlets.TraitError, match="there is no node"):
         CircuitGraph(circuit, pinned=["a7.h7"])
     blank = CircuitGraph()
     for name, value in (("selected", ["m0"]), ("cut", ["input->m0"])):

@@ -132,7 +132,7 @@ def test_the_help_of_discover_names_every_choice_and_every_default(run) -> None:
     for name in ("edges", "threshold", "select", "steps", "tau", "absolute"):
         assert f"--{name}" in text
     signature = inspect.signature(discover).parameters
-    assert (signature["method"].default, signature["metric"].default) == ("eap-ig", "nll")  # as the help says
+    assert (signature["method"].default, signature["metric"].default) == ("gim", "nll")  # as the help says
 
 
 def test_the_defaults_are_those_of_the_functions() -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,8 @@ class Asked:
         self.plain = [_row(model, text, None) for text in (*case.same_subject, *case.other_subjects)]
         self.n_same = len(case.same_subject)
         self.target = case.target
-        self.questions = (case.prompt, *case.paraphrases)
+        stopped = any(stop in case.target for stop in STOPS)
+        self.questions = () if stopped else (case.prompt, *case.paraphrases)
 
     def probabilities(self, model: Model) -> Float[np.ndarray, "prompts 2"]:
         """P of the new and of the true object."""
@@ -96,10 +98,8 @@ class Asked:
         found = [logits.argmax(-1) for logits in _answer_logits(model, self.plain)]
         return torch.cat(found).cpu().numpy() if found else np.zeros(0, dtype=int)
 
-    def said(self, model: Model, tokens: int) -> dict[str, float]:
-        """Whether the model says the new object, on the prompt and on paraphrases; NaN where it is not asked."""
-        asked = tokens and not any(stop in self.target for stop in STOPS)
-        written = continuations(model, self.questions, tokens, STOPS) if asked else []
+    def said(self, written: Sequence[str]) -> dict[str, float]:
+        """Whether what was written is the new object, on the prompt and on paraphrases; NaN where nothing was asked."""
         found = np.array([says(text, self.target) for text in written], dtype=float).reshape(-1, 2)
         means = {"": found[:1], "_paraphrase": found[1:]}
         return {
@@ -108,13 +108,17 @@ class Asked:
             for of, part in means.items()
         }
 
-    def measured(self, model: Model, tokens: int) -> Measured:
-        """All that scores are made of, by the weights as they are now."""
-        return self.probabilities(model), self.likeliest(model), self.said(model, tokens)
-
 
 Measured = tuple[Float[np.ndarray, "prompts 2"], Int[np.ndarray, " prompts"], dict[str, float]]
 _Tokens = tuple[list[int], list[int]]
+
+
+def measure(model: Model, asked: Sequence[Asked], tokens: int) -> list[Measured]:
+    """All that the scores of some cases are made of, by the weights as they are now; all texts are written together."""
+    texts = [text for one in asked for text in one.questions] if tokens else []
+    written = iter(continuations(model, texts, tokens, STOPS) if texts else [])
+    said = [one.said(list(islice(written, len(one.questions)))) for one in asked]
+    return [(one.probabilities(model), one.likeliest(model), text) for one, text in zip(asked, said, strict=True)]
 
 
 def _row(model: Model, text: str, answer: str | None) -> _Tokens:
@@ -168,8 +172,7 @@ def edit_scores(
     method, layer, seed, settings
         As in `kcwb.editing.edit.edit`.
     batch
-        How many edits go in at once; more than one for an editor that takes many (`memit`).
-
+        How many edits go in at once; more than one for an editor that takes many (`memit`, `alphaedit`).
     tokens
         How many tokens the model writes at most where it is asked what it says; 0 for not asking.
 
@@ -202,17 +205,18 @@ def edit_scores(
             raise SettingError(f"Case {i}: {case.fact.subject!r:.60} is in its batch of {batch} before; take batch=1.")
     make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
     everything = [Asked(model, case) for case in cases]
+    unedited = measure(model, everything, tokens)
     rows: list[dict[str, Any]] = []
     with track(progress, len(cases), f"{method} edits") as step:
         for start in range(0, len(cases), batch):
             part = cases[start : start + batch]
             asked = everything[start : start + batch]
-            before = [one.measured(model, tokens) for one in asked]
+            before = unedited[start : start + batch]
             made = try_edit(model, part, method, layer, seed, settings)
             after = before
             if made is not None:
                 with made:
-                    after = [one.measured(model, tokens) for one in asked]
+                    after = measure(model, asked, tokens)
             for i, (case, one) in enumerate(zip(part, asked, strict=True)):
                 cost = (made.nll, made.seconds / len(part)) if made else (math.nan, math.nan)
                 head = {"case": start + i, "relation": case.relation, "subject": case.fact.subject}

@@ -31,7 +31,7 @@ from kcwb.editing.change import Edit, lost_by_rounding
 from kcwb.editing.covariance import own_texts
 from kcwb.editing.partial_runs import make_rows
 from kcwb.editing.registry import edit_method
-from kcwb.editing.scores import Asked, Measured, case_scores, score_summary, try_edit
+from kcwb.editing.scores import Asked, Measured, case_scores, measure, score_summary, try_edit
 from kcwb.editing.writing import texts_as_now
 from kcwb.errors import SettingError
 from kcwb.models.loading import Model
@@ -145,7 +145,7 @@ def sequential_edits(
     shown = sorted({i for n in looks for i in (*range(min(judged, n)), *range(max(0, n - judged), n))})
     asked = {i: Asked(model, cases[i]) for i in shown}
     text = torch.tensor(own_texts(model, _TEXTS, _text_length(model), seed, _named(cases)), device=model.device)
-    before = {i: one.measured(model, tokens) for i, one in asked.items()}
+    before = dict(zip(asked, measure(model, list(asked.values()), tokens), strict=True))
     states, rows, failed, spent = [_state(model, None, 0, text, 0, 0.0)], list[dict[str, Any]](), 0, 0.0
     all_of_them: Edit | None = None
     losses: list[pd.DataFrame] = []
@@ -163,10 +163,10 @@ def sequential_edits(
             if i + 1 in looks:
                 n = i + 1
                 which = {"first": range(min(judged, n)), "last": range(max(0, n - judged), n)}
+                numbers = sorted({j for of in which.values() for j in of})
                 with _in(model, all_of_them):
-                    after = {
-                        j: asked[j].measured(model, tokens) for j in sorted({j for of in which.values() for j in of})
-                    }
+                    found = measure(model, [asked[j] for j in numbers], tokens)
+                    after = dict(zip(numbers, found, strict=True))
                     states.append(_state(model, all_of_them, n, text, failed, spent))
                 rows += _rows(cases, asked, before, after, n, which, method)
             step(note=case.fact.subject)

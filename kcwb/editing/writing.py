@@ -20,7 +20,7 @@ from kcwb.models.loading import Model
 from kcwb.models.memory import in_pieces
 from kcwb.tasks.tokens import padded
 
-_TOGETHER = 16  # texts that are continued at once
+_TOGETHER = 32  # texts that are continued at once
 
 
 def text_tokens(model: Model, text: str) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from kcwb.editing.cases import EditCase
 from kcwb.editing.change import kept_keys
 from kcwb.editing.edit import edit
-from kcwb.editing.scores import SCORES, Asked, case_scores, score_summary
+from kcwb.editing.scores import SCORES, Asked, case_scores, measure, score_summary
 from kcwb.editing.sequence import perplexity, sequential_edits
 from kcwb.editing.writing import text_digest, texts_as_now
 from kcwb.errors import DataError, SettingError
@@ -61,7 +61,7 @@ def test_a_sequence_is_edits_put_on_top_of_each_other(model, method):
         Asked(model, EditCase(**{**vars(case), "neighbours": near}))
         for case, near in zip(CASES, neighbours, strict=True)
     ]
-    start, made = [one.measured(model, 3) for one in asked], []
+    start, made = measure(model, asked, 3), []
     try:
         with texts_as_now(model):
             for n, case in enumerate(CASES[:2], 1):
@@ -72,7 +72,7 @@ def test_a_sequence_is_edits_put_on_top_of_each_other(model, method):
                 assert rows["which"].tolist() == ["first"] * n + ["last"] * n
                 for row in rows.to_dict("records"):
                     i = row["case"]
-                    expected = case_scores(asked[i], start[i], asked[i].measured(model, 3))
+                    expected = case_scores(asked[i], start[i], measure(model, [asked[i]], 3)[0])
                     assert {name: row[name] for name in SCORES} == pytest.approx(expected, abs=1e-4, nan_ok=True)
             for layer in found.edit.layers:
                 whole = model.network.layers[layer].W_out

@@ -31,6 +31,7 @@ from kcwb.workbench.panels.controls import Controls
 from kcwb.workbench.panels.nodes import NodePanel
 from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.playing import Playing
+from kcwb.workbench.panels.ranked import Ranked
 from kcwb.workbench.panels.results import Found
 from kcwb.workbench.panels.runner import Job
 from kcwb.workbench.panels.search import Search
@@ -118,6 +119,9 @@ class DiscoveryPanel(Panel):
         self.nodes = NodePanel(model, graph=False)
         self._comparison = Comparison(height)
         self.bench = Bench(self, lambda: self._shown)
+        self._ranked = {name: Ranked() for name in self.pages[1:3]}
+        for table in self._ranked.values():
+            self._on(table, lambda change: self._playing.choose(change["new"], self.nodes.select), "chosen")
         self._path = W.Text("circuit.json", description="File", layout=room(320))
         self._save_button = self._button("Save", "download", lambda: self.save(self._path.value))
         self._load_button = self._button("Load", "upload", lambda: self.load(self._path.value))
@@ -130,7 +134,12 @@ class DiscoveryPanel(Panel):
         self._playing = Playing(self, self._graph, lambda: (self.circuit, self.task))
         graph, tabs = model.graph, dict[str, W.Widget](self._pages)
         size = f"{graph.n_layers} layers of {graph.n_heads} heads, {graph.n_edges:,} edges"
-        tabs |= {_NODE: self.nodes._root, _COMPARE: self._comparison.widget, _REFEREE: self.bench.widget}
+        tabs |= {
+            **self._ranked,
+            _NODE: self.nodes._root,
+            _COMPARE: self._comparison.widget,
+            _REFEREE: self.bench.widget,
+        }
         self._tabs.children = list(tabs.values())
         self._fill(dict.fromkeys(self.pages, tables.muted("Press Run.")))
         self._offer_size()
@@ -362,13 +371,15 @@ class DiscoveryPanel(Panel):
         """Draw a circuit everywhere but in the controls."""
         circuit = found.circuit
         roles = self._roles[1] if self._roles is not None and self._roles[0] is found.task else None
-        drawn = results.pages(found)
+        ranked = results.rankings(circuit)
         with self._silently():
-            self._graph.show(circuit, roles=roles, title=results.title(circuit))
+            self._graph.show(circuit, roles=roles, title=results.title(circuit), details=results.writes(roles))
             self._graph.layout.display = ""
             self._shown = found
             self._draw_completeness(found)
-            self._fill(drawn)
+            self._fill({"Facts": results.facts_table(found.task)})
+            for name, ranking in ranked.items():
+                self._ranked[name].show(*ranking)
             offer(self._runs, [(one.label, i) for i, one in enumerate(self.history)], self.history.index(found))
             self._comparison.offer(self.history, found)
             self.bench.draw()

@@ -51,6 +51,16 @@ class Playing:
         else:
             self.read(after)
 
+    def choose(self, name: str, look: Callable[[str], None]) -> None:
+        """Select the node or edge of a table's row in the graph, without its followers; look at a node, and read it."""
+        if not name:
+            return
+        with self._panel._silently():
+            self._graph.selected, self._graph.selected_edges = ([], [name]) if "->" in name else ([name], [])
+        if "->" not in name:
+            look(name)
+            self.read()
+
     def play(self, after: str | None = None) -> None:
         """Ask the circuit its facts as it is in the graph now, and then read on; after other work, not instead."""
         (circuit, task), graph, panel = self._of(), self._graph, self._panel

@@ -127,14 +127,19 @@ def completeness_table(found: Found) -> str:
     )
 
 
-def pages(found: Found) -> dict[str, str]:
-    """Its strongest edges, its nodes, those with the strongest edges first, and its facts, by the titles of tabs."""
-    nodes = found.circuit.nodes.sort_values("score", ascending=False, kind="stable")
-    return {
-        "Strongest edges": ranked(found.circuit.edges),
-        "Nodes": ranked(nodes.drop(columns=["layer", "head"])),
-        "Facts": facts_table(found.task),
-    }
+def rankings(circuit: Circuit) -> dict[str, tuple[pd.DataFrame, list[str]]]:
+    """Its edges and its nodes, those with the strongest edges first, by the titles of tabs, with the name of each."""
+    nodes = circuit.nodes.sort_values("score", ascending=False, kind="stable").drop(columns=["layer", "head"])
+    edges = circuit.edges
+    named = [f"{sender}->{receiver}" for sender, receiver in zip(edges["sender"], edges["receiver"], strict=True)]
+    return {"Strongest edges": (edges, named), "Nodes": (nodes, nodes["node"].tolist())}
+
+
+def writes(roles: pd.DataFrame | None) -> dict[str, str] | None:
+    """What hovering over a head tells of the tokens that it writes, of a table of `kcwb.head_roles`."""
+    if roles is None:
+        return None
+    return {str(node): f"writes {tokens}" for node, tokens in zip(roles["node"], roles["top_tokens"], strict=True)}
 
 
 def plain(found: Found, graph: str) -> str:

@@ -545,6 +545,23 @@ def test_a_node_that_is_selected_is_read_beside_the_graph_and_again_after_a_step
     assert graph.reading == {} and found.error is None
 
 
+def test_a_row_of_a_table_selects_its_node_or_edge(found):
+    edges, nodes = (found._ranked[name] for name in ("Strongest edges", "Nodes"))
+    assert edges.columns == ["sender", "receiver", "score"] and len(edges.rows) == found.circuit.n_edges
+    edges.set_state({"chosen": edges.names[2]})
+    assert found._graph.selected_edges == [edges.names[2]] and found._graph.selected == []
+    node = next(key for key in nodes.names if key.startswith("a"))
+    nodes.set_state({"chosen": node})
+    found.wait(SOON)
+    assert found._graph.selected == [node] == list(found.nodes.nodes) and found._graph.reading["node"] == node
+    assert found._tabs.selected_index == 0  # the table stays in front
+    nodes.set_state({"chosen": "nobody", "rows": [], "names": ["nobody"]})
+    assert nodes.chosen == node and nodes.rows
+    found.resize(20)
+    found.wait(SOON)
+    assert len(edges.rows) == found.circuit.n_edges < 60 and edges.chosen == ""
+
+
 def test_the_node_panel_follows_the_slider(found):
     node = found.circuit.nodes.query("kind == 'mlp'")["node"].iloc[0]
     found.nodes.select(node)

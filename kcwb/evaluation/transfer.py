@@ -12,6 +12,7 @@ All are asked D_test's facts that the model knows, none of which the circuit was
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -31,6 +32,9 @@ from kcwb.settings import Natural, Seed
 from kcwb.statistics import chance_range, p_value
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
+
+#: Up to this many edges random circuits have exactly as many.
+_FEW = 50
 
 
 @verb
@@ -54,7 +58,8 @@ def transfer_matrix(
     ablation
         What cut edges deliver, made of the task that is asked.
     draws
-        Random circuits of each circuit's size, on each task; 0 for none.
+        Random circuits of each circuit's size (of more than 50 edges, give or take a twentieth), on each task; 0 for
+        none.
     progress
         Reported per circuit that is run.
 
@@ -89,22 +94,28 @@ def transfer_matrix(
             for found, circuit in circuits.items():
                 row = measured(scores, circuit, "nll", seed)
                 step()
-                if circuit.n_edges not in random:
-                    many = draws if circuit.n_edges else 0  # there is one way to keep nothing
-                    others = [random_circuit(model.graph, circuit.n_edges, seed + i) for i in range(many)]
+                size = _about(circuit.n_edges)
+                if size not in random:
+                    many = draws if size else 0  # there is one way to keep nothing
+                    others = [random_circuit(model.graph, size, seed + i) for i in range(many)]
                     gains = [scores.empty.losses["nll"] - one.losses["nll"] for one in scores.each(others, step)]
-                    random[circuit.n_edges] = [float(recovered_share(gained, possible)) for gained in gains]
+                    random[size] = [float(recovered_share(gained, possible)) for gained in gains]
                     step(draws - many)
                 else:
                     step(draws)
                 known = np.isfinite(row["faithfulness"])
-                mean, _, high = chance_range(random[circuit.n_edges])
+                mean, _, high = chance_range(random[size])
                 rows.append(
                     {"circuit": found, "task": name, "own": found == name, "edges": circuit.n_edges, **row}
                     | {"chance": mean if known else np.nan, "chance_high": high if known else np.nan}
-                    | {"p": p_value(row["faithfulness"], random[circuit.n_edges])}
+                    | {"p": p_value(row["faithfulness"], random[size])}
                 )
     return pd.DataFrame(rows)
+
+
+def _about(edges: int) -> int:
+    """A size within a twentieth of a circuit's, so that circuits of like sizes share their random ones."""
+    return round(1.1 ** round(math.log(edges, 1.1))) if edges > _FEW else edges
 
 
 def _scores(model: Model, name: str, task: Task, ablation: str | AblationKind, used: set) -> Scores:

@@ -14,6 +14,7 @@ from kcwb.circuits.run import run_circuit
 from kcwb.discovery.baselines import random_circuit
 from kcwb.discovery.discover import discover
 from kcwb.errors import CircuitError, DataError, SettingError
+from kcwb.evaluation import transfer as module
 from kcwb.evaluation.transfer import transfer_matrix
 from kcwb.models.graph import Graph
 from kcwb.tasks.metrics import make_loss
@@ -58,6 +59,13 @@ def test_every_cell_is_a_plain_run_of_that_circuit_on_those_facts(tiny, tasks, a
         chance = (empty - np.array(others)) / (empty - full)
         assert row.chance == pytest.approx(chance.mean(), rel=1e-3)
         assert row.p == (1 + (chance >= row.faithfulness).sum()) / 4
+
+
+def test_circuits_of_like_sizes_share_their_random_ones():
+    sizes = range(1, 5000)
+    assert all(abs(module._about(size) - size) <= 0.05 * size + 0.5 for size in sizes)
+    assert all(module._about(size) == size for size in (0, 1, 7, 50))
+    assert len({module._about(size) for size in range(240, 275)}) <= 3
 
 
 def test_a_planted_circuit_serves_another_relation_of_the_same_heads_and_an_empty_one_none():

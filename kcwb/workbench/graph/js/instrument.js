@@ -112,8 +112,8 @@ function render({ model, el }) {
     view = shown(circuit, state());
     painter.draw(view, scene, COLOURS[theme()]);
     choose();
-    painter.resize();
-    if (anew || !painter.painted && !painter.frames) painter.reshape();
+    const grown = painter.resize();  // else whoever watches the size finds nothing new, and the view is that of another size
+    if (anew || grown || !painter.painted && !painter.frames) painter.reshape();
     counts.textContent = `${counted(scene.nodes.length, "node")} \u00b7 ${counted(scene.edges.length, "edge")}`;
     counts.hidden = Boolean(scene.notice);
     const all = circuit.edges.length, threshold = get("threshold"), some = `${view.edges.length.toLocaleString("en")} of ${counted(all, "edge")} shown`;

@@ -149,7 +149,7 @@ def test_discovery_leaves_the_panels_result_in_the_notebook(discovery):
 def test_discovery_finds_the_same_in_plain_code(discovery):
     by_panel = shown(discovery, "panel.wait()", "text/plain")
     by_code = shown(discovery, "circuit = kcwb.discover", "text/plain").splitlines()[-1]
-    assert by_panel == by_code and "eap-ig, mean" in by_code
+    assert by_panel == by_code and "gim, mean" in by_code
     assert "<iframe" in shown(discovery, "graph_view(circuit, title=task.template)")
     assert "receiver" in shown(discovery, "circuit.edges.head")
     assert "full model" in shown(discovery, "table.round(2)")
@@ -312,7 +312,7 @@ def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(tmp_path):
 @pytest.mark.model
 def test_the_referee_judges_circuits_and_puts_claims_beside_them(tmp_path):
     executed = run(
-        "12_referee", tmp_path, relations=["antonym"], methods=["eap", "eap-ig"], edges=120, n=4, facts=5, draws=3
+        "12_referee", tmp_path, relations=["antonym"], methods=["eap", "gim"], edges=120, n=4, facts=5, draws=3
     )
     assert "equivalence" in shown(executed, "judgement.questions[")
     assert "of 5 facts" in next(outputs(executed, 'judgement.questions["sentence"]')).text

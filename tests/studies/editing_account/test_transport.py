@@ -133,5 +133,8 @@ def test_all_that_the_edited_mlp_wrote_is_its_whole_effect_in_half_precision_too
         everywhere = torch.ones(tokens.shape[1], dtype=torch.bool)
         final = outputs_put_back(model.network, tokens, written, everywhere)
     assert (final - clean[-1].after).abs().max() <= 0.02 * clean[-1].after.abs().max()
-    kept = {layer: output - clean[layer].hidden @ made.deltas[layer] for layer, output in written.items()}
+    kept = {
+        layer: output - (clean[layer].hidden.float() @ made.deltas[layer]).bfloat16()
+        for layer, output in written.items()
+    }
     assert all((kept[layer] - written[layer]).abs().max() > 0.1 for layer in written)

@@ -458,14 +458,14 @@ def test_acdc_within_a_preselection(panel, model, relation):
     panel._run_button.click()
     panel.wait(SOON)
     task = make_task(model, relation, n=4)
-    searched = discover(model, task, "eap-ig", ablation="mean", edges=50, progress=False)
+    searched = discover(model, task, ablation="mean", edges=50, progress=False)
     expected = discover(model, task, "acdc", ablation="mean", tau=0.02, within=searched, progress=False)
     assert panel.circuit.digest == expected.digest
     assert not bool((panel.circuit.kept & ~searched.kept).any())
     origin = panel.circuit.provenance["parameters"]["within"]
     assert origin["digest"] == searched.digest and panel.circuit.provenance["ablation"] == "mean"
     assert f"within {searched.n_edges:,}" in panel.history[0].label and "τ 0.02" in panel.history[0].label
-    assert "eap-ig" in Tags(panel.to_html()).text
+    assert "gim" in Tags(panel.to_html()).text
 
 
 def test_the_preselection_is_scored_once(panel, monkeypatch):
@@ -672,13 +672,13 @@ def test_pages_without_widgets_get_the_state_drawn_plainly(found):
     assert "application/vnd.jupyter.widget-view+json" in bundle
     page = Tags(bundle["text/html"])
     assert page.tags.count("iframe") == 1 and page.tags.count("table") == 3
-    for words in ("eap-ig", "random circuits", "Hit@10", f"{found.circuit.n_edges} of"):
+    for words in ("gim", "random circuits", "Hit@10", f"{found.circuit.n_edges} of"):
         assert words in page.text, words
 
 
 def test_a_panel_that_has_not_run_is_drawn_too(panel):
     page = Tags(panel._repr_mimebundle_()["text/html"])
-    assert "country" not in page.text and "eap-ig" in page.text and "iframe" not in page.tags
+    assert "country" not in page.text and "gim" in page.text and "iframe" not in page.tags
 
 
 def test_waiting_renews_the_drawing_beside_the_widgets(panel, monkeypatch):
@@ -708,8 +708,10 @@ def test_the_tables_hold_facts_edges_and_nodes(found):
     text = shown_text(found)
     for fact in (*found.task.val.facts, *found.task.test.facts):
         assert fact.subject in text and fact.object in text
-    assert found.circuit.edges["receiver"][0] in text
     assert str(found.task.n_known) in text
+    edges, nodes = (found._ranked[name] for name in ("Strongest edges", "Nodes"))
+    assert [row[1] for row in edges.rows] == found.circuit.edges["receiver"].tolist()
+    assert {row[0] for row in nodes.rows} == set(found.circuit.nodes["node"])
 
 
 ALLOWED = {"div", "span", "style", "table", "thead", "tbody", "tr", "th", "td", "iframe", "img"}

@@ -23,7 +23,7 @@ from tests.workbench.ensembles import KEPT, TWINS, ensemble_of
 from tests.workbench.panels.test_discovery import ALLOWED, Tags
 
 SOON = 60.0
-QUICK: dict[str, Any] = {"edges": 40, "n": 6, "draws": 12, "vary": ["facts", "setting"]}
+QUICK: dict[str, Any] = {"method": "eap-ig", "edges": 40, "n": 6, "draws": 12, "vary": ["facts", "setting"]}
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +104,7 @@ def cells(source: str) -> list[list[str]]:
 
 def test_run_draws_what_the_plain_functions_draw(found, model, relation):
     task = kcwb.make_task(model, relation, n=6)
-    settings = {"edges": 40, "draws": 12, "vary": ["facts", "setting"]}
-    alone = kcwb.discover_many(model, task, progress=False, **settings)
+    alone = kcwb.discover_many(model, task, progress=False, **{name: QUICK[name] for name in QUICK if name != "n"})
     pd.testing.assert_frame_equal(found.ensemble.edges, alone.edges)
     pd.testing.assert_frame_equal(found.ensemble.sources, alone.sources)
     pd.testing.assert_frame_equal(found.curve, panels.confidence_curve(model, alone, task, progress=False))
@@ -122,7 +121,7 @@ def test_every_control_reaches_the_function(panel, model, relation):
     panel.wait(SOON)
     task = kcwb.make_task(model, relation, n=5, seed=3)
     how: dict[str, Any] = {"ablation": "resample", "metric": "kl"}
-    within = kcwb.discover(model, task, "eap-ig", edges=30, progress=False, **how)
+    within = kcwb.discover(model, task, edges=30, progress=False, **how)
     how |= {"tau": 0.02, "within": within, "draws": 4, "vary": ["facts", "order"], "seed": 3}
     alone = kcwb.discover_many(model, task, "acdc", progress=False, **how)
     pd.testing.assert_frame_equal(panel.ensemble.edges, alone.edges)

@@ -30,6 +30,7 @@ from kcwb.errors import CircuitError, DataError, SettingError, shown
 from kcwb.locks import WeightsLock
 from kcwb.models.loading import Model
 from kcwb.models.memory import HeldPieces
+from kcwb.reading.positions import token_text
 from kcwb.settings import Count
 from kcwb.tasks.metrics import answer_probabilities, answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts
@@ -355,9 +356,8 @@ class Play:
 
     def _top(self, logits: Float[Tensor, "N A V"], k: int) -> list[list[list[Any]]]:
         values, tokens = logits[:, 0].float().softmax(-1).topk(k)
-        decode = self.model.tokenizer.decode
         return [
-            [[str(decode([token])), p] for token, p in zip(*row, strict=True)]
+            [[token_text(self.model, token), p] for token, p in zip(*row, strict=True)]
             for row in zip(tokens.tolist(), values.tolist(), strict=True)
         ]
 

@@ -29,6 +29,7 @@ from kcwb.models.loading import Model
 from kcwb.models.memory import by_prompts
 from kcwb.models.network import Network
 from kcwb.reading.dla import final_scale
+from kcwb.reading.positions import token_text
 from kcwb.settings import Count
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task, check_same_weights
@@ -77,7 +78,7 @@ def attention_pattern(
     run = planned_run(model, task, circuit, ablation, prompt)
     pattern = _patterns(model, run, head)[0]
     tokens = run.prompts.tokens[0, : int(run.prompts.lengths[0])].tolist()
-    labels = [f"{i}:{model.tokenizer.decode([token])}" for i, token in enumerate(tokens)]
+    labels = [f"{i}:{token_text(model, token)}" for i, token in enumerate(tokens)]
     shown = pattern[: len(tokens), : len(tokens)].float().cpu().numpy()
     return pd.DataFrame(shown, index=labels, columns=labels)
 
@@ -211,7 +212,7 @@ def component_logits(
     return pd.DataFrame(
         {
             "rank": ranks[shown].tolist(),
-            "token": [model.tokenizer.decode([token]) for token in shown],
+            "token": [token_text(model, token) for token in shown],
             "token_id": shown,
             "logit": values,
             "above_mean": [value - mean for value in values],

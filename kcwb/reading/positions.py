@@ -139,5 +139,6 @@ def says_its_object(model: Model, prompts: Prompts, row: int) -> bool:
 
 
 def token_text(model: Model, token: int) -> str:
-    """The text of one token."""
-    return str(model.tokenizer.decode([token]))
+    """The text of one token; a byte that is none, or NUL, as what is not known, so that it can be shown and sent."""
+    text = str(model.tokenizer.decode([token]))
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")

@@ -13,7 +13,7 @@ from kcwb.interventions.role_tests import check_roles
 from kcwb.reading.dla import dla_by_source
 from kcwb.reading.lens import arrival, lens
 from kcwb.reading.nodes import component_logits
-from kcwb.reading.positions import rows_told_at_end
+from kcwb.reading.positions import rows_told_at_end, token_text
 from kcwb.reading.roles import head_roles
 from kcwb.studies.hallucination.diagnosis import diagnose
 from kcwb.studies.hallucination.measurement import measure_answers, task_of
@@ -134,3 +134,11 @@ def test_a_token_that_several_objects_begin_with_is_not_marked_as_an_answer(tiny
     table = component_logits(model, task, "m1", k=model.network.d_vocab)
     assert set(table.loc[table["answer"], "token"].str.strip()) == {"w50", "w51", "w52"}
     assert not component_logits(model, task, "m1", prompt=0, k=5)["answer"].any()
+
+
+def test_a_tokens_text_can_be_shown_and_sent_whatever_it_is(tiny, monkeypatch):
+    model = tiny("llama")
+    assert token_text(model, model.tokenizer("w7")["input_ids"][-1]) == "w7"
+    for decoded, expected in {"a\0b": "a\ufffdb", "\ud800": "?", "<b>": "<b>"}.items():
+        monkeypatch.setattr(type(model.tokenizer), "decode", lambda self, ids, decoded=decoded: decoded)
+        assert token_text(model, 5) == expected

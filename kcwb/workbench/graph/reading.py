@@ -83,7 +83,7 @@ def read_node(
         attention = end_attention(model, run, node).double().cpu()
         why, named = _why(model, prompts, node, attention, circuit, run.cuts)
         for i, (one, length) in enumerate(zip(found, prompts.lengths.tolist(), strict=True)):
-            one |= {"tokens": [_text(model, token) for token in prompts.tokens[i, :length].tolist()]}
+            one |= {"tokens": [token_text(model, token) for token in prompts.tokens[i, :length].tolist()]}
             one |= {"attention": attention[i, :length].tolist(), **_sides(why[why["prompt"] == i], k)}
             one["at"] = int(prompts.subject_stop[i]) - 1 if named else int(attention[i].argmax())
         if named:
@@ -116,9 +116,4 @@ def _sides(table: pd.DataFrame, k: int) -> dict[str, list[list[Any]]]:
 def _tokens(model: Model, logits: Float[Tensor, " V"], k: int) -> list[list[Any]]:
     """The tokens that logits speak for most, with what they have above the mean."""
     values, tokens = (logits - logits.mean()).topk(min(k, len(logits)))
-    return [[_text(model, token), value] for token, value in zip(tokens.tolist(), values.tolist(), strict=True)]
-
-
-def _text(model: Model, token: int) -> str:
-    """A token as text that can be sent: a byte that is none, or NUL, is shown as what is not known."""
-    return token_text(model, token).replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+    return [[token_text(model, token), value] for token, value in zip(tokens.tolist(), values.tolist(), strict=True)]

@@ -146,6 +146,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
         if isinstance(given.get(name), str):
             choose(f"--{name}", given[name].partition("(")[0], known)
     check_method(**given)
+    relation.template(args.template)
     model = load(args, args.model, args.dtype)
     task = make_task(model, relation, n=args.facts, seed=args.seed, template=args.template)
     circuit = discover(model, task, progress=not args.quiet, **given)

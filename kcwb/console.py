@@ -85,6 +85,7 @@ def remade(provenance: Mapping[str, Any], where: Path, args: argparse.Namespace)
     said |= given_of(args, "model", "dtype", "facts", "seed", "template")
     if "model" not in said:
         raise CircuitError(f"{where} does not say which model it is of. Name it with --model.")
+    relation.template(said["template"])  # told before a model is loaded
     return relation, said
 
 

@@ -165,6 +165,8 @@ def test_the_defaults_are_those_of_the_functions() -> None:
         (["discover", "country_capital", "--edges", "many"], ["--edges", "'many'"]),
         (["discover", "country_capital", "--method", "eap-gi"], ["--method", "'eap-gi'", "'eap-ig'"]),
         (["discover", "country_capital", "--metric", "nil"], ["--metric", "'nll'"]),
+        (["discover", "country_capital", "--edges", "-5"], ["edges=-5"]),
+        (["discover", "country_capital", "--template", "99"], ["template=99", "0 to 3"]),
         (["discover", "country_capital", "--ablation", "men"], ["--ablation", "'mean'"]),
         (["discover", "country_capital", "--method", "eap", "--metric", "kl"], ["kl is zero", "eap-ig"]),
         (["discover", "country_capital", "--select", "gredy"], ["--select", "'greedy'"]),

@@ -170,7 +170,7 @@ class NodePanel(Panel):
         self._look()
 
     def select(self, *nodes: str) -> None:
-        """Look at a node (the first; more are for `ablate`); returns at once, see `wait`.
+        """Look at a node, in letters of any case (the first; more are for `ablate`); returns at once, see `wait`.
 
         Raises
         ------
@@ -178,6 +178,7 @@ class NodePanel(Panel):
             If the model has no such node.
         """
         known = self.model.graph.node_names
+        nodes = tuple(name.strip().lower() for name in nodes)
         for name in nodes:
             if name not in known:
                 raise CircuitError(f"{self.model.name} has no node {brief(name, 60)!r}. {_near(name, known)}")

@@ -171,6 +171,8 @@ def test_a_node_that_is_chosen_is_selected_in_the_graph(panel, head):
     assert panel._graph.selected == [head]
     panel.select("m0", head, "m0")
     assert panel._graph.selected == ["m0", head]
+    panel._node.value = f" {head.upper()} "
+    assert panel.nodes == (head,) and panel._node.value == head
     assert NodePanel(panel.model, panel.circuit, node=head)._graph.selected == [head]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from kcwb.circuits.ablation import AblationKind, register_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import discover
+from kcwb.discovery.methods import METHODS
 from kcwb.discovery.registry import Method, register_method
 from kcwb.evaluation.completeness import completeness
 from kcwb.models.loading import Model
@@ -46,7 +47,10 @@ class Cell:
     def key(self) -> dict[str, Any]:
         """What it is, ready for JSON: the relation by name and digest."""
         known = {one.name: getattr(self, one.name) for one in fields(self)}
-        return known | {"relation": self.relation.name, "relation_digest": self.relation.digest}
+        method, given = METHODS[self.method], {}
+        if method.scores:  # of what is not said, the default decides, which another version may have otherwise
+            given = {"settings": {name: repr(value) for name, value in method.defaults.items() if name not in known}}
+        return known | {"relation": self.relation.name, "relation_digest": self.relation.digest} | given
 
     @property
     def digest(self) -> str:

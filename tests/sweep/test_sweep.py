@@ -24,11 +24,13 @@ from filelock import FileLock
 
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.discover import discover
+from kcwb.discovery.methods import METHODS
 from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.evaluation.completeness import completeness
 from kcwb.models import worker
 from kcwb.models.loading import load_model
 from kcwb.sweep import what as module
+from kcwb.sweep.run import Cell
 from kcwb.sweep.what import connect, read_sweep, read_sweep_file, sweep
 from kcwb.tasks.relations import Relation, load_relation
 from kcwb.tasks.task import make_task
@@ -114,6 +116,23 @@ def test_finished_cells_are_skipped_and_a_wider_sweep_adds_its_own(folders, word
     assert ran == ["mean", "zero"]
     sweep([folders["gpt2"]], [words], ["eap"], store=store, **{**QUIET, "n": 2})
     assert ran == ["mean", "zero", "mean"] and len(read_sweep(store)) == 3
+
+
+def test_cells_of_a_version_with_other_defaults_are_other_cells(words: Relation, monkeypatch) -> None:
+    cells = {
+        method: Cell("m", words, 0, method, "mean", None, None, "nll", 4, 0, "float32")
+        for method in ("eap-ig", "gim", "acdc")
+    }
+    before = {name: cell.digest for name, cell in cells.items()}
+
+    def points(model, loss, ablation, *, steps: int = 7, progress=False) -> None: ...
+
+    monkeypatch.setitem(METHODS, "gim", replace(METHODS["gim"], function=points))
+    assert {name: cell.digest == before[name] for name, cell in cells.items()} == {
+        "eap-ig": True,
+        "gim": False,
+        "acdc": True,
+    }
 
 
 def test_a_model_is_loaded_once_for_all_of_its_cells(folders, words, tmp_path, monkeypatch) -> None:

@@ -4,3 +4,4 @@ from . import (
     in_context as in_context,
     two_hop as two_hop,
 )
+from .formation import over_training as over_training

@@ -12,4 +12,5 @@ from .mquake import load_mquake as load_mquake
 from .pairs import read_pairs as read_pairs
 from .prompts import encode as encode
 from .relations import relation_files as relation_files
+from .task import ask_again as ask_again
 from .shots import KINDS as KINDS, make_shots as make_shots, shot_tasks as shot_tasks

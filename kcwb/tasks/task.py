@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Count, Natural, Seed
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, encode
+from kcwb.tasks.prompts import KNOWN_RANK, Prompts, encode, full_ranks
 from kcwb.tasks.relations import Relation, load_relation
-from kcwb.tasks.tokens import told_apart
+from kcwb.tasks.tokens import encode_one, told_apart
 from kcwb.verbs import noun, verb
 
 _REFERENCE_SIZE = 32
@@ -145,6 +145,39 @@ def make_task(
         n_known=len(known),
         n_facts=len(everything),
     )
+
+
+@verb
+def ask_again(model: Model, task: Task) -> Task:
+    """The same facts, prompts and split, asked of other weights: a checkpoint, an edited model.
+
+    Which facts are in D_val is left as it is, known to these weights or not; `ranks` and `n_known` are theirs.
+
+    Raises
+    ------
+    SettingError
+        If the model's tokens are others than those that the task has.
+    DataError
+        If a prompt does not fit into the context.
+    """
+    parts = {}
+    for name in Split._fields:
+        prompts = getattr(task, name)
+        ids = [encode_one(model, fact, task.template).prompt for fact in prompts.facts]
+        own = [row[:length] for row, length in zip(prompts.tokens.tolist(), prompts.lengths.tolist(), strict=True)]
+        if ids != own or prompts.tokens.device != model.device:
+            raise SettingError(
+                f"{model.name} reads the task's prompts as other tokens, or elsewhere, than {task.model_name} does; "
+                f"make the task anew: make_task(model, {task.relation.name!r})."
+            )
+        parts[name] = replace(prompts, ranks=full_ranks(model, prompts, False)) if len(prompts) else prompts
+    known = {
+        fact
+        for prompts in parts.values()
+        for fact, hit in zip(prompts.facts, prompts.known.tolist(), strict=True)
+        if hit
+    }
+    return replace(task, model_name=model.name, model_digest=model.digest, **parts, n_known=len(known))
 
 
 class Split(NamedTuple):

@@ -138,7 +138,7 @@ function render({ model, el }) {
       const lit = new Set([...links, ...picked.flatMap((box) => [...box.into, ...box.out])]);
       painter.light({ links: lit, boxes: new Set([...picked, ...[...lit].flatMap((link) => [link.from, link.to])]) });
     } else painter.light(null);
-    drawActs(picked, links);
+    can.draw(picked);
   }
   function pathLinks() {
     const paths = get("paths").filter(Array.isArray);
@@ -163,103 +163,6 @@ function render({ model, el }) {
   function setTheme() {
     wear();
     redraw();
-  }
-
-  // --- what can be done, as buttons ---
-
-  function drawActs(picked, links) {
-    const names = get("selected"), edges = get("selected_edges"), cut = new Set(get("cut")), pinned = get("pinned"), touched = touchedEdges();
-    const grouped = picked.find((box) => box.group !== null), row = [];
-    if (names.length || edges.length) {
-      const words = names.length === 1 ? get("names")[names[0]] ?? names[0] : names.length ? counted(names.length, "node") : edges.length === 1 ? edges[0].replace("->", " \u2192 ") : counted(edges.length, "edge");
-      row.push(make("span", { className: "chip", dir: "auto", title: plainText(words, 200) }, plainText(grouped && names.length > 1 ? grouped.label : words, 44)));
-      if (touched.some((name) => !cut.has(name))) row.push(act("cut", "Cut", "Cut (x)", cutThem));
-      if (touched.some((name) => cut.has(name))) row.push(act("restore", "Restore", "Restore (r)", restoreThem));
-      if (names.length) row.push(act("pin", names.every((name) => pinned.includes(name)) ? "Unpin" : "Pin", "Pin (p)", pin));
-      if (grouped && !local.layered || names.length > 1) row.push(act("group", grouped ? "Ungroup" : "Group", "Group (g)", group));
-      if (names.length === 1) row.push(act("rename", "Rename", "Rename (F2)", rename), act("note", "Note", "Note (n)", note));
-    }
-    if (pinned.length) {
-      const only = act("only", "Pinned only", "Show pinned nodes alone, and the edges between them", () => { local.pinnedOnly = !local.pinnedOnly; redraw(true); });
-      only.setAttribute("aria-pressed", String(local.pinnedOnly));
-      row.push(only);
-    }
-    if (model.get("live") || names.length || get("paths").length) row.push(act("explain", "Explain", "The strongest paths (e)", explain));
-    const menu = make("select", { id: "kc-by", "aria-label": "Group by", on: { change: guarded(() => groupBy(menu.value)) } }, make("option", { value: "" }, "Group by\u2026"), GROUPINGS.map(([value, key, needs]) => {
-      const unknown = key !== undefined && !scene.nodes.some((node) => node[key]);
-      return make("option", { value, disabled: unknown, title: unknown ? needs : "" }, unknown ? `${value} (${needs})` : value);
-    }));
-    if (scene.nodes.length && (row.length || Object.keys(get("groups")).length)) row.push(menu);
-    acts.replaceChildren(...row);
-    void links;
-  }
-  function touchedEdges() {  // the selected edges, and all at the selected nodes
-    const names = new Set(get("selected")), chosen = new Set(get("selected_edges"));
-    return circuit.edges.filter((edge) => chosen.has(edge.name) || names.has(circuit.nodes[edge.from].name) || names.has(circuit.nodes[edge.to].name)).map((edge) => edge.name);
-  }
-  function cutThem() {
-    const cut = new Set(get("cut")), forced = new Set(get("forced")), touched = touchedEdges().filter((name) => !cut.has(name));
-    if (!touched.length) return;
-    put({ cut: [...cut, ...touched.filter((name) => !forced.has(name))], forced: [...forced].filter((name) => !touched.includes(name)) });
-    tell(`cut ${counted(touched.length, "edge")}`);
-  }
-  function restoreThem() {
-    const touched = new Set(touchedEdges()), cut = get("cut"), kept = cut.filter((name) => !touched.has(name));
-    if (kept.length === cut.length) return;
-    put({ cut: kept });
-    tell(`restored ${counted(cut.length - kept.length, "edge")}`);
-  }
-  function force(name) {
-    const ends = parted(name), order = (end) => (end === "input" ? -1 : end === "logits" ? 1e9 : /^[am]\d+/.test(end) ? Number(end.slice(1).split(".")[0]) + (end[0] === "m" ? 0.5 : 0) : NaN);
-    if (circuit.ofEdge.has(name) && !get("forced").includes(name)) {  // it is there: look at it
-      put({ selected: [], selected_edges: [name] });
-      return true;
-    }
-    if (!ends || !(order(ends[0]) < order(ends[1])) || (ends[1][0] === "a") !== (ends[2] !== "direct")) return false;
-    put({ forced: [...get("forced").filter((one) => one !== name), name], selected: [], selected_edges: [name] });
-    tell(`forced ${name} in`);
-    return true;
-  }
-  function pin() {
-    const names = get("selected"), pinned = get("pinned"), all = names.every((name) => pinned.includes(name));
-    if (names.length) put({ pinned: all ? pinned.filter((name) => !names.includes(name)) : [...new Set([...pinned, ...names])] });
-  }
-  function group() {
-    const names = get("selected"), groups = get("groups"), held = Object.keys(groups).filter((name) => groups[name].every((node) => names.includes(node)) && groups[name].length);
-    if (held.length) return put({ groups: Object.fromEntries(Object.entries(groups).filter(([name]) => !held.includes(name))) });
-    if (names.length < 2) return tell("select two nodes or more to group them");
-    return question("Name of the group", `group ${Object.keys(groups).length + 1}`, (name) => {
-      if (!name) return;
-      const others = Object.entries(groups).map(([one, nodes]) => [one, nodes.filter((node) => !names.includes(node))]).filter(([one, nodes]) => nodes.length && one !== name);
-      local.open.delete(name);
-      put({ groups: Object.fromEntries([...others, [name, names]]) });
-    });
-  }
-  function groupBy(what) {
-    local.open.clear();
-    local.layered = false;
-    put({ groups: what === "none" || !what ? {} : Object.fromEntries(alike(circuit.nodes, what)) });
-    redraw(true);
-  }
-  function explain() { ask("explain"); }
-  const labelling = (key, words) => () => {
-    const [name, ...more] = get("selected");
-    if (name === undefined || more.length) return tell("select one node");
-    return question(`${words} ${plainText(name, 40)}`, get(key)[name] ?? "", (text) => {
-      const others = Object.entries(get(key)).filter(([one]) => one !== name);
-      put({ [key]: Object.fromEntries(text ? [...others, [name, text]] : others) });
-    });
-  };
-  const rename = labelling("names", "Name for"), note = labelling("notes", "Note on");
-  function question(words, value, done) {
-    const field = make("input", { type: "text", value, "aria-label": words, maxLength: 300 });
-    const close = () => { prompt.hidden = true; canvas.focus(); };
-    prompt.replaceChildren(make("label", {}, words, field), make("button", { type: "submit" }, "OK"), make("button", { type: "button", on: { click: close } }, "Cancel"));
-    prompt.onsubmit = guarded((event) => { event.preventDefault(); close(); done(field.value.trim()); });
-    prompt.onkeydown = (event) => { event.stopPropagation(); if (event.key === "Escape") close(); };
-    prompt.hidden = false;
-    field.focus();
-    field.select();
   }
 
   // --- words for those who listen ---
@@ -297,7 +200,7 @@ function render({ model, el }) {
     const wanted = search.value.trim(), lower = wanted.toLowerCase(), names = get("names");
     const by = (test) => circuit.nodes.find((node) => test(node.name.toLowerCase()) || (names[node.name] && test(String(names[node.name]).toLowerCase())));
     const hit = lower && (by((name) => name === lower) ?? by((name) => name.startsWith(lower)) ?? by((name) => name.includes(lower)));
-    const forced = lower && !hit && wanted.includes("->") && force(wanted);
+    const forced = lower && !hit && wanted.includes("->") && can.force(wanted);
     search.setAttribute("aria-invalid", String(hit === undefined && !forced));
     if (hit === undefined || forced) return;
     put({ selected: hit ? [hit.name] : [], selected_edges: [] });
@@ -317,141 +220,13 @@ function render({ model, el }) {
     Promise.resolve(done).catch(() => tell("this page may not fill the screen"));
   }
 
-  // --- hand and keys ---
+  // --- what is shared with those who act on it ---
 
-  const spot = (event) => { const { left, top } = canvas.getBoundingClientRect(); return [event.clientX - left, event.clientY - top]; };
-  function select(names, edges = [], add = false) {
-    const toggled = (old, some) => (some.every((one) => old.includes(one)) ? old.filter((one) => !some.includes(one)) : [...new Set([...old, ...some])]);
-    put({ selected: add ? toggled(get("selected"), names) : names, selected_edges: add ? toggled(get("selected_edges"), edges) : edges });
-    const all = get("selected"), box = all.length && view.boxOf[circuit.ofName.get(all.at(-1))?.id];
-    tell(box ? `selected ${all.length > 1 ? `${all.length} nodes, last ` : ""}${describe(box)}` : get("selected_edges").length ? `selected edge ${get("selected_edges").at(-1)}` : "nothing selected");
-  }
-  function hover(next) {
-    if (local.hover === next) return;
-    local.hover = next;
-    canvas.classList.toggle("over", Boolean(next));
-    const lit = next && (next.into ? reach([next]) : { links: new Set([next]), boxes: new Set([next.from, next.to]) });
-    local.hover = lit ? Object.assign(lit, { of: next }) : null;
-    if (lit) painter.light(lit); else choose();
-  }
-  function showTip(lines, event) {
-    tip.replaceChildren(...lines.map((line) => make("div", { dir: "auto" }, line)));
-    tip.hidden = false;
-    const { clientX: x, clientY: y } = event, { offsetWidth: w, offsetHeight: h } = tip;
-    tip.style.left = `${Math.max(4, x + 16 + w > innerWidth ? x - w - 12 : x + 16)}px`;
-    tip.style.top = `${Math.max(4, Math.min(y + 12, innerHeight - h - 4))}px`;
-  }
-  let drag = null, awake = window.parent === window && !model.get("live");
-  canvas.addEventListener("pointerdown", guarded((event) => {
-    if (event.button !== 0) return;
-    canvas.setPointerCapture(event.pointerId);
-    [awake, drag] = [true, { at: spot(event), last: spot(event), moved: false, frame: event.shiftKey }];
-    tip.hidden = true;
-  }));
-  canvas.addEventListener("pointermove", guarded((event) => {
-    const [x, y] = spot(event);
-    if (!drag) {
-      const box = painter.boxAt(x, y), link = box ? null : painter.linkAt(x, y), over = box ?? link;
-      if ((local.hover?.of ?? null) !== over) hover(over);
-      if (over) showTip(over.lines, event); else tip.hidden = true;
-      return;
-    }
-    drag.moved ||= Math.hypot(x - drag.at[0], y - drag.at[1]) > 4;
-    if (!drag.moved) return;
-    if (drag.frame) {
-      frame.hidden = false;
-      Object.assign(frame.style, { left: `${Math.min(x, drag.at[0])}px`, top: `${Math.min(y, drag.at[1])}px`, width: `${Math.abs(x - drag.at[0])}px`, height: `${Math.abs(y - drag.at[1])}px` });
-    } else {
-      canvas.classList.add("moving");
-      painter.move(x - drag.last[0], y - drag.last[1]);
-    }
-    drag.last = [x, y];
-  }));
-  const release = guarded((event) => {
-    if (!drag) return;
-    const { moved, at, frame: framed } = drag, [x, y] = spot(event);
-    drag = null;
-    frame.hidden = true;
-    canvas.classList.remove("moving");
-    if (event.type === "pointercancel") return;
-    if (moved && framed) {
-      const inside = ([px, py]) => px >= Math.min(x, at[0]) && px <= Math.max(x, at[0]) && py >= Math.min(y, at[1]) && py <= Math.max(y, at[1]);
-      select([...new Set([...get("selected"), ...view.boxes.filter((box) => inside(box.at)).flatMap((box) => box.members.map((node) => node.name))])]);
-    } else if (!moved) {
-      const box = painter.boxAt(x, y), link = box ? null : painter.linkAt(x, y);
-      local.cursor = box?.key ?? null;
-      local.hover = null;
-      select(box ? box.members.map((node) => node.name) : [], link ? link.edges.map((edge) => edge.name) : [], event.shiftKey);
-    }
-  });
-  canvas.addEventListener("pointerup", release);
-  canvas.addEventListener("pointercancel", release);
-  canvas.addEventListener("pointerleave", () => { tip.hidden = true; hover(null); });
-  host.addEventListener("pointerleave", () => { awake = window.parent === window && !model.get("live"); });
-  canvas.addEventListener("dblclick", guarded((event) => { const box = painter.boxAt(...spot(event)); if (box) open(box); }));
-  canvas.addEventListener("wheel", guarded((event) => {  // in a notebook the wheel scrolls the notebook until the graph is clicked
-    if (!awake && !event.ctrlKey) return;
-    event.preventDefault();
-    tip.hidden = true;
-    painter.zoom(Math.exp(-event.deltaY * (event.ctrlKey ? 0.01 : 0.0015)), ...spot(event));
-  }), { passive: false });
-  function open(box) {
-    if (box.group !== null) local.open.add(box.group);
-    else {
-      const [node] = box.members, mine = Object.entries(get("groups")).find(([, names]) => names.includes(node.name));
-      if (mine) local.open.delete(mine[0]); else if (local.layered) local.open.delete(`L${node.layer}`); else return;
-    }
-    redraw();
-    select(view.boxOf[box.members[0].id].members.map((node) => node.name));
-  }
-  function walk(by) {  // to the next box from bottom to top; false at the ends, where Tab leaves
-    const order = [...view.boxes].sort((a, b) => b.y - a.y || a.x - b.x), at = order.findIndex((box) => box.key === local.cursor);
-    const box = at < 0 ? (by > 0 ? order[0] : order.at(-1)) : order[at + by];
-    local.cursor = box?.key ?? null;
-    canvas[box ? "setAttribute" : "removeAttribute"]("aria-activedescendant", `kc-n${box?.id}`);
-    choose();
-    if (!box) return false;
-    const [x, y] = painter.place(box);
-    if (x < GUTTER || y < 0 || x > painter.width || y > painter.height) painter.move(painter.width / 2 - x, painter.height / 2 - y);
-    tell(describe(box));
-    return true;
-  }
-  function step(by) {
-    const paths = get("paths").filter(Array.isArray);
-    if (!paths.length) return;
-    local.path = (Math.min(local.path, paths.length - 1) + by + paths.length) % paths.length;
-    tell(`path ${local.path + 1} of ${paths.length}: ${paths[local.path].join(" to ")}`);
-    redraw();
-  }
-  const KEYS = {
-    x: cutThem, Delete: cutThem, Backspace: cutThem, r: restoreThem, p: pin, g: group, e: explain, F2: rename, n: note, F: fullScreen,
-    f: () => { search.focus(); search.select(); }, "/": () => { search.focus(); search.select(); }, "?": () => { help.hidden = !help.hidden; },
-    "+": () => painter.zoom(1.35), "=": () => painter.zoom(1.35), "-": () => painter.zoom(1 / 1.35), 0: () => painter.fit(), "[": () => step(-1), "]": () => step(1),
-    ArrowLeft: () => painter.move(60, 0), ArrowRight: () => painter.move(-60, 0), ArrowUp: () => painter.move(0, 60), ArrowDown: () => painter.move(0, -60),
-    Enter: (event) => { const box = view.boxes.find((one) => one.key === local.cursor); if (box) select(box.members.map((node) => node.name), [], event.shiftKey); },
-    " ": (event) => KEYS.Enter(event),
-    Escape: () => {
-      if (!help.hidden) help.hidden = true;
-      else if (get("paths").length) put({ paths: [] });
-      else { local.cursor = null; local.hover = null; tip.hidden = true; select([]); }
-    },
+  const page = {
+    get, put, local, model, act, acts, prompt, host, root, canvas, painter, search, slider, sure, tip, frame, help, guarded, tell, ask, redraw, choose, describe, fullScreen,
+    get circuit() { return circuit; }, get view() { return view; }, get scene() { return scene; }, get levels() { return levels; },
   };
-  root.addEventListener("keydown", guarded((event) => {
-    const typing = event.composedPath()[0].matches?.("input, select"), key = event.key, control = event.ctrlKey || event.metaKey;
-    if (event.composedPath()[0] !== canvas && key === "Escape") {
-      if (!help.hidden || !typing) KEYS.Escape(event);
-      canvas.focus();
-    } else if (typing) return;
-    else if (control && key.toLowerCase() === "z") { event.preventDefault(); ask(event.shiftKey ? "redo" : "undo"); }
-    else if (control && key.toLowerCase() === "y") { event.preventDefault(); ask("redo"); }
-    else if (control || event.altKey) return;
-    else if (key === "Tab") { if (event.composedPath()[0] === canvas && walk(event.shiftKey ? -1 : 1)) event.preventDefault(); }
-    else if (event.composedPath()[0].matches?.("button") && (key === "Enter" || key === " ")) return;
-    else if (Object.hasOwn(KEYS, key)) { event.preventDefault(); KEYS[key](event); }
-    event.stopPropagation();
-  }));
-  slider.addEventListener("input", () => put({ threshold: Number(slider.value) ? levels[Number(slider.value)] : 0 }));
-  sure.addEventListener("input", () => put({ confidence: Number(sure.value) }));
+  const can = actsOf(page), { select } = handOn(page, can);
 
   // --- following the model, the theme and the size ---
 

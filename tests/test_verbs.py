@@ -62,7 +62,8 @@ def callables(name: str, value: Any) -> dict[str, Any]:
 PUBLIC = public()
 #: Methods that take no settings: names and indices of a graph, and what other verbs have checked already.
 BARE = {name for name in PUBLIC if name.startswith("Graph.")} | {
-    "Ablation.usable", "Ablation.values", "AblationKind.drawn_again", "AblationKind.fit", "AblationKind.values",
+    "Ablation.told", "Ablation.usable", "Ablation.values",
+    "AblationKind.drawn_again", "AblationKind.fit", "AblationKind.told", "AblationKind.values",
     "CircuitGraph.set_state",
     "Method.refuse",
     "register_ablation",

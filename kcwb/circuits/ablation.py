@@ -66,6 +66,10 @@ class AblationKind:
         """
         raise NotImplementedError
 
+    def told(self, prompts: Prompts, fitted: Any) -> str:
+        """What a cut edge delivers on a prompt of somebody's own (`kcwb.tasks.own`), in a sentence."""
+        return f"A cut edge delivers what {self} ablation gives on this prompt."
+
     def drawn_again(self, task: Task, seed: int) -> tuple[AblationKind, Task] | None:
         """The kind and the task with what is left to chance in them drawn anew; None if nothing is.
 
@@ -227,6 +231,10 @@ class Ablation:
             raise DataError(f"{self._lonely(prompts)}. Leave those out: ablation.usable(prompts).")
         return self.kind.values(self.network, prompts, self.fitted)
 
+    def told(self, prompts: Prompts) -> str:
+        """What a cut edge delivers on a prompt of somebody's own, in a sentence."""
+        return self.kind.told(prompts, self.fitted)
+
 
 @verb
 def make_ablation(model: Model, task: Task | None, kind: str | AblationKind) -> Ablation:
@@ -261,6 +269,10 @@ class Zero(AblationKind):
         """None: zero throughout."""
         return None
 
+    def told(self, prompts: Prompts, fitted: Any) -> str:
+        """Nothing."""
+        return "A cut edge delivers nothing."
+
 
 @register_ablation
 class Mean(AblationKind):
@@ -287,6 +299,15 @@ class Mean(AblationKind):
         means, classes = fitted
         return means[:, classes.of(prompts.ends, prompts.tokens.shape[1])]
 
+    def told(self, prompts: Prompts, fitted: Any) -> str:
+        """The task's mean; of places that its prompts do not have, which of theirs."""
+        words = "A cut edge delivers its sender's mean over the task's prompts, at the same place counted from the end"
+        offsets, far = fitted[1].offsets, 1 - int(prompts.ends[0])
+        if len(offsets) and far < int(offsets.min()):
+            back = -int(offsets.min())
+            words += f"; farther back than {back} tokens, where too few of them reach, the mean {back} tokens back"
+        return f"{words}."
+
 
 @register_ablation
 class Resample(AblationKind):
@@ -301,6 +322,10 @@ class Resample(AblationKind):
     def values(self, network: Network, prompts: Prompts, fitted: Any) -> Float[Tensor, "S N T D"]:
         """A run of the corrupted prompts."""
         return sender_outputs(network, prompts.corrupted)
+
+    def told(self, prompts: Prompts, fitted: Any) -> str:
+        """The corrupted prompt."""
+        return f"A cut edge delivers what its sender writes on \u201c{prompts.facts[0].corrupted}\u201d."
 
 
 def sender_outputs(network: Network, tokens: Int[Tensor, "N T"]) -> Float[Tensor, "S N T D"]:

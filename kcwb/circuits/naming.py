@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from kcwb.errors import CircuitError, nearest, shown
 from kcwb.models.graph import Graph
+
+if TYPE_CHECKING:
+    from kcwb.circuits.circuit import Circuit
 
 
 def edges_named(graph: Graph, name: str, groups: Mapping[str, Sequence[str]], what: str) -> Bool[Tensor, "S R"]:
@@ -49,6 +53,44 @@ def edges_named(graph: Graph, name: str, groups: Mapping[str, Sequence[str]], wh
             mask[graph.sender_index(node)] = True
         mask[:, _columns(graph, node)] = True
     return mask & graph.exists
+
+
+def edges_meant(
+    what: str, name: str, groups: Mapping[str, Sequence[str]], given: Circuit, now: Circuit
+) -> Bool[Tensor, "S R"]:
+    """The edges that a step with a name is about.
+
+    Parameters
+    ----------
+    what
+        `cut`, `restore` or `force`, see `kcwb.Play`.
+    groups
+        As in `edges_named`.
+    given, now
+        The circuit as it was given, and as it is.
+
+    Raises
+    ------
+    CircuitError
+        If the name is unknown, or there is nothing of it to cut, restore or force.
+    """
+    graph = given.graph
+    edges = edges_named(graph, name, groups, what)
+    if what == "cut":
+        found, words = edges & now.kept, "is cut already" if (edges & given.kept).any() else "is not in the circuit"
+    elif what == "restore":
+        found = edges & given.kept & ~now.kept
+        words = "is not cut" if (edges & now.kept).any() else "was not in the circuit"
+    else:
+        if "->" not in name or name in groups:
+            own = groups.get(name, (name,))
+            near = torch.from_numpy(now.node_matrix.sum(0) + now.node_matrix.sum(1) > 0)
+            near[[0, -1, *(graph.node_names.index(node) for node in own)]] = True
+            edges = edges & near[:-1, None] & near[graph.receiver_node]
+        found, words = edges & ~now.kept, "is in the circuit already"
+    if not found.any():
+        raise CircuitError(f"{what}: {shown(name)} {words}.")
+    return found
 
 
 def known_name(what: str, name: str, known: Collection[str], inside: str = "") -> str:

@@ -22,15 +22,15 @@ from torch import Tensor
 from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.masked import ChangingRun, MaskedRuns
-from kcwb.circuits.naming import edges_named, known_name
+from kcwb.circuits.naming import edges_meant, edges_named, known_name
 from kcwb.circuits.provenance import origin, part
 from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.circuits.session import Session, session_of
 from kcwb.errors import CircuitError, DataError, SettingError, shown
+from kcwb.evaluation.asking import Asked, likeliest
 from kcwb.locks import WeightsLock
 from kcwb.models.loading import Model
 from kcwb.models.memory import HeldPieces
-from kcwb.reading.positions import token_text
 from kcwb.settings import Count
 from kcwb.tasks.metrics import answer_probabilities, answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts
@@ -68,6 +68,11 @@ class Play:
     groups
         Name -> nodes; None for those of the circuit's session.
 
+    Attributes
+    ----------
+    own
+        The prompt that `ask` asked last, and `as_traits` tells of; None for none.
+
     Raises
     ------
     CircuitError
@@ -99,7 +104,8 @@ class Play:
         prompts = cuts.usable(asked)
         if not len(prompts):
             raise DataError("There is no fact to ask: the task's D_val is empty. Use a relation with more facts.")
-        self.model, self.given, self._digest = model, circuit, model.digest
+        self.model, self.given, self._digest, self._cuts = model, circuit, model.digest, cuts
+        self.own: Asked | None = None
         self.prompts = prompts.select(slice(facts))
         session = circuit.session or Session()
         self.set_groups(session.groups if groups is None else groups)
@@ -296,18 +302,38 @@ class Play:
         for state, logits in runs.items():
             table[f"rank_{state}"] = answer_ranks(logits, self.prompts).tolist()
         for state, logits in runs.items():
-            table[f"top_{state}"] = self._top(logits, k)
+            table[f"top_{state}"] = likeliest(self.model, logits, k)
         return pd.DataFrame(table)
 
     @verb
+    def ask(self, prompt: str, *, subject: str = "", answer: str = "") -> pd.DataFrame:
+        """Ask any prompt: the circuit as it was given and as it is now, and the full model.
+
+        Parameters
+        ----------
+        prompt, subject, answer
+            As in `kcwb.tasks.own.own_prompt`; `resample` ablation needs the subject. Errors in them are told.
+
+        Returns
+        -------
+        DataFrame
+            A row for each `run`, `before`, `after` and `model`: `answer`, its first token's `probability` and `rank`,
+            and `top`, the likeliest tokens as `[text, probability]`. `attrs["delivers"]` says what cut edges deliver.
+        """
+        self._check_weights()
+        question = {"prompt": prompt, "subject": subject, "answer": answer}
+        self.own = Asked(self.model, question, self.prompts.facts, self._cuts, self.given.kept)
+        return self.own.table(self._kept)
+
+    @verb
     def as_traits(self, k: Count = 5) -> dict[str, Any]:
-        """The same, ready for JSON: `facts`, each with `before` and `after`, and the three losses.
+        """The same, ready for JSON: `facts`, each with `before` and `after`, the three losses, and what was asked.
 
         Returns
         -------
         dict
             `{facts: [{prompt, answer, before: {p, rank, top: [[token, p], ...]}, after: {...}}], loss_before,
-            loss_after, loss_model}`; losses in nats.
+            loss_after, loss_model}`; losses in nats. After `ask` also `own`: a fact with `model` and `delivers`.
         """
         facts = []
         for row in self.answers(k).to_dict("records"):
@@ -316,7 +342,11 @@ class Play:
                 for state in ("before", "after")
             }
             facts.append({"prompt": row["prompt"], "answer": row["answer"], **states})
-        return {"facts": facts} | {f"loss_{key}": value for key, value in self.loss._asdict().items()}
+        found = {"facts": facts, **{f"loss_{key}": value for key, value in self.loss._asdict().items()}}
+        if self.own is not None:
+            self._check_weights()
+            found["own"] = self.own.as_traits(self._kept)
+        return found
 
     def __repr__(self) -> str:
         """One line: the circuit, and how far it is from the one that was given."""
@@ -329,8 +359,12 @@ class Play:
             raise SettingError(f"{what}: name at least one edge, node or group.")
         toggled = torch.zeros_like(self._kept)
         for name in names:
-            toggled |= self._meant(what, name)
+            toggled |= edges_meant(what, name, self.groups, self.given, self.circuit)
         return self._toggle(f"{what} {', '.join(names)}", toggled)
+
+    def _check_weights(self) -> None:
+        if self.model.digest != self._digest:
+            raise CircuitError(f"The weights of {self.model.name!r} have changed since this play began. Begin anew.")
 
     def _toggle(self, words: str, edges: Bool[Tensor, "S R"]) -> pd.DataFrame:
         """Make a new step, which turns some edges round."""
@@ -339,8 +373,7 @@ class Play:
 
     def _move(self, done: int, steps: list[_Step] | None = None) -> pd.DataFrame:
         """Go to a place in the history; if that fails, all is as it was."""
-        if self.model.digest != self._digest:
-            raise CircuitError(f"The weights of {self.model.name!r} have changed since this play began. Begin anew.")
+        self._check_weights()
         steps, kept = self._steps if steps is None else steps, self._kept.clone()
         for step in steps[min(done, self._done) : max(done, self._done)]:
             kept.view(-1)[step.toggled] ^= True
@@ -354,35 +387,8 @@ class Play:
         parts = self._runs.run(lambda run: run.logits(kept))
         return torch.cat([torch.nn.functional.pad(one, (0, 0, 0, width - one.shape[1])) for one in parts])
 
-    def _top(self, logits: Float[Tensor, "N A V"], k: int) -> list[list[list[Any]]]:
-        values, tokens = logits[:, 0].float().softmax(-1).topk(k)
-        return [
-            [[token_text(self.model, token), p] for token, p in zip(*row, strict=True)]
-            for row in zip(tokens.tolist(), values.tolist(), strict=True)
-        ]
-
     def _names(self, mask: Bool[Tensor, "S R"]) -> list[str]:
         return [self.model.graph.edge_name(row, column) for row, column in mask.nonzero().tolist()]
-
-    def _meant(self, what: str, name: str) -> Bool[Tensor, "S R"]:
-        """The edges that a step with a name is about; CircuitError if there are none."""
-        graph, given, kept = self.model.graph, self.given.kept, self._kept
-        edges = edges_named(graph, name, self.groups, what)
-        if what == "cut":
-            found, words = edges & kept, "is cut already" if (edges & given).any() else "is not in the circuit"
-        elif what == "restore":
-            found, words = edges & given & ~kept, "is not cut" if (edges & kept).any() else "was not in the circuit"
-        else:
-            if "->" not in name or name in self.groups:
-                own = self.groups.get(name, (name,))
-                matrix = self.circuit.node_matrix
-                near = torch.from_numpy(matrix.sum(0) + matrix.sum(1) > 0)
-                near[[0, -1, *(graph.node_names.index(node) for node in own)]] = True
-                edges = edges & near[:-1, None] & near[graph.receiver_node]
-            found, words = edges & ~kept, "is in the circuit already"
-        if not found.any():
-            raise CircuitError(f"{what}: {shown(name)} {words}.")
-        return found
 
 
 class _Step(NamedTuple):

@@ -18,8 +18,10 @@ from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.evaluation.play import Play
 from kcwb.interventions.nodes import ablate_nodes
 from kcwb.tasks.metrics import make_loss
+from kcwb.tasks.prompts import encode
+from kcwb.tasks.relations import Fact
 from kcwb.tasks.task import make_task
-from tests.tasks import known_relation
+from tests.tasks import known_relation, prompt_ids
 from tests.tiny import tiny_model
 
 FAMILIES = ["llama", "gpt2", "neox", "gemma2", "qwen3"]
@@ -307,6 +309,89 @@ def test_traits_are_json_and_say_what_the_table_says(play):
     assert traits["loss_after"] == play.loss.after != traits["loss_before"]
 
 
+# --- a prompt of one's own ---
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_prompt_of_ones_own_is_answered_as_by_runs_of_it(tiny, name, ablation):
+    model, text = tiny(name), "w80 w3 w9 w9 w9 w9 w81 w82"  # longer than the task's prompts
+    task = task_of(model)
+    cuts, none = make_ablation(model, task, ablation), make_ablation(model, None, "zero")
+    play = Play(model, Circuit.from_edges(model.graph, EDGES), task, ablation=ablation)
+    play.ask(f" {text} ", subject="w3", answer="w40 w7")
+    corrupted = play.own.prompts.facts[0].corrupted
+    prompts = encode(model, [Fact(text, "w40 w7", corrupted=corrupted, span=(4, 6))], "{}", ["w40 w7"])
+    for field in ("tokens", "lengths", "answers", "decides", "ranks", "subject_start", "subject_stop"):
+        assert torch.equal(getattr(play.own.prompts, field), getattr(prompts, field)), field
+    for step in (None, "m0", "a0.h1->a1.h2"):
+        if step:
+            play.cut(step)
+        own = play.as_traits()["own"]
+        runs = {"before": (play.given, cuts), "after": (play.circuit.kept, cuts), "model": (None, none)}
+        for run, (circuit, delivers) in runs.items():
+            p = run_circuit(model, circuit, prompts, delivers)[0, 0].softmax(-1)
+            answer = int(prompts.answers[0, 0])
+            assert own[run]["p"] == pytest.approx(float(p[answer]), rel=1e-5)
+            assert own[run]["rank"] == int((p >= p[answer]).sum())
+            assert [value for _, value in own[run]["top"]] == pytest.approx(p.topk(5).values.tolist(), rel=1e-5)
+    table = play.ask(text, subject="w3", answer="w40 w7").set_index("run")
+    assert table["probability"].to_dict() == {run: own[run]["p"] for run in ("before", "after", "model")}
+    assert table.attrs["delivers"] == own["delivers"]
+    assert not torch.equal(cuts.values(prompts), torch.zeros(())) if ablation != "zero" else True
+
+
+def test_an_answer_that_is_left_out_is_what_the_model_says(play):
+    table = play.ask("w80 w3 w9").set_index("run")
+    assert table.at["model", "rank"] == 1 and table.at["model", "top"][0][0] == table.at["model", "answer"]
+    best = play.model.logits(torch.tensor([prompt_ids(play.model, "w80 w3 w9")]))[0, -1].argmax()
+    assert table.at["before", "answer"] == play.model.tokenizer.decode([int(best)])
+
+
+def test_what_cut_edges_deliver_on_it_is_said(tiny):
+    model = tiny("llama")
+    task, circuit = task_of(model), Circuit.from_edges(model.graph, EDGES)
+    short, long = "w80 w3 w81", " ".join(["w80", *["w9"] * 30])
+    words = {
+        kind: Play(model, circuit, task, ablation=kind).ask(short, subject="w3").attrs["delivers"] for kind in ABLATIONS
+    }
+    assert words["zero"] == "A cut edge delivers nothing."
+    assert words["mean"].endswith("at the same place counted from the end.")
+    play = Play(model, circuit, task, ablation="mean")
+    _, classes = make_ablation(model, task, "mean").fitted
+    back = -int(classes.offsets.min())
+    assert play.ask(long).attrs["delivers"].endswith(f"the mean {back} tokens back.")
+    values = make_ablation(model, task, "mean").values(play.own.prompts)
+    assert torch.equal(values[:, 0, 1], values[:, 0, -1 - back]) and not torch.equal(values[:, 0, 1], values[:, 0, -1])
+    own = Play(model, circuit, task, ablation="resample")
+    own.ask(short, subject="w3")
+    other = own.own.prompts.facts[0].corrupted
+    assert words["resample"] == f"A cut edge delivers what its sender writes on “{other}”."
+    assert own.own.prompts.corrupted[0].tolist() == prompt_ids(model, other) != own.own.prompts.tokens[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        ({"prompt": "  "}, "The prompt is empty. Type what the model is to go on with."),
+        ({"prompt": "w1 w2", "subject": "w7"}, "The subject 'w7' does not stand in the prompt in these letters."),
+        ({"prompt": "w1 " * 70}, r"The prompt has 7\d tokens; .* reads 64\."),
+        ({"prompt": "w1 w2"}, "resample ablation needs the prompt with another subject in it: say the subject."),
+        ({"prompt": "w1 w2 w3 w4 w5", "subject": "w1 w2 w3 w4 "}, "no other subject .* in the place of 'w1 w2 w3 w4'"),
+        ({"prompt": 5}, "ask: prompt=5 is not text"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_in_one_line_and_what_was_asked_stays(tiny, question, said):
+    model = tiny("llama")
+    play = Play(model, Circuit.from_edges(model.graph, EDGES), task_of(model), ablation="resample")
+    play.ask("w80 w3 w81", subject="w3")
+    before = play.as_traits()
+    with pytest.raises((SettingError, DataError), match=said) as caught:
+        play.ask(**question)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+    assert play.as_traits() == before
+
+
 def test_the_circuit_says_what_a_person_did(play, tmp_path):
     play.cut("m0->logits")
     play.force("input->m0")
@@ -348,6 +433,8 @@ def test_a_model_that_was_edited_ends_the_play(play, monkeypatch):
     monkeypatch.setattr(play, "_digest", "other")
     with pytest.raises(CircuitError, match=r"weights of .* have changed"):
         play.cut("m0")
+    with pytest.raises(CircuitError, match=r"weights of .* have changed"):
+        play.ask("w80 w3")
 
 
 # --- sessions ---

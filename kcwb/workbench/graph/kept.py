@@ -36,7 +36,7 @@ class Kept(anywidget.AnyWidget):
         """
         if self._drawing is None:
             raise CircuitError(NONE)
-        kept = set(CHECKS) - {"asked", "view"}
+        kept = set(CHECKS) - {"asked", "view", "question"}
         state = {name: value for name in CHECKS if name in kept and not is_blank(value := getattr(self, name))}
         return view_of(self._drawing, self.height, state)
 

@@ -92,7 +92,8 @@ def _answers(name: str, value: Any, circuit: Circuit | None) -> dict[str, Any]:
         given = json.loads(json.dumps(value, allow_nan=False))
         facts = given.get("facts", [])
         good = isinstance(facts, list) and all(_is_fact(fact) for fact in facts)
-        good &= all(fits(number, float) for key, number in given.items() if key != "facts")
+        good &= all(fits(number, float) for key, number in given.items() if key not in ("facts", "own"))
+        good &= "own" not in given or _is_own(given["own"])
     except (TypeError, ValueError, AttributeError, RecursionError):
         good = False
     if not good:
@@ -101,7 +102,7 @@ def _answers(name: str, value: Any, circuit: Circuit | None) -> dict[str, Any]:
 
 
 def _is_fact(fact: Any) -> bool:
-    runs = [fact[run] for run in ("before", "after") if run in fact]
+    runs = [fact[run] for run in ("before", "after", "model") if run in fact]
     return (
         all(fits(fact.get(key), str) for key in ("prompt", "answer"))
         and len(runs) > 0
@@ -110,6 +111,24 @@ def _is_fact(fact: Any) -> bool:
         )
         and all(fits(top[0], str) and fits(top[1], float) for run in runs for top in run.get("top", []))
     )
+
+
+def _is_own(own: Any) -> bool:
+    """A fact, or what is wrong with it; and what cut edges deliver."""
+    said = all(fits(own.get(key, ""), str) for key in ("prompt", "subject", "answer", "delivers", "problem"))
+    return said and ("problem" in own or _is_fact(own))
+
+
+def _question(name: str, value: Any, circuit: Circuit | None) -> dict[str, str]:
+    asked = _named(name, value)
+    for key, text in asked.items():
+        if key not in ("prompt", "subject", "answer") or not fits(text, str):
+            raise SettingError(f"{name}={shown(value)} is not {{'prompt', 'subject', 'answer'}} with a text for each.")
+        if len(text) > _TEXT:
+            raise SettingError(f"{name}: the {key} has {len(text):,} letters; at most {_TEXT:,} are asked.")
+    if asked and "prompt" not in asked:
+        raise SettingError(f"{name}={shown(value)} has no prompt.")
+    return asked
 
 
 def _reading(name: str, value: Any, circuit: Circuit | None) -> dict[str, Any]:
@@ -161,8 +180,7 @@ def _asked(name: str, value: Any, circuit: Circuit | None) -> str:
 CHECKS: Mapping[str, Callable[[str, Any, Circuit | None], Any]] = {
     "selected": _nodes, "selected_edges": _edges, "pinned": _nodes, "cut": _cut, "forced": _forced, "groups": _groups,
     "names": _words, "notes": _words, "threshold": _threshold, "confidence": _confidence, "answers": _answers,
-    "reading": _reading, "paths": _paths, "asked": _asked,
-    "view": _view,
+    "question": _question, "reading": _reading, "paths": _paths, "asked": _asked, "view": _view,
 }  # fmt: skip
 """Trait -> its check."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from kcwb.errors import DataError, SettingError
 
 if TYPE_CHECKING:
     from kcwb.evaluation.play import Play
@@ -43,13 +45,30 @@ class Steps:
         self.future.clear()
 
 
-def lead(play: Play, cut: Sequence[str], forced: Sequence[str]) -> dict[str, Any]:
-    """Lead a Play to what is cut and forced in, and give what is answered then, as `CircuitGraph.answers` takes it."""
-    if not led(play, cut, forced):
+def lead(
+    play: Play, cut: Sequence[str], forced: Sequence[str], question: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Lead a Play to what is cut and forced in, and give what is answered then, as `CircuitGraph.answers` takes it.
+
+    What is wrong with a question stands in the answers, under ``own``.
+    """
+    if not (set(play.cuts) == set(cut) and set(play.forced) == set(forced)):
         play.go_to(cut=cut, forced=forced)
-    return play.as_traits()
+    trouble = {}
+    if not _is_asked(play, question):
+        play.own = None
+        try:
+            if question:
+                play.ask(**question)
+        except (DataError, SettingError) as error:
+            trouble = {"own": {**question, "problem": str(error)}} if question else {}
+    return play.as_traits() | trouble
 
 
-def led(play: Play, cut: Sequence[str], forced: Sequence[str]) -> bool:
-    """Whether a Play is there."""
-    return set(play.cuts) == set(cut) and set(play.forced) == set(forced)
+def led(play: Play, cut: Sequence[str], forced: Sequence[str], question: Mapping[str, str]) -> bool:
+    """Whether a Play is there, and was asked that."""
+    return set(play.cuts) == set(cut) and set(play.forced) == set(forced) and _is_asked(play, question)
+
+
+def _is_asked(play: Play, question: Mapping[str, str] | None) -> bool:
+    return (play.own.question if play.own else {}) == {name: text for name, text in (question or {}).items() if text}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kcwb.evaluation.play import Play
 
 _MOST = 20_000  # edges
-_PYTHONS = ("scene", "height", "live", "busy")
+_PYTHONS = ("scene", "height", "live", "busy", "asks")
 _SESSION = ("pinned", "groups", "names", "notes", "cut", "forced")
 
 
@@ -70,7 +70,12 @@ class CircuitGraph(Kept):
     answers : dict
         What is shown beside the graph, as `kcwb.Play.as_traits` gives it: ``facts``, each with ``prompt``,
         ``answer``, ``before`` and ``after`` (``p``, ``rank``, ``top``: tokens with probabilities), and ``loss_before``,
-        ``loss_after``.
+        ``loss_after``; of a prompt of one's own ``own``.
+    question : dict of str to str
+        A prompt of one's own that is asked after each step, too: ``prompt``, ``subject``, ``answer``, of which only the
+        first must be there. Empty: none.
+    asks : bool
+        Whether such prompts are answered: by `play`, or a panel.
     reading : dict
         What is read of a ``node``, beside the graph while it is selected: ``runs``, each with the name of its ``run``
         and its ``prompts``, as `kcwb.workbench.graph.reading.read_node` gives them. Panels fill it.
@@ -115,6 +120,8 @@ class CircuitGraph(Kept):
     threshold = T.Float(0.0).tag(sync=True)
     confidence = T.Float(0.0).tag(sync=True)
     answers = T.Dict().tag(sync=True)
+    question = T.Dict().tag(sync=True)
+    asks = T.Bool(False).tag(sync=True)
     reading = T.Dict().tag(sync=True)
     paths = T.List().tag(sync=True)
     busy = T.Bool(False).tag(sync=True)
@@ -246,6 +253,7 @@ class CircuitGraph(Kept):
     def _take(self, drawing: Drawing, circuit: Circuit) -> None:
         held = {name: getattr(self if circuit.session is None else circuit.session, name) for name in _SESSION}
         kept = kept_of(held, circuit)
+        self.asks &= self._play is None
         self._circuit, self._drawing, self._play = circuit, drawing, None
         fresh = {"selected": [], "selected_edges": [], "answers": {}, "reading": {}, "paths": [], "threshold": 0.0}
         with self.hold_sync():
@@ -271,7 +279,7 @@ class CircuitGraph(Kept):
         """
         if self._circuit is None or not play.given.kept.equal(self._circuit.kept):
             raise CircuitError("This Play is of another circuit than the one that is drawn; show that one first.")
-        self._play = play
+        self._play, self.asks = play, True
         self._answer()
 
     @verb
@@ -289,7 +297,7 @@ class CircuitGraph(Kept):
         with self.hold_sync(), self.hold_trait_notifications():
             self.cut, self.forced = cut, forced
 
-    @T.observe("cut", "forced")
+    @T.observe("cut", "forced", "question")
     def _on_step(self, change: Any) -> None:
         self._steps.take(self.cut, self.forced)
         if self._play is not None:
@@ -298,11 +306,11 @@ class CircuitGraph(Kept):
     def _answer(self) -> None:
         """Show what is answered now."""
         play = self._play
-        if play is None or (self.answers and led(play, self.cut, self.forced)):
+        if play is None or (self.answers and led(play, self.cut, self.forced, self.question)):
             return
         self.busy = True
         try:
-            self.answers = lead(play, self.cut, self.forced)
+            self.answers = lead(play, self.cut, self.forced, self.question)
         except KcwbError as error:
             self.problem = str(error)
         finally:

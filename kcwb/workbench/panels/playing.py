@@ -7,6 +7,7 @@ from typing import Any
 
 from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
+from kcwb.errors import SettingError
 from kcwb.evaluation.play import Play
 from kcwb.progress import ProgressCallback
 from kcwb.tasks.task import Task
@@ -42,11 +43,21 @@ class Playing:
         self._read: object = None  # what was read last, and of what
         for trait in ("cut", "forced"):
             panel._on(graph, lambda _: self.play(), trait)
+        panel._on(graph, lambda _: self.ask(), "question")
         panel._on(graph, lambda _: self.read(), "selected")
+        graph.asks = True
+
+    def ask(self) -> None:
+        """Ask a prompt of one's own, too, now and after each step."""
+        if self._graph.question and None in self._of():
+            raise SettingError(
+                "The facts that this circuit was found on are not at hand, so that nothing can be asked."
+            )
+        self.play()
 
     def resume(self, after: str) -> None:
         """At the end of another job, by its name: answer what was cut meanwhile, and read what was chosen."""
-        if self._graph.cut or self._graph.forced:
+        if self._graph.cut or self._graph.forced or self._graph.question:
             self.play(after)
         else:
             self.read(after)
@@ -66,13 +77,14 @@ class Playing:
         (circuit, task), graph, panel = self._of(), self._graph, self._panel
         if circuit is None or task is None or panel._runner.job not in (None, _PLAY, _READ, after):
             return
-        cut, forced = list(graph.cut), list(graph.forced)
+        cut, forced, question = list(graph.cut), list(graph.forced), dict(graph.question)
 
         def job(progress: ProgressCallback) -> dict[str, Any]:
             panel._enter("Asking the circuit as it is now", progress)
             graph.busy = True
             try:
-                return lead(self._play.get((circuit, task), lambda: Play(panel.model, circuit, task)), cut, forced)
+                play = self._play.get((circuit, task), lambda: Play(panel.model, circuit, task))
+                return lead(play, cut, forced, question)
             finally:
                 graph.busy = False
 
@@ -91,7 +103,8 @@ class Playing:
             return
         (node,), model = graph.selected, panel.model
         played = None if circuit is None else graph.played if graph.cut or graph.forced else circuit
-        asked = (node, circuit, task, tuple(graph.cut), tuple(graph.forced))
+        own = self._play.value.own if graph.question and self._play.value else None
+        asked = (node, circuit, task, tuple(graph.cut), tuple(graph.forced), own)
         if self._read == (asked, model.digest) and graph.reading.get("node") == node:
             return
 
@@ -104,12 +117,15 @@ class Playing:
             panel._enter(f"Reading {node}", progress)
             digest = model.digest
             whole = self._full.get((digest, task, node), lambda: read_node(model, task, node))
+            if own is not None:
+                whole = [*whole, *read_node(model, own.prompts, node)]
             show(full := {"run": "the full model", "prompts": whole})
             if played is not None:
                 progress(1, 2, "")
                 kind = played.ablation
                 cuts = self._cuts.get((digest, task, kind), lambda: make_ablation(model, task, kind))
-                alone = read_node(model, task, node, circuit=played, ablation=cuts)
+                of = [task, *([] if own is None else [own.prompts])]
+                alone = [one for some in of for one in read_node(model, some, node, circuit=played, ablation=cuts)]
                 show(full, {"run": "the circuit alone, as it is now", "prompts": alone})
             self._read = asked, digest
 

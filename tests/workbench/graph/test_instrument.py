@@ -302,6 +302,52 @@ def test_answers_are_bars_beside_the_graph(show: Any) -> None:
     assert page.is_visible("#kc-answers")
 
 
+OWN = {
+    "prompt": "The capital of <b>Peru</b> is", "subject": "<b>Peru</b>", "answer": "Lima", "delivers": "A cut edge <i>",
+    "before": FACT["before"], "after": FACT["after"], "model": {"p": 0.9, "rank": 1, "top": [[" Lima", 0.9]]},
+}  # fmt: skip
+
+
+def test_a_prompt_of_ones_own_is_typed_and_answered_beside_the_graph(show: Any) -> None:
+    page = page_of(show)
+    assert not page.is_visible("#kc-asks")  # nobody answers
+    asked(page, "(graph.model.set('asks', true), graph.model.set('live', true), graph.model.set('busy', false), 0)")
+    asked(page, "(graph.model.set('cut', ['m0->m1']), 0)")
+    until(page, "!shadow.querySelector('#kc-asks').hidden")
+    press(page, "a")
+    assert asked(page, "shadow.activeElement.id") == "kc-own-prompt"
+    page.keyboard.type(" The capital of Peru is ")
+    page.keyboard.press("Tab")
+    page.keyboard.type("Peru")
+    asked(page, "(graph.model.set('answers', {facts: []}), 0)")  # what comes meanwhile takes nothing away
+    page.keyboard.type("!")
+    assert asked(page, "[shadow.activeElement.id, shadow.activeElement.value]") == ["kc-own-subject", "Peru!"]
+    page.keyboard.press("Backspace")
+    page.keyboard.press("Enter")
+    assert trait(page, "question") == {"prompt": "The capital of Peru is", "subject": "Peru"}
+    assert trait(page, "cut") == ["m0->m1"] and trait(page, "selected") == []  # letters were no keys
+    asked(page, "(graph.model.set('answers', {own: arg}), 0)", {"prompt": "x", "problem": "a <b>problem</b>"})
+    assert page.locator("#kc-own [role=alert]").inner_text() == "a <b>problem</b>"
+    asked(page, "(graph.model.set('answers', {own: arg}), 0)", OWN)
+    assert page.locator("#kc-own .said").all_inner_texts() == [
+        'before\n0.8 · #1\n\n"Paris" 0.8, "\\n" 0.1', 'after\n0.2 · #7\n\n"Lyon" 0.3',
+        'full model\n0.9 · #1\n\n" Lima" 0.9'
+    ]  # fmt: skip
+    assert page.locator("#kc-own-delivers").inner_text() == "A cut edge <i>"
+    page.keyboard.press("Escape")
+    assert asked(page, "shadow.activeElement.id") == "kc-canvas"
+    page.click("#kc-own button:has-text('Clear')")
+    assert trait(page, "question") == {}
+
+
+def test_without_a_kernel_what_was_asked_is_told_and_nothing_can_be(show: Any) -> None:
+    page = page_of(show, answers={"own": OWN})
+    assert page.locator("#kc-own .prompt").inner_text() == "The capital of <b>Peru</b> is"
+    assert (
+        page.locator("#kc-own .said").count() == 3 and page.locator("#kc-own :is(input, textarea, button)").count() == 0
+    )
+
+
 READ = {
     "prompt": "The capital of France is", "answer": "Paris", "tokens": ["The", " capital", " <b>France</b>", "\n"],
     "attention": [0.1, 0.0, 0.8, 0.1], "at": 2, "query": [["m0", 0.5], ["a0.h0", -0.25], ["cut edges", 0.1]],

@@ -100,6 +100,12 @@ WRONG = [
     ("view", {"scale": 0}, "view=.* is not what is looked at"),
     ("view", {"hidden": "x"}, "view=.* is not what is looked at"),
     ("view", {"nothing": 1}, "view=.* is not what is looked at"),
+    ("question", {"subject": "x"}, "question=.* has no prompt"),
+    ("question", {"prompt": 5}, "question=.* with a text for each"),
+    ("question", {"prompt": "x", "more": "y"}, "question=.* with a text for each"),
+    ("question", {"prompt": "x" * 4001}, "question: the prompt has 4,001 letters; at most 4,000 are asked"),
+    ("answers", {"own": {"prompt": "x", "answer": "y", "before": {"p": "z"}}}, "answers=.* is not "),
+    ("answers", {"own": {"problem": 5}}, "answers=.* is not "),
     ("asked", "delete", "asked='delete' is none of undo, redo, explain"),
 ]
 
@@ -128,7 +134,9 @@ def test_nonsense_from_the_page_becomes_a_problem_and_all_else_is_taken(
     assert graph.problem == ""
 
 
-@pytest.mark.parametrize(("name", "value"), [("scene", {}), ("height", -1), ("live", False), ("busy", True)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("scene", {}), ("height", -1), ("live", False), ("busy", True), ("asks", 1)]
+)
 def test_the_page_does_not_set_what_is_pythons(graph: CircuitGraph, name: str, value: Any) -> None:
     before = getattr(graph, name)
     graph.set_state({name: value})
@@ -276,6 +284,33 @@ def test_each_step_is_answered_as_play_does(tiny: Any) -> None:
         CircuitGraph(Circuit.full(model.graph)).play(Play(model, circuit, task))
     graph.show(Circuit.full(model.graph))
     assert graph.answers == {}
+
+
+def test_a_prompt_of_ones_own_is_asked_after_each_step_and_what_is_wrong_with_it_told(tiny: Any) -> None:
+    model = tiny("llama")
+    task = make_task(model, known_relation(model, 16, unknown=6), n=4)
+    circuit = discover(model, task, "eap", edges=30, progress=False)
+    graph, wanted = CircuitGraph(circuit), Play(model, circuit, task)
+    question = {"prompt": "w80 w3 w9", "subject": "w3", "answer": "w41"}
+    graph.question = question
+    assert not graph.asks and graph.answers == {}
+    graph.play(Play(model, circuit, task))
+    wanted.ask(**question)
+    assert graph.asks and graph.answers == wanted.as_traits()
+    edge = f"{circuit.edges['sender'][0]}->{circuit.edges['receiver'][0]}"
+    graph.set_state({"cut": [edge]})
+    wanted.cut(edge)
+    assert graph.answers == wanted.as_traits() and graph.answers["own"]["after"] != graph.answers["own"]["before"]
+    graph.set_state({"question": {"prompt": "w80 w3", "subject": "w9"}})
+    told = {"problem": "The subject 'w9' does not stand in the prompt in these letters.", "prompt": "w80 w3"}
+    assert graph.answers["own"] == told | {"subject": "w9"} and graph.answers["facts"] == wanted.as_traits()["facts"]
+    graph.set_state({"cut": [], "question": {"prompt": "w80 w3"}})
+    assert graph.answers["own"]["prompt"] == "w80 w3" and "problem" not in graph.answers["own"]
+    assert circuit_of(graph.as_view())["answers"] == graph.answers
+    graph.question = {}
+    assert "own" not in graph.answers and not graph.problem
+    graph.show(circuit)
+    assert not graph.asks  # until it is played again
 
 
 # --- without a kernel ---

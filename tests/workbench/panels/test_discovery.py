@@ -524,6 +524,37 @@ def test_what_is_cut_in_the_graph_is_answered_beside_it(found, model):
     assert found.completeness is not None and found.error is None
 
 
+def test_a_prompt_of_ones_own_is_answered_and_read_beside_the_graph(found, model):
+    graph, question = found._graph, {"prompt": "w80 w3 w9", "subject": "w3"}
+    assert graph.asks
+    graph.set_state({"question": question})
+    found.wait(SOON)
+    wanted = kcwb.Play(model, found.circuit, found.task)
+    wanted.ask(**question)
+    assert graph.answers == wanted.as_traits()
+    node = found.circuit.nodes.query("kind == 'head'")["node"].iloc[-1]
+    graph.set_state({"selected": [node]})
+    found.wait(SOON)
+    full, alone = (run["prompts"][-1] for run in graph.reading["runs"])
+    assert [full] == read_node(model, wanted.own.prompts, node) and alone["prompt"] == "w80 w3 w9"
+    first = f"{found.circuit.edges['sender'][0]}->{found.circuit.edges['receiver'][0]}"
+    graph.set_state({"cut": [first]})
+    found.wait(SOON)
+    wanted.cut(first)
+    assert graph.answers == wanted.as_traits()
+    graph.set_state({"question": {"prompt": " "}})
+    found.wait(SOON)
+    assert graph.answers["own"]["problem"].startswith("The prompt is empty") and graph.answers["facts"]
+    graph.set_state({"question": {}, "cut": []})
+    found.wait(SOON)
+    assert len(graph.reading["runs"][0]["prompts"]) == len(read_node(model, found.task, node))
+
+
+def test_nothing_is_asked_where_the_facts_are_not_at_hand(panel, model):
+    panel._graph.set_state({"question": {"prompt": "w80 w3"}})
+    assert "nothing can be asked" in Tags(panel._message.value).text
+
+
 def test_a_node_that_is_selected_is_read_beside_the_graph_and_again_after_a_step(found, model):
     graph, task = found._graph, found.task
     node = found.circuit.nodes.query("kind == 'head'")["node"].iloc[-1]

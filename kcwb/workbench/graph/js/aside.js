@@ -17,24 +17,27 @@ const rounded = (value, digits = 3) => (Number.isFinite(value) ? Number(value.to
 const counted = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
 
+// A run's probability of the answer as a bar, and its likeliest tokens as text.
+function barOf(words, name, run) {
+  const p = Math.max(0, Math.min(1, Number(run.p) || 0)), bar = make("i");
+  bar.style.width = `${100 * p}%`;
+  return make("div", { className: `bar ${name}`, title: `${words}: probability ${rounded(p)}, rank ${run.rank}` }, make("span", {}, words), make("span", {}, bar), make("b", {}, `${p && p < 0.001 ? "<0.001" : rounded(p, 2)} \u00b7 #${Number(run.rank).toLocaleString("en")}`));
+}
+const topsOf = (run) => (Array.isArray(run.top) ? run.top : []).map(([token, p]) => `${JSON.stringify(String(token))} ${rounded(Number(p), 2)}`).join(", ");
+
 // The table of facts: for each a bar of the answer's probability before and after.
 function answersOf(answers, opened, toggle) {
   const facts = Array.isArray(answers.facts) ? answers.facts.filter(isObject) : [];
   const rows = facts.flatMap((fact, i) => {
     const states = [["before", fact.before], ["after", fact.after]].filter(([, run]) => isObject(run));
-    const bars = states.map(([name, run]) => {
-      const p = Math.max(0, Math.min(1, Number(run.p) || 0)), bar = make("i");
-      bar.style.width = `${100 * p}%`;
-      return make("div", { className: `bar ${name}`, title: `${name}: probability ${rounded(p)}, rank ${run.rank}` }, make("span", {}, name), make("span", {}, bar), make("b", {}, `${p && p < 0.001 ? "<0.001" : rounded(p, 2)} \u00b7 #${Number(run.rank).toLocaleString("en")}`));
-    });
-    const tops = (run) => (Array.isArray(run.top) ? run.top : []).map(([token, p]) => `${JSON.stringify(String(token))} ${rounded(Number(p), 2)}`).join(", ");
+    const bars = states.map(([name, run]) => barOf(name, name, run));
     const line = make(
       "tr", { className: "fact" },
       make("td", {}, make("button", {
         className: "key", "aria-expanded": String(opened.has(i)), title: "The most probable tokens", on: { click: () => toggle(i) },
       }, opened.has(i) ? "\u25be" : "\u25b8"), make("span", { className: "prompt", dir: "auto" }, plainText(fact.prompt, 90)), " ", make("span", { className: "answer", dir: "auto" }, plainText(fact.answer, 40)), bars),
     );
-    const more = opened.has(i) ? states.map(([name, run]) => make("tr", {}, make("td", { className: "tops" }, `${name}: ${tops(run)}`))) : [];
+    const more = opened.has(i) ? states.map(([name, run]) => make("tr", {}, make("td", { className: "tops" }, `${name}: ${topsOf(run)}`))) : [];
     return [line, ...more];
   });
   const losses = ["before", "after", "model"].map((one) => [one, Number(answers[`loss_${one}`])]).filter(([one]) => answers[`loss_${one}`] !== undefined);

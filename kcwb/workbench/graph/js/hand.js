@@ -108,7 +108,7 @@ function handOn(page, can) {
     redraw();
   }
   const KEYS = {
-    x: can.cutThem, Delete: can.cutThem, Backspace: can.cutThem, r: can.restoreThem, p: can.pin, g: can.group, e: can.explain, F2: can.rename, n: can.note, F: fullScreen,
+    x: can.cutThem, Delete: can.cutThem, Backspace: can.cutThem, r: can.restoreThem, p: can.pin, g: can.group, e: can.explain, F2: can.rename, n: can.note, F: fullScreen, a: can.askOwn,
     f: () => { search.focus(); search.select(); }, "/": () => { search.focus(); search.select(); }, "?": () => { help.hidden = !help.hidden; },
     "+": () => painter.zoom(1.35), "=": () => painter.zoom(1.35), "-": () => painter.zoom(1 / 1.35), 0: () => painter.fit(), "[": () => step(-1), "]": () => step(1),
     ArrowLeft: () => painter.move(60, 0), ArrowRight: () => painter.move(-60, 0), ArrowUp: () => painter.move(0, 60), ArrowDown: () => painter.move(0, -60),
@@ -121,7 +121,7 @@ function handOn(page, can) {
     },
   };
   root.addEventListener("keydown", guarded((event) => {
-    const typing = event.composedPath()[0].matches?.("input, select"), key = event.key, control = event.ctrlKey || event.metaKey;
+    const typing = event.composedPath()[0].matches?.("input, select, textarea"), key = event.key, control = event.ctrlKey || event.metaKey;
     if (event.composedPath()[0] !== canvas && key === "Escape") {
       if (!help.hidden || !typing) KEYS.Escape(event);
       canvas.focus();

@@ -2,7 +2,7 @@
 
 const DEFAULTS = {
   scene: {}, selected: [], selected_edges: [], pinned: [], cut: [], forced: [], groups: {}, names: {}, notes: {}, threshold: 0, confidence: 0,
-  answers: {}, reading: {}, paths: [], busy: false, problem: "", asked: "", height: 0, view: {},
+  answers: {}, question: {}, asks: false, reading: {}, paths: [], busy: false, problem: "", asked: "", height: 0, view: {},
 };
 // What nodes are grouped by, the key of a node that says it, and what is wanted for it.
 const GROUPINGS = [["role", "role", "find roles first"], ["position", "place", "find roles first"], ["layer"], ["kind"], ["none"]];
@@ -18,7 +18,7 @@ function render({ model, el }) {
     for (const [name, value] of Object.entries(values)) model.set(name, value);
     model.save_changes();
   };
-  const local = { hidden: new Set(), pinnedOnly: false, open: new Set(), layered: null, hover: null, cursor: null, path: 0, facts: new Set(), run: 0, prompt: 0, folded: false };
+  const local = { hidden: new Set(), pinnedOnly: false, open: new Set(), layered: null, hover: null, cursor: null, path: 0, facts: new Set(), run: 0, prompt: 0, folded: false, asking: false };
   let circuit = indexed(BLANK, []), view = { boxes: [], links: [], edges: [] }, scene = BLANK, levels = [];
 
   // --- the page ---
@@ -27,6 +27,7 @@ function render({ model, el }) {
   const act = (id, words, title, work) => make("button", { id: `kc-${id}`, type: "button", title, "aria-label": words.length > 2 ? undefined : title, on: { click: guarded(work) } }, words);
   const title = make("h2", { id: "kc-title", dir: "auto" }), counts = make("span", { id: "kc-counts", className: "muted" }), notice = make("span", { id: "kc-notice" });
   const undo = act("undo", "\u21b6", "Undo (Ctrl+Z)", () => ask("undo")), redo = act("redo", "\u21b7", "Redo (Ctrl+Shift+Z)", () => ask("redo"));
+  const asks = act("asks", "Ask", "Ask a prompt of your own (a)", () => asking.open());
   const layers = act("layers", "Layers", "One box for each layer", () => { local.layered = !local.layered; local.open.clear(); redraw(true); });
   const search = make("input", { id: "kc-search", type: "search", placeholder: "a node, or a3.h1->m7", autocomplete: "off", spellcheck: false, on: {
     keydown: guarded((event) => { if (event.key === "Enter") find(); }),  // JupyterLab keeps fields from telling of a change
@@ -43,7 +44,7 @@ function render({ model, el }) {
   const trouble = make("span"), problem = make("div", { className: "problem", id: "kc-problem", role: "alert", hidden: true }, trouble, make("button", { type: "button", on: { click: () => { problem.hidden = true; put({ problem: "" }); } } }, "Dismiss"));
   const help = make("div", { className: "help", id: "kc-help", role: "dialog", "aria-label": "Keys", hidden: true }, make("h3", {}, "Keys"), make("dl", {}, HELP.flatMap(([key, words]) => [make("dt", {}, key), make("dd", {}, words)])), make("button", { type: "button", on: { click: () => { help.hidden = true; canvas.focus(); } } }, "Close"));
   const legend = make("footer"), main = make("main", {}, make("div", { className: "card" }, canvas, empty, acts, prompt, frame, help), aside);
-  const header = make("header", {}, make("div", { className: "top" }, title, counts, notice, make("span", { className: "push" }, undo, redo, layers,
+  const header = make("header", {}, make("div", { className: "top" }, title, counts, notice, make("span", { className: "push" }, undo, redo, asks, layers,
     act("out", "\u2212", "Zoom out (\u2212)", () => painter.zoom(1 / 1.35)), act("in", "+", "Zoom in (+)", () => painter.zoom(1.35)), act("fit", "Fit", "Show the whole circuit (0)", () => painter.fit()),
     act("png", "PNG", "Save what is shown as a picture", savePicture), act("svg", "SVG", "Save the whole circuit as a drawing that can be edited", saveDrawing),
     act("full", corners(), "Full screen (F)", fullScreen), act("keys", "?", "Keys (?)", () => { help.hidden = !help.hidden; }))),
@@ -124,6 +125,7 @@ function render({ model, el }) {
     layers.hidden = !local.layered && scene.edges.length <= LAYERED_FROM;
     layers.setAttribute("aria-pressed", String(Boolean(local.layered)));
     const played = get("cut").length + get("forced").length > 0 || model.get("steps") > 0;
+    asks.hidden = !model.get("live") || !get("asks");
     undo.hidden = redo.hidden = !played && !model.get("live");
     reflect();
   });
@@ -174,18 +176,19 @@ function render({ model, el }) {
   };
   function tell(words) { live.textContent = words; }
   function reflect() {
+    const focused = shadow.activeElement?.closest("aside") ? shadow.activeElement.id : "";
     mirror.replaceChildren(...view.boxes.map((box) => make("li", { id: `kc-n${box.id}`, "aria-selected": String(box.chosen) }, describe(box))));
     const answers = get("answers"), paths = get("paths").filter(Array.isArray), parts = [], reading = get("reading"), chosen = get("selected");
     const alone = chosen.length === 1 ? chosen[0] : !chosen.length && !model.get("live") ? reading.node : undefined;  // a page keeps the last one
     if (reading.node !== undefined && reading.node === alone) parts.push(readingOf(reading, get("names"), local, (name) => circuit.ofName.has(name), (name) => select([name]), reflect));
     if (paths.length) parts.push(pathsOf(paths, Math.min(local.path, paths.length - 1), (i) => { local.path = i; redraw(); }));
+    parts.push(asking.section(answers.own, model.get("live") && get("asks")));
     if (Array.isArray(answers.facts) && answers.facts.length) parts.push(answersOf(answers, local.facts, (i) => { local.facts[local.facts.has(i) ? "delete" : "add"](i); reflect(); }));
-    const focused = shadow.activeElement?.closest("aside") ? shadow.activeElement.id : "";
     if (scene.differences.length > 1) {
       const isEdge = (part) => part === "cut" || part === "forced", names = (part, what) => (part === "groups" ? [] : [what].filter((name) => circuit.ofName.has(name)));
       parts.push(differencesOf(scene.differences, (part, what) => (isEdge(part) ? circuit.ofEdge.has(what) : names(part, what).length > 0), (part, what) => (isEdge(part) ? select([], [what]) : select(names(part, what)))));
     }
-    aside.hidden = !parts.length;
+    aside.hidden = !parts.some(Boolean);
     aside.classList.toggle("busy", get("busy"));
     aside.setAttribute("aria-busy", String(get("busy")));
     aside.classList.toggle("folded", local.folded);
@@ -223,14 +226,14 @@ function render({ model, el }) {
   // --- what is shared with those who act on it ---
 
   const page = {
-    get, put, local, model, act, acts, prompt, host, root, canvas, painter, search, slider, sure, tip, frame, help, guarded, tell, ask, redraw, choose, describe, fullScreen,
+    get, put, local, model, act, acts, prompt, host, root, canvas, painter, search, slider, sure, tip, frame, help, guarded, tell, ask, redraw, choose, describe, fullScreen, reflect,
     get circuit() { return circuit; }, get view() { return view; }, get scene() { return scene; }, get levels() { return levels; },
   };
-  const can = actsOf(page), { select } = handOn(page, can);
+  const can = actsOf(page), asking = askingOf(page), { select } = handOn(page, { ...can, askOwn: () => { if (!asks.hidden) asking.open(); } });
 
   // --- following the model, the theme and the size ---
 
-  const followed = { scene: load, height: load, asked: next, problem: () => say(get("problem")), busy: reflect, answers: reflect, reading: reflect, paths: () => { local.path = 0; redraw(); step(0); } };
+  const followed = { scene: load, height: load, asked: next, problem: () => say(get("problem")), busy: reflect, answers: reflect, reading: reflect, asks: redraw, question: () => { asking.follow(); reflect(); }, paths: () => { local.path = 0; redraw(); step(0); } };
   const listeners = ["pinned", "cut", "forced", "groups", "names", "notes", "threshold", "confidence"].map((name) => [name, redraw]);
   let due = 0;
   const soon = () => { due ||= requestAnimationFrame(() => { due = 0; redraw(); }); };  // several traits at once are one change

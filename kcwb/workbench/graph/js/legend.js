@@ -5,7 +5,7 @@ const HELP = [
   ["double click", "open a group"], ["Tab, Shift+Tab", "walk through the nodes"], ["Enter", "select the node that was walked to"], ["arrows, + \u2212 0", "move, zoom, show all"],
   ["x or Delete", "cut the selected edges, or all edges of the selected nodes"], ["r", "restore them"], ["f", "force an edge in: a3.h1->m7 or a3.h1->a5.h0<q>"],
   ["Ctrl+Z, Ctrl+Shift+Z", "undo, redo"], ["p", "pin the selection; pinned nodes stay lit"], ["g", "group the selection; ungroup a group"], ["e, then [ ]", "explain: the strongest paths; the one before, the next"],
-  ["F2, n", "give a node a name, a note"], ["/", "find"], ["F", "full screen"], ["Esc", "clear"], ["?", "these keys"],
+  ["F2, n", "give a node a name, a note"], ["a", "ask a prompt of your own"], ["/", "find"], ["F", "full screen"], ["Esc", "clear"], ["?", "these keys"],
 ];
 
 function legendOf(scene, hidden, changed) {

@@ -1,0 +1,83 @@
+"""A prompt of one's own: any text, with its subject and its answer as far as they are said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kcwb.errors import DataError, SettingError, shown
+from kcwb.models.forward import forward
+from kcwb.models.loading import Model
+from kcwb.tasks.prompts import Prompts, assemble
+from kcwb.tasks.relations import Fact
+from kcwb.tasks.tokens import PromptTokens, object_tokens
+
+
+def own_prompt(
+    model: Model, prompt: str, *, subject: str = "", answer: str = "", others: Sequence[Fact] = ()
+) -> Prompts:
+    """A text as a prompt, without the spaces around it.
+
+    Parameters
+    ----------
+    subject
+        Which part of the text is the subject: where it stands there last. Empty: it is not known.
+    answer
+        What follows, after a space unless the text ends with one; its rank is that of its first token, since there is
+        nothing else to tell it from. Empty: the token that the full model holds likeliest.
+    others
+        Facts whose subjects may take the subject's place in the corrupted prompt: the first one that makes it as long,
+        and whose answer starts otherwise.
+
+    Raises
+    ------
+    SettingError
+        If there is no text, or the subject does not stand in it.
+    DataError
+        If it has more tokens than the model reads, or the answer runs into its last one.
+    """
+    text, subject, answer = prompt.strip(" "), subject.strip(), answer.strip()
+    if not text.strip():
+        raise SettingError("The prompt is empty. Type what the model is to go on with.")
+    start = text.rfind(subject) if subject else 0
+    if start < 0:
+        raise SettingError(f"The subject {shown(subject)} does not stand in the prompt in these letters.")
+    tokens, (first, stop) = _tokens(model, text), _span(model, text, start, start + len(subject))
+    space = not text[-1].isspace()
+    wanted = object_tokens(model, "{}", text, [answer], space)[answer] if answer else []
+    width = len(tokens) + max(0, len(wanted) - 1)
+    if width > model.network.n_ctx:
+        raise DataError(f"The prompt has {width:,} tokens; {model.name} reads {model.network.n_ctx:,}.")
+    answers = wanted or [_likeliest(model, tokens)]
+    corrupted, partner = "", None
+    for other in others if subject else ():
+        changed = text[:start] + other.named + text[start + len(subject) :]
+        if other.named in ("", subject) or len(row := _tokens(model, changed)) != len(tokens):
+            continue
+        if object_tokens(model, "{}", text, [other.object], space)[other.object][0] != answers[0]:
+            corrupted, partner = changed, row
+            break
+    said = answer or str(model.tokenizer.decode(answers)).strip() or repr(model.tokenizer.decode(answers))
+    fact = Fact(text, said, corrupted=corrupted, span=(start, start + len(subject)), space=space)
+    row = PromptTokens(tokens, answers, first, stop)
+    return assemble(model, [fact], [text], [row], {said: answers}, [-1], [partner])
+
+
+def _tokens(model: Model, text: str) -> list[int]:
+    bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
+    return [*bos, *model.tokenizer(text, add_special_tokens=False).input_ids]
+
+
+def _span(model: Model, text: str, start: int, stop: int) -> tuple[int, int]:
+    """From and to which token a part of the text stands; (0, 0) if it is empty."""
+    offsets = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    inside = [i + model.prepend_bos for i, (a, b) in enumerate(offsets) if a < stop and b > start]
+    return (inside[0], inside[-1] + 1) if inside and stop > start else (0, 0)
+
+
+@torch.no_grad()
+def _likeliest(model: Model, tokens: list[int]) -> int:
+    residual = forward(model.network, torch.tensor([tokens], device=model.device)).residual
+    return int(model.network.logits(residual[0, -1]).argmax())

@@ -13,6 +13,7 @@ to them. The sum over all senders that `logits` reads, plus the biases, is the r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -83,31 +84,32 @@ def attention_pattern(
     return pd.DataFrame(shown, index=labels, columns=labels)
 
 
-def end_attention(model: Model, run: PlannedRun, head: str) -> Float[Tensor, "N T"]:
-    """Where a head attends from END, on every prompt of a run: rows sum to 1; what comes after END is 0."""
-    pattern = _patterns(model, run, head)
-    return pattern[torch.arange(len(pattern), device=pattern.device), run.prompts.ends]
+def _patterns(model: Model, run: PlannedRun, head: str) -> Float[Tensor, "N T T"]:
+    """A head's attention on all prompts of a run."""
+    place = model.graph.node(head)
+    if place.kind != "head":
+        raise CircuitError(f"{head} does not attend: only heads do, a<layer>.h<head>.")
+    return layer_patterns(model, run, place.layer, [place.head])[0]
 
 
 @torch.no_grad()
-def _patterns(model: Model, run: PlannedRun, head: str) -> Float[Tensor, "N T T"]:
-    """A head's attention on all prompts of a run."""
-    place, network = model.graph.node(head), model.network
-    if place.kind != "head":
-        raise CircuitError(f"{head} does not attend: only heads do, a<layer>.h<head>.")
-    chosen, width = torch.tensor([place.head], device=network.device), run.prompts.tokens.shape[1]
+def layer_patterns(
+    model: Model, run: PlannedRun, layer: int, heads: Sequence[int] | None = None
+) -> Float[Tensor, "h N T T"]:
+    """The attention of some heads of a layer, or of all, on all prompts of a run: rows are queries."""
+    network, width = model.network, run.prompts.tokens.shape[1]
+    heads = list(range(model.graph.n_heads)) if heads is None else list(heads)
+    chosen = torch.tensor(heads, device=network.device)
 
     def work(rows: slice) -> Tensor:
-        x = run.forward(run.prompts.select(rows), receivers=True).receivers[place.layer][0]
+        x = run.forward(run.prompts.select(rows), receivers=True).receivers[layer][0]
         reads = x.chunk(3) if x.shape[0] > 1 else (x, x)  # in a circuit each head reads its own
-        q, k = (part[[place.head]] if part.shape[0] > 1 else part for part in reads[:2])
-        pattern = network.pattern(
-            place.layer, network.queries(place.layer, q, chosen), network.keys(place.layer, k, chosen)
-        )
+        q, k = (part[heads] if part.shape[0] > 1 else part for part in reads[:2])
+        pattern = network.pattern(layer, network.queries(layer, q, chosen), network.keys(layer, k, chosen))
         room = width - pattern.shape[-1]
-        return torch.nn.functional.pad(pattern[0], (0, room, 0, room))
+        return torch.nn.functional.pad(pattern, (0, room, 0, room))
 
-    return torch.cat([*by_prompts(network, run.prompts.tokens, work)])
+    return torch.cat([*by_prompts(network, run.prompts.tokens, work)], dim=1)
 
 
 def node_logits(

@@ -1,10 +1,10 @@
 """The instrument: the one module, in JavaScript, that draws a circuit and lets a person play it.
 
 Its files (``js/``) are joined here, without a bundler: the colours of `drawing`, `circuit.js` (what is shown),
-`painter.js` (the canvas), `aside.js`, `asking.js` and `reading.js` (beside it: answers, a prompt of one's own, one
-node), `legend.js`, `acts.js` (what is done to what is selected), `hand.js` (mouse and keys) and `instrument.js`
-(`render`, by the contract of anywidget). A widget (`widget.py`) runs it with a model that Python answers, a page
-(`page.py`) with the plain object of `page.js`.
+`painter.js` (the canvas), `aside.js`, `asking.js`, `reading.js` and `heads.js` (beside it: answers, a prompt of one's
+own, one node, all heads of its layer), `legend.js`, `acts.js` (what is done to what is selected), `hand.js` (mouse and
+keys) and `instrument.js` (`render`, by the contract of anywidget). A widget (`widget.py`) runs it with a model that
+Python answers, a page (`page.py`) with the plain object of `page.js`.
 
 All text reaches it as JSON and is set by ``textContent`` or drawn on a canvas, never parsed as HTML.
 """
@@ -20,16 +20,9 @@ from kcwb.workbench.graph.drawing import COLOURS, DASHES, Drawing
 
 _FILES = resources.files("kcwb.workbench.graph").joinpath("js")
 _PARTS = (
-    "circuit.js",
-    "painter.js",
-    "aside.js",
-    "asking.js",
-    "reading.js",
-    "legend.js",
-    "acts.js",
-    "hand.js",
+    "circuit.js", "painter.js", "aside.js", "asking.js", "heads.js", "reading.js", "legend.js", "acts.js", "hand.js",
     "instrument.js",
-)
+)  # fmt: skip
 
 
 @cache

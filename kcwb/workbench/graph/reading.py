@@ -4,7 +4,7 @@ On every prompt: END's attention to the prompt's tokens (`kcwb.reading.nodes`); 
 the key at the subject meet (`kcwb.reading.why_attends`); the tokens that the output at END speaks for, in logits above
 the mean over the vocabulary. Before these stands their mean over the prompts, with attention summed over the groups of
 `kcwb.reading.positions`. Where a subject is not known or not in sight, the key is that of the token that END attends to
-most.
+most. Of a head and of an MLP, all heads of its layer are read beside it: where each token attends.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.reading.attending import why_attends
-from kcwb.reading.nodes import end_attention, planned_run, written_logits
+from kcwb.reading.nodes import layer_patterns, planned_run, written_logits
 from kcwb.reading.positions import GROUPS, position_groups, token_text
 from kcwb.settings import Count
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task
 from kcwb.verbs import verb
 
+_MOST = 32  # tokens of which patterns are read, the last ones
 #: In the order in which they stand in a prompt, with the words that are shown: of GROUPS.
 _PARTS = {"BOS": "first token", "SUBJECT": "subject", "RELATION": "relation", "END": "END"}
 
@@ -61,7 +62,9 @@ def read_node(
     list of dict
         The mean over the prompts, if there are several, then each: `prompt`, `answer`, `writes` (tokens with what is
         added to them, in logits) and, of a head, `tokens`, `attention` (from END, one number per token), `at` (the
-        token whose key is explained), `query` and `key` (senders with their scores, see `kcwb.why_attends`).
+        token whose key is explained), `query` and `key` (senders with their scores, see `kcwb.why_attends`). Each
+        prompt of a head or an MLP has `layer`: its `number`, the last `tokens`, and for each of `heads` where these
+        attend to one another, in thousandths, for each in turn to all up to itself.
 
     Raises
     ------
@@ -79,8 +82,14 @@ def read_node(
     ]
     mean: dict[str, Any] = {"prompt": f"mean over {len(found)} prompts", "answer": ""}
     mean["writes"] = _tokens(model, writes.mean(0), k)
-    if model.graph.node(node).kind == "head":
-        attention = end_attention(model, run, node).double().cpu()
+    place = model.graph.node(node)
+    patterns = None
+    if place.kind in ("head", "mlp"):
+        patterns = layer_patterns(model, run, place.layer).double().cpu()
+        for i, one in enumerate(found):
+            one["layer"] = _layer(model, prompts, place.layer, patterns, i)
+    if place.kind == "head" and patterns is not None:
+        attention = patterns[place.head][torch.arange(len(prompts)), prompts.ends.cpu()]
         why, named = _why(model, prompts, node, attention, circuit, run.cuts)
         for i, (one, length) in enumerate(zip(found, prompts.lengths.tolist(), strict=True)):
             one |= {"tokens": [token_text(model, token) for token in prompts.tokens[i, :length].tolist()]}
@@ -91,6 +100,16 @@ def read_node(
             mean |= {"tokens": list(_PARTS.values()), "attention": [float(summed[GROUPS.index(one)]) for one in _PARTS]}
             mean |= {"at": 1, **_sides(why.groupby(["side", "sender"], sort=False)[["score"]].mean().reset_index(), k)}
     return [mean, *found] if len(found) > 1 else found
+
+
+def _layer(model: Model, prompts: Prompts, number: int, patterns: Float[Tensor, "h N T T"], row: int) -> dict[str, Any]:
+    """All heads of a layer on one prompt."""
+    stop = int(prompts.lengths[row])
+    start = max(0, stop - _MOST)
+    seen = (1000 * patterns[:, row, start:stop, start:stop]).round().int()
+    lower = torch.tril_indices(stop - start, stop - start)
+    tokens = [token_text(model, token) for token in prompts.tokens[row, start:stop].tolist()]
+    return {"number": number, "tokens": tokens, "heads": seen[:, lower[0], lower[1]].tolist()}
 
 
 def _why(

@@ -158,6 +158,18 @@ def _is_read(one: Any) -> bool:
         and fits(attention, list[float])
         and len(tokens) == len(attention)
         and fits(one.get("at", 0), int)
+        and ("layer" not in one or _is_layer(one["layer"]))
+    )
+
+
+def _is_layer(layer: Any) -> bool:
+    """The patterns of all heads of a layer: the lower triangles of as many rows as there are tokens."""
+    tokens, heads = layer["tokens"], layer["heads"]
+    return (
+        fits(layer["number"], int)
+        and fits(tokens, list[str])
+        and fits(heads, list[list[int]])
+        and all(len(head) == len(tokens) * (len(tokens) + 1) // 2 for head in heads)
     )
 
 

@@ -391,6 +391,59 @@ def test_what_is_read_of_a_head_stands_beside_the_graph_and_leads_on(show: Any) 
     assert page.locator("#kc-reading").count() == 1  # without a kernel, the last one stays
 
 
+def test_all_heads_of_a_layer_are_small_pictures_of_which_one_is_large(show: Any) -> None:
+    tokens = ["The", " <b>capital</b>", "\n"]
+    heads = [[1000, 250, 750, 100, 200, 700], [1000, 1000, 0, 1000, 0, 0], [1000, 0, 1000, 0, 0, 1000]]
+    one = READ | {"layer": {"number": 1, "tokens": tokens, "heads": heads}}
+    reading = {"node": "a1.h2", "runs": [{"run": "the full model", "prompts": [READ, one]}]}
+    for scheme in ("light", "dark"):
+        page = ready(show(view_of(draw(Circuit.from_edges(GRAPH, SCORES), Look(None, 20_000, "T", None)), 640, {
+            "reading": reading, "selected": ["a1.h2"]}).page, color_scheme=scheme))  # fmt: skip
+        thumbs = page.locator("#kc-heads button")
+        assert thumbs.all_inner_texts() == ["h0", "h1", "h2"]
+        assert [thumbs.nth(i).get_attribute("aria-label") for i in range(3)] == [
+            "a1.h0, not in the circuit", "a1.h1, not in the circuit", "a1.h2, in the circuit",
+        ]  # fmt: skip
+        assert page.locator("#kc-heads [aria-pressed=true]").inner_text() == "h2"
+        assert page.get_attribute("#kc-large", "aria-label") == "Attention of a1.h2"
+        page.focus("#kc-head-0")
+        page.keyboard.press("Enter")
+        assert trait(page, "selected") == ["a1.h0"]
+        assert page.get_attribute("#kc-large", "aria-label") == "Attention of a1.h0"
+        assert page.locator("#kc-reading h4").all_inner_texts() == [
+            "All heads of layer 1"
+        ]  # of a1.h0 nothing else is read
+        chips = page.locator("#kc-large .token")
+        assert chips.all_inner_texts() == ["The\n.10", "<b>capital</b>\n.20", "\u2423\n.70"]  # from the last token
+        assert asked(page, "shadow.activeElement.id") == "kc-head-0"
+        for _ in range(10):
+            page.keyboard.press("Tab")
+            if asked(page, "shadow.activeElement.id") == "kc-pattern":
+                break
+        for key, told in (
+            ("ArrowUp", "\u201c<b>capital</b>\u201d looks at \u201c\u2423\u201d: 0.00"),
+            ("ArrowLeft", "\u201c<b>capital</b>\u201d looks at \u201c<b>capital</b>\u201d: 0.75"),
+            ("ArrowLeft", "\u201c<b>capital</b>\u201d looks at \u201cThe\u201d: 0.25"),
+        ):
+            before = asked(page, "graph.view().left")
+            page.keyboard.press(key)
+            assert page.inner_text("#kc-pattern-told") == told
+            assert asked(page, "graph.view().left") == before  # the graph does not move
+        assert chips.all_inner_texts()[:2] == ["The\n.25", "<b>capital</b>\n.75"]
+        box = page.locator("#kc-pattern").bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 6, box["y"] + 5 * box["height"] / 6)
+        assert page.inner_text("#kc-pattern-told") == "\u201c\u2423\u201d looks at \u201cThe\u201d: 0.10"
+        page.mouse.move(1, 1)
+        assert page.inner_text("#kc-pattern-told") == "\u201c\u2423\u201d looks at the tokens below"
+        drawn = "shadow.querySelectorAll('#kc-heads canvas')[1].getContext('2d').getImageData(0, 22, 63, 1).data"
+        pixels = asked(page, f"[...{drawn}]")  # of a1.h1's second row: that token looks at the first alone
+        assert pixels[4 * 5 + 3] == 255 and pixels[4 * 31 + 3] == pixels[4 * 55 + 3] == 0
+        click(page, "m1")
+        assert page.locator("#kc-large").count() == 0 and thumbs.count() == 3  # its layer's heads
+        click(page, "m0")
+        assert page.locator("#kc-heads").count() == 0
+
+
 def test_answers_stand_below_the_graph_where_it_is_narrow(show: Any) -> None:
     page = page_of(show, answers={"facts": [FACT, FACT]})
     for width, below in ((980, False), (500, True), (980, False)):

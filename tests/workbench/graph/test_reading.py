@@ -81,6 +81,27 @@ def test_each_prompt_has_what_the_plain_functions_give(model: Any, task: Any, mo
     assert graph.reading["runs"][0]["prompts"][1] == each[0]
 
 
+@pytest.mark.parametrize("node", ["a1.h2", "m1"])
+def test_all_heads_of_the_layer_are_read_as_one_head_is(
+    model: Any, task: Any, more: dict[str, Any], node: str, monkeypatch: Any
+) -> None:
+    _, *each = read_node(model, task, node, **more)
+    for i, one in enumerate(each):
+        layer = one["layer"]
+        assert layer["number"] == 1 and len(layer["heads"]) == 4
+        for h, head in enumerate(layer["heads"]):
+            pattern = attention_pattern(model, task, f"a1.h{h}", prompt=i, **more)
+            assert [f"{j}:{token}" for j, token in enumerate(layer["tokens"])] == list(pattern.columns)
+            rows = [pattern.iloc[query, key] for query in range(len(pattern)) for key in range(query + 1)]
+            assert [share / 1000 for share in head] == pytest.approx(rows, abs=5.1e-4)
+    monkeypatch.setattr("kcwb.workbench.graph.reading._MOST", 2)
+    _, *short = read_node(model, task, node, **more)
+    for one, whole in zip(short, each, strict=True):
+        assert one["layer"]["tokens"] == whole["layer"]["tokens"][-2:]
+        ends = [[head[-len(whole["layer"]["tokens"]) - 1], *head[-2:]] for head in whole["layer"]["heads"]]
+        assert one["layer"]["heads"] == ends
+
+
 def test_each_in_a_table_is_one_prompt_after_the_other(model: Any, task: Any) -> None:
     table = why_attends(model, task, ["a0.h1", "a1.h0"], each=True)
     assert set(table["prompt"]) == {0, 1, 2, 3} and len(table) == 4 * len(why_attends(model, task, ["a0.h1", "a1.h0"]))
@@ -91,7 +112,8 @@ def test_each_in_a_table_is_one_prompt_after_the_other(model: Any, task: Any) ->
 def test_what_does_not_attend_only_writes(model: Any, task: Any) -> None:
     for node in ("m0", "input", "logits"):
         for one in read_node(model, task, node):
-            assert set(one) == {"prompt", "answer", "writes"}
+            assert set(one) - {"layer"} == {"prompt", "answer", "writes"}
+            assert ("layer" in one) == (node == "m0" and one["answer"] != "")
     (only,) = read_node(model, task, "m1", facts=1)
     assert only["prompt"] == task.val.texts[0]
     with pytest.raises(CircuitError):

@@ -39,6 +39,7 @@ READ_ONE = {
     "prompt": "The capital of France is", "answer": "Paris", "tokens": ["The", "France"], "attention": [0.25, 0.75],
     "at": 1, "query": [["a0.h1", 0.5], ["m0", -0.25]], "key": [["input", 1.0]], "writes": [["Paris", 2.0], ["\n", 0.5]],
 }  # fmt: skip
+SHORT = {"number": 0, "tokens": ["a", "b"], "heads": [[1000, 500]]}  # of three numbers
 READ = {"node": "a1.h0", "runs": [{"run": "the full model", "prompts": [READ_ONE, READ_ONE]}]}
 NAMES = [text for text in HOSTILE if "\0" not in text and len(text) <= 120]
 
@@ -95,6 +96,8 @@ WRONG = [
     ("reading", READ | {"runs": [{"run": "x", "prompts": []}]}, "reading=.* is not "),
     ("reading", {"node": "m0", "runs": [{"run": "x", "prompts": [READ_ONE | {"tokens": []}]}]}, "reading=.* is not "),
     ("reading", {"node": "m0", "runs": [{"run": "x", "prompts": [READ_ONE | {"key": [[1, 1.0]]}]}]}, "reading=.* is"),
+    ("reading", {"node": "m0", "runs": [{"run": "x", "prompts": [READ_ONE | {"layer": {}}]}]}, "reading=.* is not "),
+    ("reading", {"node": "m0", "runs": [{"run": "x", "prompts": [READ_ONE | {"layer": SHORT}]}]}, "reading=.* is not "),
     ("paths", [["input", "m9"]], "paths: .*there is no node 'm9'"),
     ("paths", [3], "paths=3 is not a list of names"),
     ("view", {"scale": 0}, "view=.* is not what is looked at"),

@@ -18,7 +18,7 @@ function render({ model, el }) {
     for (const [name, value] of Object.entries(values)) model.set(name, value);
     model.save_changes();
   };
-  const local = { hidden: new Set(), pinnedOnly: false, open: new Set(), layered: null, hover: null, cursor: null, path: 0, facts: new Set(), run: 0, prompt: 0, folded: false, asking: false };
+  const local = { hidden: new Set(), pinnedOnly: false, open: new Set(), layered: null, hover: null, cursor: null, path: 0, facts: new Set(), run: 0, prompt: 0, folded: false, asking: false, cell: null };
   let circuit = indexed(BLANK, []), view = { boxes: [], links: [], edges: [] }, scene = BLANK, levels = [];
 
   // --- the page ---
@@ -180,7 +180,7 @@ function render({ model, el }) {
     mirror.replaceChildren(...view.boxes.map((box) => make("li", { id: `kc-n${box.id}`, "aria-selected": String(box.chosen) }, describe(box))));
     const answers = get("answers"), paths = get("paths").filter(Array.isArray), parts = [], reading = get("reading"), chosen = get("selected");
     const alone = chosen.length === 1 ? chosen[0] : !chosen.length && !model.get("live") ? reading.node : undefined;  // a page keeps the last one
-    if (reading.node !== undefined && reading.node === alone) parts.push(readingOf(reading, get("names"), local, (name) => circuit.ofName.has(name), (name) => select([name]), reflect));
+    if (reading.node !== undefined && (reading.node === alone || layerOf(alone) && layerOf(alone) === layerOf(reading.node))) parts.push(readingOf(reading, get("names"), local, alone, COLOURS[theme()], (name) => circuit.ofName.has(name), (name) => select([name]), reflect));
     if (paths.length) parts.push(pathsOf(paths, Math.min(local.path, paths.length - 1), (i) => { local.path = i; redraw(); }));
     parts.push(asking.section(answers.own, model.get("live") && get("asks")));
     if (Array.isArray(answers.facts) && answers.facts.length) parts.push(answersOf(answers, local.facts, (i) => { local.facts[local.facts.has(i) ? "delete" : "add"](i); reflect(); }));
@@ -270,7 +270,7 @@ function render({ model, el }) {
     if (width && JSON.stringify(looked) !== JSON.stringify(get("view"))) put({ view: looked });
   }
   painter.then();
-  say(get("problem"));
+  if (get("problem")) say(get("problem"));
   host.graph = {  // what is on screen, for tests and for who is curious
     place: (name) => { const box = view.boxOf?.[circuit.ofName.get(name)?.id]; if (box && !box.at) painter.now(); return box && { x: box.at[0], y: box.at[1], width: box.size[0], height: box.size[1], labelled: box.labelled, label: box.label, tone: box.tone, group: box.group }; },
     along: (name, t) => { const link = view.links.find((one) => one.edges.some((edge) => edge.name === name)), [x, y] = pointOn(link.points, t); return { x: painter.scale * x + painter.left, y: painter.scale * y + painter.top }; },

@@ -32,7 +32,8 @@ function barsOf(words, rows, label) {
   return lines.length ? [make("h4", {}, words), make("ul", { className: "bars" }, lines)] : [];
 }
 
-function readingOf(reading, names, local, known, select, redraw) {
+// `chosen` is the node that is selected: another one of the layer than what was read, while that is not answered.
+function readingOf(reading, names, local, chosen, ink, known, select, redraw) {
   const runs = (Array.isArray(reading.runs) ? reading.runs : []).filter((run) => isObject(run) && Array.isArray(run.prompts) && run.prompts.length);
   if (!runs.length) return null;
   local.run = within(runs, local.run);
@@ -40,14 +41,15 @@ function readingOf(reading, names, local, known, select, redraw) {
   const node = (name) => (known(name)
     ? make("button", { type: "button", title: `Select ${plainText(name, 60)}`, on: { click: () => select(name) } }, plainText(names[name] ?? name, 20))
     : make("span", { title: "Not a node of the circuit that is drawn" }, plainText(name, 20)));
+  const mine = chosen === reading.node, seen = one.layer ? one : run.prompts.find((some) => isObject(some.layer)), heads = seen ? headsOf(seen.layer, seen.prompt, local, { chosen, ink, known, names, select }) : [];
   const token = (text) => make("bdi", { title: JSON.stringify(String(text)) }, visible(text));
   return make(
-    "section", { id: "kc-reading" }, make("h3", { dir: "auto" }, plainText(names[reading.node] ?? reading.node, 40)),
+    "section", { id: "kc-reading" }, make("h3", { dir: "auto" }, plainText(names[chosen] ?? chosen, 40)),
     menuOf("kc-run", "In", runs.map((some) => `in ${plainText(some.run, 60)}`), local.run, (i) => { local.run = i; redraw(); }),
     menuOf("kc-prompt", "Prompt", run.prompts.map((some) => plainText(`${some.prompt} ${some.answer}`, 80)), at, (i) => { local.prompt = i; redraw(); }),
-    Array.isArray(one.tokens) && Array.isArray(one.attention) ? attentionOf(one) : [],
+    heads, ...(mine ? [Array.isArray(one.tokens) && Array.isArray(one.attention) ? attentionOf(one) : [],
     barsOf("What makes the query, at END", one.query, node),
     barsOf(`What makes the key, at ${key === undefined ? "the token" : at || run.prompts.length === 1 ? `\u201c${visible(key)}\u201d` : `the ${visible(key)}`}`, one.key, node),
-    barsOf("What it writes, in logits", one.writes, token),
+    barsOf("What it writes, in logits", one.writes, token)].flat() : []),
   );
 }

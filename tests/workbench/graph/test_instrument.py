@@ -10,7 +10,7 @@ import pytest
 
 from kcwb.circuits.circuit import Circuit
 from kcwb.models.graph import Graph
-from kcwb.workbench.graph.drawing import Look, draw
+from kcwb.workbench.graph.drawing import COLOURS, Look, draw
 from kcwb.workbench.graph.page import graph_view, view_of
 from tests.hostile import HOSTILE
 from tests.workbench.pages import TOLD, asked, make_circuit, ready, spot, until
@@ -469,6 +469,33 @@ def test_paths_are_lit_in_order_and_stepped_through(show: Any) -> None:
     press(page, "Escape")
     page.mouse.move(1, 1)
     assert trait(page, "paths") == [] and asked(page, "graph.lit()") is None
+
+
+@pytest.mark.parametrize(
+    "back", ["Promise.resolve()", "new Promise(requestAnimationFrame)", "new Promise((r) => setTimeout(r, 200))"]
+)
+def test_the_picture_stays_where_the_theme_changes_while_it_is_out_of_sight(show: Any, back: str) -> None:
+    page = page_of(show)
+    copy = "new OffscreenCanvas(9, 9).getContext('2d', { willReadFrequently: true })"
+    painted = f"""(() => {{
+        const copy = {copy}, {{ canvas }} = graph.painter;
+        copy.drawImage(canvas, 0, 0);
+        return [canvas.width, [...copy.getImageData(5, 5, 1, 1).data].slice(0, 3)];
+    }})()"""
+    width, _ = asked(page, painted)
+    asked(
+        page,
+        f"""(async () => {{
+        shadow.host.style.display = 'none';
+        document.body.dataset.jpThemeLight = 'false';
+        await {back};
+        shadow.host.style.display = '';
+    }})()""",
+    )
+    page.wait_for_timeout(400)
+    background = [int(COLOURS["dark"]["bg"][i : i + 2], 16) for i in (1, 3, 5)]
+    assert asked(page, painted) == [width, background]
+    assert asked(page, "graph.place('m0').width") > 20
 
 
 def test_more_than_two_thousand_edges_are_drawn_between_layers(show: Any) -> None:

@@ -67,6 +67,7 @@ class Painter {
   }
   resize() {
     const { clientWidth: width, clientHeight: height } = this.canvas;
+    if (this.width && !(width && height)) return false;  // out of sight for a moment: back at its size, no observer tells
     const ratio = Math.min(2, globalThis.devicePixelRatio || 1);
     if (width === this.width && height === this.height && ratio === this.ratio) return false;
     Object.assign(this, { width, height, ratio });

@@ -183,6 +183,8 @@ def _table(name: str, split: _Split, scores: Tensor, contrast: Tensor | None) ->
 def _heads(model: Model, head: str | Sequence[str] | None, circuit: Circuit | None) -> list[str]:
     if head is None:
         return circuit_heads(model, circuit)
+    if not head:
+        raise SettingError(f"head={head!r}: name at least one head, such as 'a3.h1'; None for all.")
     return [head] if isinstance(head, str) else list(dict.fromkeys(head))
 
 

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,8 +33,9 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from kcwb.discovery.discover import score_edges
-from kcwb.discovery.methods import check_size
+from kcwb.circuits.ablation import Ablation, make_ablation
+from kcwb.discovery.methods import METHODS, check_size
+from kcwb.discovery.registry import DEFAULT
 from kcwb.editing.cases import EditCase
 from kcwb.editing.scores import SCORES, edit_scores
 from kcwb.errors import DataError, SettingError
@@ -45,9 +46,10 @@ from kcwb.reading.roles import strongest_movers
 from kcwb.settings import Count, Natural, Seed, Share
 from kcwb.statistics import mean_interval
 from kcwb.studies.fact_circuits import fact_draws, fact_ensemble
+from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
-from kcwb.tasks.task import Task, make_task
+from kcwb.tasks.task import make_task
 from kcwb.verbs import verb
 
 _FLIPS = 9999  # of signs, in a test of paired differences (fewer pairs than 14: all of them)
@@ -101,7 +103,7 @@ def circuit_layers(
     if not cases:
         raise SettingError("cases=[]: give at least one edit, of kcwb.edit_cases.")
     check_size(model.graph, edges, model.name)
-    tasks: dict[tuple[str, str], tuple[list[Task], list[str]]] = {}
+    tasks: dict[tuple[str, str], tuple[list[_Wording], list[str]]] = {}
     rows = []
     with track(progress, len(cases), "layers by circuits") as step:
         for i, case in enumerate(cases):
@@ -116,18 +118,27 @@ def circuit_layers(
     return pd.DataFrame(rows)
 
 
+class _Wording(NamedTuple):
+    """One of the relation's templates, and what cut edges deliver there."""
+
+    template: str
+    objects: tuple[str, ...]
+    cuts: Ablation
+
+
 def _asked_so(
     model: Model, case: EditCase, movers: int, n: int, wordings: int, seed: int
-) -> tuple[list[Task], list[str]]:
-    """The relation's task in some wordings, the edited one first, and its mover heads."""
+) -> tuple[list[_Wording], list[str]]:
+    """Some wordings of the relation, the edited one first, and its mover heads."""
     task = make_task(model, case.relation, n=n, seed=seed, template=case.template)
     others = [text for text in task.relation.prompt_templates_zs if text != case.template]
-    worded = [task]
+    tasks = [task]
     for text in others[: wordings - 1]:
         try:
-            worded.append(make_task(model, case.relation, n=n, seed=seed, template=text))
+            tasks.append(make_task(model, case.relation, n=n, seed=seed, template=text))
         except DataError:  # which the model knows none of the facts in
             continue
+    worded = [_Wording(one.template, one.relation.objects, make_ablation(model, one, "mean")) for one in tasks]
     try:
         return worded, strongest_movers(model, task, movers, seed)
     except DataError:
@@ -135,22 +146,22 @@ def _asked_so(
 
 
 def _reading(
-    model: Model, fact: Fact, worded: Sequence[Task], movers: Sequence[str], edges: int, draws: int, seed: int
+    model: Model, fact: Fact, worded: Sequence[_Wording], movers: Sequence[str], edges: int, draws: int, seed: int
 ) -> Float[Tensor, "layers movers"]:
     """The share of draws of the fact's circuit in which each mover's value reads each layer's MLP."""
     if not movers:
         return torch.zeros(model.graph.n_layers, 0)
-    scores, found = [], []
-    for task in worded:
+    method, scores = METHODS[DEFAULT], []
+    for one in worded:
         try:
-            asked = encode(model, [fact], task.template, task.relation.objects)
-            scores.append(score_edges(model, replace(task, val=asked), progress=False))
-            found.append(task.template)
+            loss = make_loss(model, encode(model, [fact], one.template, one.objects))
         except DataError:  # the answer cannot be told apart in these words
-            if task is worded[0]:
+            if one is worded[0]:
                 raise
+            continue
+        scores.append(method.function(model, loss, one.cuts, **method.own))
     drawn = fact_draws(model.graph, edges, draws, len(scores), seed)
-    pi = fact_ensemble(model.graph, scores, drawn, {"templates": found}).inclusion
+    pi = fact_ensemble(model.graph, scores, drawn, {}).inclusion
     return pi[[[row] for row in _mlps(model.graph)], [_value(model.graph, name) for name in movers]]
 
 

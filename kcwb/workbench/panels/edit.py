@@ -1,7 +1,8 @@
-"""Edit one fact with widgets, and look at what changed.
+"""Edit facts with widgets, and look at what changed.
 
-The panel holds at most one edit: what is on screen is in the weights until Undo or another edit. What it shows comes
-from `kcwb.editing`, and is kept in attributes, so that a notebook can go on with it.
+What is on screen is in the weights until Undo or another edit. That takes the earlier one's place, or, with *On top*,
+is found in the weights that the earlier ones have left, and put on top of them. What the panel shows comes from
+`kcwb.editing`, and is kept in attributes, so that a notebook can go on with it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import ipywidgets as W
+import numpy as np
 import pandas as pd
 
+from kcwb.editing.answers import says
 from kcwb.editing.edit import Edit, default_layer, edit
 from kcwb.editing.registry import METHODS
 from kcwb.editing.scores import generate
@@ -47,7 +50,7 @@ class _Found:
 class EditPanel(Panel):
     """Choose a fact, its new object, a method and a layer; see the model before and after; undo.
 
-    Closing the panel undoes its edit. One that is let go without `close` leaves its edit in the weights.
+    Closing the panel undoes its edits. One that is let go without `close` leaves them in the weights.
 
     Parameters
     ----------
@@ -61,6 +64,8 @@ class EditPanel(Panel):
         The index of one of the relation's zero-shot templates.
     compare
         Whether circuits are compared, too, which takes longer than the edit.
+    on_top
+        Whether edits are put on top of the earlier ones, instead of in their place.
     edges, movers, draws, n, seed
         As in `kcwb.studies.editing_account.comparison.compare_edit`; `n` facts tell the mover heads.
     settings
@@ -69,9 +74,12 @@ class EditPanel(Panel):
     Attributes
     ----------
     edit
-        The edit on screen; None after Undo.
+        The edit that was put in last; None where none is in.
+    edits
+        All edits that are in, the first at the bottom.
     said
-        What the model says before and after, as a table.
+        What the model says before and after the last edit, as a table; of earlier edits, too. `target` is the new
+        object, and `says it`, whether what is said after begins with it (`kcwb.editing.answers`).
     comparison
         The EditComparison; None where circuits were not compared.
 
@@ -95,6 +103,7 @@ class EditPanel(Panel):
         layer: int | None = None,
         template: int = 0,
         compare: bool = True,
+        on_top: bool = False,
         edges: int = 300,
         movers: int | Sequence[str] = 10,
         draws: int = 100,
@@ -107,7 +116,7 @@ class EditPanel(Panel):
         if not 0 <= layer <= last:
             raise SettingError(f"layer={layer}: {model.name} has layers 0 to {last}.")
         super().__init__(model, button("Edit", "pencil", button_style="primary"))
-        self.edit: Edit | None = None
+        self.edits: tuple[Edit, ...] = ()
         self.said: pd.DataFrame | None = None
         self.comparison: EditComparison | None = None
         self._more: dict[str, Any] = {"edges": edges, "movers": movers, "draws": draws, "seed": seed}
@@ -117,6 +126,7 @@ class EditPanel(Panel):
         self._method = dropdown("Method", list(METHODS), method)
         self._layer = W.BoundedIntText(layer, min=0, max=last, description="Layer", layout=room(120))
         self._compare = W.Checkbox(compare, description="Compare circuits", indent=False, layout=room(150))
+        self._on_top = W.Checkbox(on_top, description="On top of earlier edits", indent=False, layout=room(190))
         self._undo_button = self._button("Undo", "undo", self._undo_clicked)
         self._offer_targets()
         if target is not None:
@@ -124,7 +134,7 @@ class EditPanel(Panel):
         self._lay_out(
             [self.picker.relation, self.picker.template],
             [self.picker.fact, self._target],
-            [self._method, self._layer, self._compare],
+            [self._method, self._layer, self._compare, self._on_top],
             buttons=(self._undo_button,),
         )
 
@@ -134,15 +144,20 @@ class EditPanel(Panel):
         how = {"target": self._target.value, "method": self._method.value, "layer": self._layer.value}
         return {**self.picker.settings, **how}
 
+    @property
+    def edit(self) -> Edit | None:
+        """The edit that was put in last."""
+        return self.edits[-1] if self.edits else None
+
     def run(self) -> None:
         """Make the edit on screen, compare, and leave it in the weights; returns at once, see `wait`.
 
-        The edit that stands is put back, bit for bit, if the new one is refused, fails or is cancelled.
+        The edits that stand are put back, bit for bit, if the new one is refused, fails or is cancelled.
         """
         self._begin("edit", self._job())
 
     def undo(self) -> None:
-        """Take the edit out of the weights, when nobody else runs the model; what was found stays on screen.
+        """Take the last edit out of the weights, when nobody else runs the model; what was found stays on screen.
 
         Raises
         ------
@@ -156,8 +171,10 @@ class EditPanel(Panel):
         with self._lock:
             if self.edit is not None:
                 self.edit.undo()
-                self._tell_state(self.edit, "Undone: the weights are what they were.")
-                self.edit = None
+                *below, made = self.edits
+                left = f"{len(below)} earlier still in." if below else "The weights are what they were."
+                self._tell_state(made, f"Undone. {left}")
+                self.edits = tuple(below)
 
     def _undo_clicked(self) -> None:
         """Undo at once if the model is free. If not, wait for it on the worker: this thread has what is shown."""
@@ -169,7 +186,8 @@ class EditPanel(Panel):
             self._start("undo", lambda progress: self._take_out())
 
     def _leave(self) -> None:
-        self.undo()
+        while self.edits:
+            self.undo()
 
     def _offer_targets(self) -> None:
         fact, objects = self.picker.chosen_fact, self.picker.chosen.objects
@@ -179,7 +197,7 @@ class EditPanel(Panel):
 
     def _job(self) -> Job:
         asked, relation, fact = self.settings, self.picker.chosen, self.picker.chosen_fact
-        number, compare = self.picker.number, bool(self._compare.value)
+        number, compare, on_top = self.picker.number, bool(self._compare.value), bool(self._on_top.value)
         method, how = asked["method"], {key: asked[key] for key in ("template", "layer")}
         more = self._settings.get(method, {})
 
@@ -187,7 +205,7 @@ class EditPanel(Panel):
             self._enter(f"Looking for the {method} edit", progress)
             made = edit(self.model, fact, asked["target"], method, progress=progress, **how, **more)
             self._enter("Listening to the model", progress)
-            said = _said(self.model, made, relation, number)
+            said = _said(self.model, made, relation, number, self.edits if on_top else ())
             comparison, note = None, ""
             if compare:
                 self._enter(f"Asking {self.model.name} for the facts", progress)
@@ -201,25 +219,27 @@ class EditPanel(Panel):
             return _Found(made, said, comparison, note)
 
         def job(progress: ProgressCallback) -> None:
-            standing = self.edit
-            if standing is not None:
-                standing.undo()
+            replaced = () if on_top else self.edits
+            for one in reversed(replaced):
+                one.undo()
             try:
                 found = find(progress)
                 found.made.apply()
             except BaseException:
-                if standing is not None:
-                    standing.apply()
+                for one in replaced:
+                    one.apply()
                 raise
+            self.edits = (*(self.edits if on_top else ()), found.made)
             self._show_result(found)  # here: what is in the weights is shown, also after a cancel
 
         return job
 
     def _take(self, result: _Found) -> dict[str, str]:
-        self.edit, self.said, self.comparison = result.made, result.said, result.comparison
+        self.said, self.comparison = result.said, result.comparison
         if result.note:
             self._say("kc-note", f"Circuits were not compared. {result.note}")
-        self._tell_state(result.made, "In the weights now.")
+        below = f", on top of {len(self.edits) - 1} others" if len(self.edits) > 1 else ""
+        self._tell_state(result.made, f"In the weights now{below}.")
         circuits = None if result.comparison is None else result.comparison.circuits
         self._draw_two("Circuits", circuits and {words: circuits[name] for name, words in _CIRCUITS.items()})
         drawn = dict.fromkeys(self.pages, tables.muted("Circuits were not compared."))
@@ -260,16 +280,21 @@ def _compared(found: EditComparison) -> dict[str, str]:
     }
 
 
-def _said(model: Model, made: Edit, relation: Relation, number: int) -> pd.DataFrame:
-    """Continuations before and after: the prompt, its paraphrases, and the prompt about other subjects."""
-    fact, templates = made.facts[0], relation.prompt_templates_zs
+def _said(model: Model, made: Edit, relation: Relation, number: int, earlier: Sequence[Edit]) -> pd.DataFrame:
+    """Continuations before and after: the prompt, its paraphrases, other subjects, and the prompts of earlier edits."""
+    fact, target, templates = made.facts[0], made.targets[0], relation.prompt_templates_zs
     others = [one for one in relation.facts if one.subject != fact.subject]
     near = sorted(others, key=lambda one: one.object != fact.object)[:_NEIGHBOURS]
-    asked = [("edited", templates[number].replace("{}", fact.subject))]
-    asked += [("other words", t.replace("{}", fact.subject)) for i, t in enumerate(templates) if i != number]
-    asked += [("other subject", templates[number].replace("{}", one.subject)) for one in near]
-    before = [generate(model, text) for _, text in asked]
+    asked = [("edited", templates[number].replace("{}", fact.subject), target)]
+    asked += [("other words", t.replace("{}", fact.subject), target) for i, t in enumerate(templates) if i != number]
+    asked += [("other subject", templates[number].replace("{}", one.subject), "") for one in near]
+    asked += [
+        ("earlier edit", one.templates[0].replace("{}", one.facts[0].subject), one.targets[0])
+        for one in reversed(earlier)
+    ]
+    before = [generate(model, text) for _, text, _ in asked]
     with made:
-        after = [generate(model, text) for _, text in asked]
-    kinds, prompts = zip(*asked, strict=True)
-    return pd.DataFrame({"asked": kinds, "prompt": prompts, "before": before, "after": after})
+        after = [generate(model, text) for _, text, _ in asked]
+    table = pd.DataFrame(asked, columns=["asked", "prompt", "target"]).assign(before=before, after=after)
+    said = [says(text, wanted)[1] for text, wanted in zip(after, table["target"], strict=True)]
+    return table.assign(**{"says it": np.where(table["target"] == "", "", np.where(said, "yes", "no"))})

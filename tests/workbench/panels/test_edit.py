@@ -73,6 +73,61 @@ def test_a_second_edit_takes_the_first_out(panel, model):
     assert same_bits(model, before)
 
 
+def test_edits_on_top_are_plain_edits_on_top_and_come_out_one_by_one(panel, model, relation):
+    before = weights(model)
+    panel._compare.value = False
+    panel.run()
+    panel.wait(SOON)
+    first, after_first = panel.edit, weights(model)
+    panel._on_top.value = True
+    panel.picker.fact.value = 1
+    panel._target.value = "w62"
+    panel.run()
+    panel.wait(SOON)
+    assert panel.edits == (first, panel.edit) and all(one.active for one in panel.edits)
+    assert "on top of 1 others" in panel.to_html()
+    prompts = {name: part["prompt"].tolist() for name, part in panel.said.groupby("asked")}
+    assert prompts["earlier edit"] == [f"w1 {relation.facts[0].subject} w2"]
+    both = weights(model)
+    panel._target.value = relation.facts[1].object  # refused: both stay
+    panel.run()
+    with pytest.raises(SettingError, match="already the answer"):
+        panel.wait(SOON)
+    assert same_bits(model, both) and len(panel.edits) == 2
+    panel.undo()
+    assert same_bits(model, after_first) and panel.edit is first and "1 earlier still in" in panel.to_html()
+    panel.undo()
+    assert same_bits(model, before) and panel.edits == ()
+    more = {"layer": 0, "progress": False, **QUICK["rome"]}
+    template = relation.prompt_templates_zs[0]
+    with edit(model, relation.facts[0], "w61", template=template, **more):  # noqa: SIM117
+        with edit(model, relation.facts[1], "w62", template=template, **more):
+            assert same_bits(model, both)
+
+
+def test_a_closed_panel_takes_all_its_edits_out(model, relation):
+    before = weights(model)
+    panel = EditPanel(model, relation, layer=0, target="w61", settings=QUICK, compare=False, on_top=True, n=6)
+    for i in range(2):
+        panel.picker.fact.value = i
+        panel._target.value = f"w6{i}"
+        panel.run()
+        panel.wait(SOON)
+    assert len(panel.edits) == 2 and not same_bits(model, before)
+    panel.close()
+    assert same_bits(model, before)
+
+
+def test_whether_the_new_object_is_said_is_told(panel):
+    panel._compare.value = False
+    panel.run()
+    panel.wait(SOON)
+    for row in panel.said.to_dict("records"):
+        words = row["after"].split(".")[0].split()
+        told = "" if not row["target"] else "yes" if words[:1] == [row["target"]] else "no"
+        assert row["says it"] == told
+
+
 def test_what_goes_wrong_is_said_and_leaves_the_model_alone(panel, model):
     before = weights(model)
     panel._target.value = panel.settings["object"]

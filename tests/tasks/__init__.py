@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 from torch import Tensor, tensor
@@ -21,8 +22,18 @@ def relation_of(facts, *templates: str) -> Relation:
 def known_relation(model: Model, n: int = 12, template: str = TEMPLATE, unknown: int = 0) -> Relation:
     """`n` facts with subjects of one to three tokens and objects of one or two; the last `unknown` rank worst.
 
-    Objects of one name apart, each begins with a token of its own.
+    Objects of one name apart, each begins with a token of its own. What a model was asked once is kept.
     """
+    kept, how = _KNOWN.setdefault(model, {}), (model.digest, n, template, unknown)
+    if how not in kept:
+        kept[how] = _known_relation(model, n, template, unknown)
+    return kept[how]
+
+
+_KNOWN: weakref.WeakKeyDictionary[Model, dict[tuple[object, ...], Relation]] = weakref.WeakKeyDictionary()
+
+
+def _known_relation(model: Model, n: int, template: str, unknown: int) -> Relation:
     facts, long = [], {}
     for i in range(n):
         subject = " ".join([f"w{10 + i % 70}", f"w{3 + i // 70}", "w5"][: 1 + i % 3] if n <= 70 else [f"w{i}", "w5"])

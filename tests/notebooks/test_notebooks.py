@@ -214,8 +214,12 @@ def test_head_roles_follows_a_fact_and_says_what_holds(tmp_path):
 
 @pytest.mark.model
 def test_editing_changes_a_fact_and_weighs_the_papers_account(tmp_path):
-    executed = run("05_editing", tmp_path, edits=1, compared=1, prefixes=1, covariance="identity", draws=4, size=60)
+    executed = run(
+        "05_editing", tmp_path, edits=1, compared=1, prefixes=1, covariance="identity", draws=4, size=60,
+        bears=["rome"], at=[1],
+    )  # fmt: skip
     assert shown(executed, "edit_claims(")
+    assert "perplexity" in shown(executed, "lasting.set_index")
     no_warnings(executed)
 
 
@@ -334,6 +338,22 @@ def test_the_frontier_compares_methods_of_every_kind(tmp_path):
     assert all(word in table for word in ("gim, tuned", "antonym", "ioi"))
     assert "distance" in "".join(shown(executed, "of_method"))
     assert "edge-pruning, 60 edges" in "".join(shown(executed, "points.assign"))
+    no_warnings(executed)
+
+
+@pytest.mark.model
+def test_open_questions_end_in_verdicts(tmp_path):
+    executed = run(
+        "14_open_questions", tmp_path, relations=["country_capital", "antonym"], scaled=["antonym"], edges=120, n=6,
+        n_test=6, heads=2, draws=2, edits=2, prefixes=1, covariance="identity", seeds=2, marks=[0, 40, 80],
+    )  # fmt: skip
+    for cell in ("plot_attending(", "sns.heatmap(", "sns.lineplot("):
+        assert shown(executed, cell, "image/png")
+    assert "interaction" in shown(executed, "together.head") and "righted" in shown(executed, "scaling.droplevel")
+    assert "swept" in shown(executed, "means.round") and "mover" in shown(executed, "proposed.drop")
+    verdicts = shown(executed, "pd.DataFrame(verdicts)")
+    for words in ("make the movers' queries", "recover other relations", "better edits", "before the facts are known"):
+        assert words.replace("'", "&#x27;") in verdicts or words in verdicts
     no_warnings(executed)
 
 

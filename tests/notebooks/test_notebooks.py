@@ -177,7 +177,7 @@ def test_discovery_compares_ablations_and_keeps_the_circuit(discovery):
 
 @pytest.mark.model
 def test_completeness_tabulates_two_relations_and_keeps_its_circuits(tmp_path):
-    executed = run("02_completeness", tmp_path, relations=["country_capital", "antonym"], edges=150, n=4, draws=1)
+    executed = run("02_completeness", tmp_path, relations=["country_capital", "antonym"], edges=80, n=4, draws=1)
     table = shown(executed, 'table.loc["average"]')
     for words in ("country_capital", "antonym", "average", "random circuits"):
         assert words in table

@@ -100,7 +100,7 @@ def test_the_indices_are_those_of_the_analysis_of_variance():
     for axis, name in enumerate(sizes):
         others = tuple(i for i in range(3) if i != axis)
         exact[name] = (whole.mean(others).var(0).sum() / variance, whole.var(axis).mean((0, 1)).sum() / variance)
-    draws = 6000
+    draws = 2000
     levels = {name: rng.integers(size, size=draws) for name, size in sizes.items()}
 
     def masks(levels: dict[str, np.ndarray]) -> torch.Tensor:

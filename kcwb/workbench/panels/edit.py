@@ -19,7 +19,7 @@ import pandas as pd
 from kcwb.editing.answers import says
 from kcwb.editing.edit import Edit, default_layer, edit
 from kcwb.editing.registry import METHODS
-from kcwb.editing.scores import generate
+from kcwb.editing.writing import continuations
 from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
@@ -34,7 +34,7 @@ from kcwb.workbench.panels.widgets import button, dropdown, room
 from kcwb.workbench.plots import picture, plot_lens
 
 _CIRCUITS = {"before": "before: the old object", "after": "after: the new object"}
-_NEIGHBOURS = 3  # other subjects whose continuations are shown
+_NEIGHBOURS, _TOKENS = 3, 12  # other subjects whose continuations are shown, and how long these are
 
 
 @dataclass(frozen=True)
@@ -292,9 +292,9 @@ def _said(model: Model, made: Edit, relation: Relation, number: int, earlier: Se
         ("earlier edit", one.templates[0].replace("{}", one.facts[0].subject), one.targets[0])
         for one in reversed(earlier)
     ]
-    before = [generate(model, text) for _, text, _ in asked]
+    table = pd.DataFrame(asked, columns=["asked", "prompt", "target"])
+    table["before"] = continuations(model, table["prompt"].tolist(), _TOKENS)
     with made:
-        after = [generate(model, text) for _, text, _ in asked]
-    table = pd.DataFrame(asked, columns=["asked", "prompt", "target"]).assign(before=before, after=after)
-    said = [says(text, wanted)[1] for text, wanted in zip(after, table["target"], strict=True)]
+        table["after"] = continuations(model, table["prompt"].tolist(), _TOKENS)
+    said = [says(text, wanted)[1] for text, wanted in zip(table["after"], table["target"], strict=True)]
     return table.assign(**{"says it": np.where(table["target"] == "", "", np.where(said, "yes", "no"))})

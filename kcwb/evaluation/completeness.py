@@ -63,7 +63,7 @@ def completeness(
         `D_test, known`: those of D_test that the full model knows): `edges`, `nodes`, number of facts `n`, `hit`
         (Hit@k), `low` and `high`, `nll` (mean, nats). `low` and `high` are the 95% Wilson interval of the share of
         facts; for `random circuits`, where each fact's hit is a mean over draws, the 95% bootstrap interval of the mean
-        over facts, given these circuits (NaN where it is the same for all facts).
+        over facts, given these circuits (NaN where it is the same for all facts). `attrs["k"]` is k.
     """
     check_same_model(model, circuit)
     check_same_weights(model, task)
@@ -93,7 +93,9 @@ def completeness(
                 for label, chosen in _subsets(split, prompts):
                     some = summarised(hits[chosen], losses[chosen], seed if name == "random circuits" else None)
                     rows.append({"run": name, **size, "split": label, **some})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["k"] = k
+    return table
 
 
 def answered(model: Model, circuit: Circuit | None, prompts: Prompts, cuts: Ablation, k: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,31 @@ STYLE = f"<style>{CSS}</style>"
 
 Format = Callable[[Any], str]
 
+#: Columns of the package's tables -> how they are headed where a person reads them; all others as they are.
+HEADS = {
+    "above_mean": "above the mean", "always_right": "always right", "always_wrong": "always wrong",
+    "attention_bos": "attention to the first token", "attention_end": "attention to END",
+    "attention_relation": "attention to the relation", "attention_subject": "attention to the subject",
+    "chance_high": "chance, high", "chance_low": "chance, low", "circuit_draws": "draws of the circuit",
+    "duplicate_token": "duplicate token", "edge_iou": "edges in common", "edges_after": "edges after",
+    "edges_before": "edges before", "first_tells": "first token tells", "gold": "to the right answer",
+    "gold_relation": "to the right answer, by the relation", "gold_subject": "to the right answer, by the subject",
+    "high_90": "high (90%)", "hit_1": "Hit@1", "hit_10": "Hit@10", "hit_after": "hit after", "hit_before": "hit before",
+    "hit_model": "hit of the model", "in_after": "in the one after", "in_before": "in the one before",
+    "in_degree": "edges in", "iou_random": "in common by chance", "jaccard": "Jaccard", "layers_away": "layers away",
+    "low_90": "low (90%)", "max_probability": "largest probability", "mover_heads": "mover heads",
+    "movers_margin": "movers' margin", "movers_predicted": "movers predict", "n_right": "right", "n_test": "test facts",
+    "n_wrong": "wrong", "node_jaccard": "Jaccard of nodes", "of_edges": "of edges", "of_nodes": "of nodes",
+    "only_left": "only left", "only_right": "only right", "out_degree": "edges out", "p_against": "p, against",
+    "p_for": "p, for", "previous_token": "previous token", "random_cost": "cost, random",
+    "random_heads": "random heads", "random_hit": "hit, random", "random_jaccard": "Jaccard, random",
+    "rank_after": "rank after", "rank_before": "rank before", "right_in": "of the right", "rival": "to the rival",
+    "rival_relation": "to the rival, by the relation", "rival_subject": "to the rival, by the subject",
+    "size_two_hop": "edges, two hops", "subject_rank": "rank of the subject", "to_logits": "to the logits",
+    "token_id": "number of the token", "top_tokens": "writes", "wrong_in": "of the wrong",
+}  # fmt: skip
+_RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+
 
 def styled(*parts: str) -> str:
     """Put pieces of HTML under the style of all tables."""
@@ -62,9 +87,14 @@ def table(frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, *, s
         f"<tr>{row('td', (text(write(value)) for write, value in zip(writers, values, strict=True)))}</tr>"
         for values in frame.itertuples(index=False)
     )
-    head = row("th", (text(name) for name in frame.columns))
+    head = row("th", (text(headed(name)) for name in frame.columns))
     written = f'<table class="kc-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'<div class="kc-scroll">{written}</div>' if scroll else written
+
+
+def headed(name: object) -> str:
+    """A column's name as a person reads it."""
+    return HEADS.get(str(name), str(name))
 
 
 def pairs(values: Mapping[str, object]) -> str:
@@ -89,12 +119,18 @@ def muted(words: str) -> str:
 
 
 def number(value: Any) -> str:
-    """Integers with separators, other numbers with three digits, "–" for what is not there, text as it is."""
+    """Integers with separators, others with three digits (1.49×10⁻⁵), "–" for what is not there, text as it is."""
     if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "dtype")):
         return "–" if value is None else str(value)
     if not math.isfinite(value):
         return "–"
-    return f"{int(value):,}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3g}".replace("-", "\u2212")
+    if float(value).is_integer() and 1 <= abs(value) < 1e15:
+        return f"{int(value):,}".replace("-", "\u2212")
+    if 1000 <= abs(value) < 1e15:
+        return f"{value:,.0f}".replace("-", "\u2212")
+    digits, _, power = f"{value:.3g}".partition("e")
+    raised = f"\u00d710{str(int(power)).translate(_RAISED)}" if power else ""
+    return digits.replace("-", "\u2212") + raised
 
 
 def decimal(value: float, digits: int = 2) -> str:

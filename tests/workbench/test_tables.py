@@ -37,3 +37,29 @@ def test_decimals_have_no_zero_before_the_point(value: float, written: str) -> N
 def test_an_interval_is_written_where_there_is_one() -> None:
     assert tables.interval(0.5, 0.25, 1.0) == ".50 [.25, 1.00]"
     assert tables.interval(0.5, math.nan, 1.0) == ".50"
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (1.49e-5, "1.49×10⁻⁵"),
+        (-2e-10, "\u22122×10⁻¹⁰"),
+        (1.5e20, "1.5×10²⁰"),
+        (0.0001, "0.0001"),
+        (-0.25, "\u22120.25"),
+        (-1234.0, "\u22121,234"),
+        (1234.5, "1,234"),
+        (0.0, "0"),
+        (None, "–"),
+        ("a_name", "a_name"),
+    ],
+)
+def test_numbers_are_written_for_people(value: object, written: str) -> None:
+    assert tables.number(value) == written
+
+
+def test_columns_are_headed_in_words_and_names_of_others_as_they_are() -> None:
+    shown = tables.table(pd.DataFrame({"gold_subject": [0.5], "country_capital": [1e-7]}), {"gold_subject": str})
+    assert '<th class="kc-number">to the right answer, by the subject</th>' in shown
+    assert ">country_capital</th>" in shown and ">1×10⁻⁷</td>" in shown
+    assert not [words for words in tables.HEADS.values() if "_" in words]

@@ -18,7 +18,7 @@ import pandas as pd
 
 from kcwb.errors import CircuitError, SettingError
 from kcwb.workbench.graph.sureness import FAINTEST, with_sureness
-from kcwb.workbench.tables import shorten
+from kcwb.workbench.tables import number, shorten
 
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
@@ -260,7 +260,7 @@ def _lines(row: Any, role: str, held: str | None, detail: str | None) -> list[st
     if held:
         what.append(held)
     edges = f"edges: {row.in_edges:,} in, {row.out_edges:,} out"
-    score = f"score {_number(row.score)}" if math.isfinite(row.score) else "no score"
+    score = f"score {number(row.score)}" if math.isfinite(row.score) else "no score"
     lines = [shorten(str(row.node), _NAME), ", ".join(what), edges, score]
     return [*lines, shorten(str(detail), _TEXT)] if detail else lines
 
@@ -372,11 +372,7 @@ def _line(text: str, most: int) -> str:
     return shorten(_UNFIT.sub(" ", text), most)
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "\u2212")
-
-
 def _score_words(score: Any) -> str:
     if not math.isfinite(score):
         return "no score"
-    return f"score {_number(score)}{' (positive)' if score > 0 else ' (negative)' if score < 0 else ''}"
+    return f"score {number(score)}{' (positive)' if score > 0 else ' (negative)' if score < 0 else ''}"

@@ -173,8 +173,8 @@ class DiscoveryPanel(Panel):
     @property
     def settings(self) -> dict[str, Any]:
         """What Run would run, as parameters of `make_task` and `discover`; `within` as a number of edges, or None."""
-        picker = self.picker
-        return {"relation": picker.relation.value, "template": picker.template.value, **self.controls.settings}
+        named = {name: getattr(self.picker, name).value for name in ("relation", "template")}
+        return {**named, **self.controls.settings}
 
     def ask(self) -> None:
         """Show which facts the model knows, before a run; returns at once, see `wait`."""
@@ -231,8 +231,7 @@ class DiscoveryPanel(Panel):
             return
         if self._runner.job in ("test", "play"):
             self._runner.cancel()  # of the size that is left
-        found.circuit = resize(found.circuit, edges=edges)
-        found.completeness = found.judgement = None
+        found.circuit, found.completeness, found.judgement = resize(found.circuit, edges=edges), None, None
         found.label = results.label(found.circuit, self.history.index(found))
         self._draw(found)
         if self._runner.job in (None, "test", "play"):
@@ -282,9 +281,11 @@ class DiscoveryPanel(Panel):
         drawn = results.plain(self._shown, self._graph._repr_html_())
         return tables.styled(self._message.value, drawn, self.bench.to_html(), nodes)
 
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return super()._repr_mimebundle_(include, exclude) | results.headline(self._shown)
+
     def _told_settings(self) -> dict[str, Any]:
-        told = {name: "all" if value is None else value for name, value in self.settings.items()}
-        return told | {"ablation": self.settings["ablation"] or "usual for the method"}
+        return results.told_settings(self.settings)
 
     # --- events ---
 
@@ -347,8 +348,7 @@ class DiscoveryPanel(Panel):
     def _take(self, result: Found) -> dict[str, str]:
         size = self.controls.size
         asked = results.parameter(result.circuit, "edges") or size
-        moved = self._runner.job == "run" and asked != size  # the slider, meanwhile
-        if moved and results.resizable(result.circuit):
+        if self._runner.job == "run" and asked != size and results.resizable(result.circuit):  # the slider has moved
             result.circuit = resize(result.circuit, edges=size)
         result.label = results.label(result.circuit, len(self.history))
         self.history.append(result)

@@ -17,6 +17,7 @@ from kcwb.errors import KcwbError, SettingError
 from kcwb.locks import WAITING
 from kcwb.progress import ProgressCallback
 from kcwb.workbench import tables
+from kcwb.workbench.panels.echo import Echo
 from kcwb.workbench.panels.notes import notes
 from kcwb.workbench.panels.runner import Job, Runner
 from kcwb.workbench.panels.widgets import Group, button, duration, widgets_in
@@ -56,6 +57,7 @@ class Living:
         self._status, self._message = W.HTML(), W.HTML()
         self._cancel_button = self._button("Cancel", "stop", self.cancel)
         self._progress = (self._cancel_button, self._bar, self._status)
+        self._echo = Echo()
         self._root: Any = W.VBox(layout=W.Layout(width="100%", max_width="1100px"))
         self._root.kept = {}  # the panel itself, by those who need it as long as the widget is there
         self._root.add_class(PANEL_CLASS)
@@ -145,7 +147,7 @@ class Living:
 
     def _assemble(self, *children: W.Widget) -> None:
         """The panel from top to bottom, when all of its widgets are made."""
-        self._root.children = [W.HTML(tables.STYLE), *children]
+        self._root.children = [W.HTML(tables.STYLE), self._echo, *children]
         self._adopt()
 
     def _adopt(self, *more: Group) -> None:

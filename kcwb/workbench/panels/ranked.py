@@ -9,7 +9,7 @@ import anywidget
 import pandas as pd
 import traitlets as T
 
-from kcwb.workbench.tables import shorten
+from kcwb.workbench.tables import headed, shorten
 
 _TEXT = 160  # letters of a cell
 
@@ -53,7 +53,7 @@ class Ranked(anywidget.AnyWidget):
         """Show another table, with the name of what each of its rows is about."""
         numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in frame.dtypes]
         with self.hold_sync():
-            self.columns, self.numeric, self.names, self.chosen = list(map(str, frame.columns)), numeric, names, ""
+            self.columns, self.numeric, self.names, self.chosen = list(map(headed, frame.columns)), numeric, names, ""
             self.rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
 
     def set_state(self, sync_data: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task
 from kcwb.workbench import tables
 from kcwb.workbench.panels.widgets import brief
+from kcwb.workbench.report.headline import HEADLINE, headline_of
 
 _ROWS = 100  # of a table of edges or nodes
 SCORE = {"score": lambda score: tables.number(float(score))}
@@ -87,6 +88,19 @@ def settings_of(circuit: Circuit) -> dict[str, object]:
     if isinstance(within, dict):
         values["within"] = ", ".join(str(within.get(key)) for key in ("edges", "method", "ablation"))
     return {name: value for name, value in values.items() if value is not None}
+
+
+def told_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that is yet to be, in words where there is no value."""
+    told = {name: "all" if value is None else value for name, value in settings.items()}
+    return told | {"ablation": settings["ablation"] or "usual for the method"}
+
+
+def headline(found: Found | None) -> dict[str, Any]:
+    """What a report says first of it, as an output; nothing where there is nothing, or it was not tested yet."""
+    if found is None or found.completeness is None:
+        return {}
+    return {HEADLINE: {"line": headline_of(found.circuit, found.completeness)}}
 
 
 def summary(found: Found) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
+from kcwb.errors import SettingError
 from kcwb.verbs import verb
+from kcwb.workbench.report.headline import HEADLINE, headline_of
 from kcwb.workbench.report.page import facts_table
 
 if TYPE_CHECKING:
@@ -20,7 +24,9 @@ PROVENANCE = "application/vnd.kcwb.provenance+json"
 
 
 @verb
-def provenance(model: Model | None, *tasks_or_circuits: Task | Circuit) -> None:
+def provenance(
+    model: Model | None, *tasks_or_circuits: Task | Circuit, completeness: pd.DataFrame | None = None
+) -> None:
     """Display what a notebook's results come from, as a small table; reports repeat it in their footer.
 
     Parameters
@@ -29,8 +35,17 @@ def provenance(model: Model | None, *tasks_or_circuits: Task | Circuit) -> None:
         The model that was used.
     tasks_or_circuits
         The tasks, for their data, and the circuits, for how they were found.
+    completeness
+        The table of `kcwb.completeness` of the last circuit: a report says it in a line under its title.
+
+    Raises
+    ------
+    SettingError
+        If there is completeness, but no circuit.
     """
     from IPython.display import display
+
+    from kcwb.circuits.circuit import Circuit
 
     entries = [] if model is None else [_describe_model(model.name, model.digest, str(model.dtype), str(model.device))]
     for item in tasks_or_circuits:
@@ -38,6 +53,11 @@ def provenance(model: Model | None, *tasks_or_circuits: Task | Circuit) -> None:
     entries = _distinct(entries)
     lines = [" ".join(str(entry.get(key, "")) for key in ("kind", "name", "digest")) for entry in entries]
     bundle = {PROVENANCE: {"entries": entries}, "text/html": facts_table(entries), "text/plain": "\n".join(lines)}
+    if completeness is not None:
+        circuits = [item for item in tasks_or_circuits if isinstance(item, Circuit)]
+        if not circuits:
+            raise SettingError("completeness is that of a circuit: pass the circuit, too.")
+        bundle[HEADLINE] = {"line": headline_of(circuits[-1], completeness)}
     display(bundle, raw=True)
 
 

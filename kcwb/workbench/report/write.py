@@ -32,6 +32,7 @@ from kcwb.settings import Positive
 from kcwb.verbs import verb
 from kcwb.versions import versions
 from kcwb.workbench.report.harmless import policy
+from kcwb.workbench.report.headline import headlines
 from kcwb.workbench.report.page import facts_table, notebook_body, render
 from kcwb.workbench.report.pdf import find_browser, write_pdf
 from kcwb.workbench.report.provenance import collect, provenance
@@ -136,6 +137,7 @@ def report(
         "failed_cell": run.number,
         "not_run": run.not_run,
         "provenance": collect(run.notebook),
+        "headlines": headlines(run.notebook),
     }
     target = settle(target, PAGE, force=force)
     write_text(target, _page(run, about, path, hide_code))

@@ -25,6 +25,7 @@ from kcwb.workbench.graph.reading import read_node
 from kcwb.workbench.panels import discovery as panels
 from kcwb.workbench.panels import life, search
 from kcwb.workbench.panels.discovery import DiscoveryPanel
+from kcwb.workbench.report.headline import HEADLINE, headline_of
 from tests.hostile import HOSTILE
 from tests.tasks import known_relation
 from tests.tiny import tiny_model
@@ -522,6 +523,14 @@ def test_what_is_cut_in_the_graph_is_answered_beside_it(found, model):
     smaller.cut(first)
     assert found._graph.cut == [first] and found._graph.answers == smaller.as_traits()
     assert found.completeness is not None and found.error is None
+
+
+def test_a_report_says_first_what_was_found(panel):
+    assert HEADLINE not in panel._repr_mimebundle_()
+    panel.run()
+    panel.wait(SOON)
+    said = panel._repr_mimebundle_()[HEADLINE]
+    assert said == {"line": headline_of(panel.circuit, panel.completeness)}
 
 
 def test_a_prompt_of_ones_own_is_answered_and_read_beside_the_graph(found, model):

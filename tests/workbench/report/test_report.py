@@ -766,6 +766,32 @@ def test_report_opens_from_disk_without_a_network(page: Path, chromium: Any, sch
 
 
 @pytest.mark.browser
+def test_on_paper_no_table_is_clipped_and_none_scrolls(chromium: Any, tmp_path: Path) -> None:
+    columns = "{f'the_column_{i} (n=31)': ['1.00 [0.89, 1.00]'] * 60 for i in range(12)}"
+    wide = f"import pandas as pd\nwide = pd.DataFrame({columns})"
+    ours = (
+        "from IPython.display import HTML, display\nfrom kcwb.workbench import tables\n"
+        "display(HTML(tables.styled(tables.heading('Edges'), tables.table(wide, scroll=True))))"
+    )
+    prose = "| a | b |\n|-|-|\n| " + "x" * 300 + " | y |"
+    notebook = save(tmp_path / "wide.ipynb", "# Wide", code(f"{wide}\nwide"), code(ours), prose)
+    made = report(notebook, tmp_path / "wide.html", progress=False)
+    context = chromium.new_context(offline=True, viewport={"width": 673, "height": 980})  # A4 without its margins
+    tab = context.new_page()
+    tab.goto(made.as_uri())
+    over = """() => [...document.querySelectorAll('main table, .kc-scroll')].map((one) => {
+        const box = one.getBoundingClientRect(), main = document.querySelector('main').getBoundingClientRect();
+        const scrolls = one.matches('.kc-scroll') && one.scrollHeight > one.clientHeight + 1;
+        return [Math.round(box.right - main.right) > 0, scrolls];
+    })"""
+    assert any(map(any, tab.evaluate(over)))  # on a screen they scroll
+    tab.emulate_media(media="print")
+    found = tab.evaluate(over)
+    context.close()
+    assert len(found) >= 4 and not any(map(any, found))
+
+
+@pytest.mark.browser
 def test_pdf_is_printed_by_chromium(page: Path, tmp_path: Path) -> None:
     if not any(map(shutil.which, pdf._BROWSERS)):
         pytest.skip("Chromium is not installed")

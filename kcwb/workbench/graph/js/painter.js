@@ -87,7 +87,7 @@ class Painter {
   fit(boxes = this.boxes, most = 1.3) {
     if (!boxes.length || !this.width) return;
     const { left, top, width, height } = this.extent(boxes), room = [Math.max(40, this.width - GUTTER - 16), Math.max(40, this.height - HEAD - 8)];
-    this.scale = Math.max(0.05, Math.min(most, room[0] / width, room[1] / height));
+    this.scale = Math.max(0.05, Math.min(most, Math.max(20, room[0] - 40) / (width - 40), room[1] / height));  // labels do not shrink with it
     this.left = GUTTER + room[0] / 2 - this.scale * (left + width / 2);
     this.top = HEAD + room[1] / 2 - this.scale * (top + height / 2);
     this.painted = null;

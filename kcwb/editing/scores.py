@@ -152,7 +152,7 @@ def edit_scores(
     cases: Sequence[EditCase],
     method: str = "rome",
     *,
-    layer: int | None = None,
+    layer: int | Sequence[int] | None = None,
     batch: Count = 1,
     tokens: Natural = 20,
     seed: Seed = 0,
@@ -170,9 +170,9 @@ def edit_scores(
     model, cases
         The model, and the edits, from `edit_cases` or `load_counterfact`.
     method, layer, seed, settings
-        As in `kcwb.editing.edit.edit`.
+        As in `kcwb.editing.edit.edit`; the layer one for all, or one for each case.
     batch
-        How many edits go in at once; more than one for an editor that takes many (`memit`, `alphaedit`).
+        How many edits go in at once; more than one for an editor that takes many (`memit`, `alphaedit`), in one layer.
     tokens
         How many tokens the model writes at most where it is asked what it says; 0 for not asking.
 
@@ -187,13 +187,20 @@ def edit_scores(
     Raises
     ------
     SettingError
-        If there are no cases, the method cannot take so many at once, or a case's target is its true object.
+        If there are no cases, the method cannot take so many at once, there are as many layers as neither one nor the
+        cases, or a case's target is its true object.
     DataError
         If a prompt of any case does not fit into the context, or an answer runs into its prompt.
     """
     if not cases or (batch > 1 and not edit_method(method).many):
         raise SettingError(
             f"{len(cases)} cases in batches of {batch}: at least one, and batches for {many_at_once()} alone."
+        )
+    layers = [layer] * len(cases) if layer is None or isinstance(layer, int) else [*layer]
+    if len(layers) != len(cases) or (batch > 1 and len({*layers}) > 1):
+        raise SettingError(
+            f"{len(layers)} layers for {len(cases)} cases in batches of {batch}: give one for all, or, without "
+            "batches, one for each."
         )
     for i, case in enumerate(cases):
         if case.target == case.fact.object:
@@ -204,15 +211,14 @@ def edit_scores(
         if case.fact.subject in others:
             raise SettingError(f"Case {i}: {case.fact.subject!r:.60} is in its batch of {batch} before; take batch=1.")
     make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
-    everything = [Asked(model, case) for case in cases]
-    unedited = measure(model, everything, tokens)
+    each = {case: Asked(model, case) for case in cases}  # a case may come again, for another layer
+    before_each = dict(zip(each, measure(model, [*each.values()], tokens), strict=True))
     rows: list[dict[str, Any]] = []
     with track(progress, len(cases), f"{method} edits") as step:
         for start in range(0, len(cases), batch):
             part = cases[start : start + batch]
-            asked = everything[start : start + batch]
-            before = unedited[start : start + batch]
-            made = try_edit(model, part, method, layer, seed, settings)
+            asked, before = [each[case] for case in part], [before_each[case] for case in part]
+            made = try_edit(model, part, method, layers[start], seed, settings)
             after = before
             if made is not None:
                 with made:
@@ -279,13 +285,14 @@ def layer_sweep(
     DataFrame
         One row per layer: `layer`, `n`, `S`, and the mean of each score.
     """
+    of_each = [layer for layer in layers for _ in cases]
+    more = {"layer": of_each, "seed": seed, "progress": progress, **settings}
+    table = edit_scores(model, [*cases] * len(layers), method, **more)
+    edited = table[table["run"] == method].assign(layer=of_each)
     rows = []
-    with track(progress, len(layers), f"{method} layers") as step:
-        for layer in layers:
-            table = edit_scores(model, cases, method, layer=layer, seed=seed, progress=False, **settings)
-            means = score_summary(table[table["run"] == method], seed).set_index("score")["mean"]
-            rows.append({"layer": layer, "n": len(cases), **means.to_dict()})
-            step(note=f"layer {layer}")
+    for layer, part in edited.groupby("layer", sort=False):
+        means = score_summary(part, seed).set_index("score")["mean"]
+        rows.append({"layer": layer, "n": len(cases), **means.to_dict()})
     return pd.DataFrame(rows)
 
 

@@ -225,3 +225,18 @@ def test_generation_is_greedy(model):
     for word in generate(model, text, tokens=4).split():
         assert model.tokenizer.decode([likeliest(model, text)]).strip() == word
         text = f"{text} {word}"
+
+
+def test_each_case_may_have_a_layer_of_its_own(model):
+    other = replace(CASE, fact=Fact("w7", "w41"))
+    cases = [CASE, other, CASE]
+    more = {"steps": 2, "prefixes": 2, "covariance": "identity", "tokens": 2, "progress": False}
+    found = edit_scores(model, cases, "rome", layer=[0, 1, 1], **more)
+    for i, (case, layer) in enumerate(zip(cases, [0, 1, 1], strict=True)):
+        alone = edit_scores(model, [case], "rome", layer=layer, **more).assign(case=i).reset_index(drop=True)
+        pd.testing.assert_frame_equal(
+            found[found["case"] == i].reset_index(drop=True).drop(columns="seconds"), alone.drop(columns="seconds")
+        )
+    for layers, batch in (([0, 1], 1), ([0, 1, 1], 2)):
+        with pytest.raises(SettingError, match=f"{len(layers)} layers for 3 cases in batches of {batch}"):
+            edit_scores(model, cases, "memit", layer=layers, batch=batch, **more)

@@ -250,18 +250,18 @@ def compare_layers(
                 f"{model.graph.n_layers - 1}."
             )
     edits = sorted({(layer, i) for of_case in layers.values() for i, layer in enumerate(of_case)})
-    rows: dict[tuple[int, int], pd.Series] = {}
-    with track(progress, len(edits), f"{method} at chosen layers") as step:
-        for layer, i in edits:
-            table = edit_scores(model, [cases[i]], method, layer=layer, seed=seed, progress=False, **settings)
-            before, rows[layer, i] = (table.iloc[row].copy() for row in (0, 1))
-            rows[layer, i]["case"] = before["case"] = i
-            rows.setdefault((-1, i), before)
-            step(note=f"{cases[i].fact.subject}, layer {layer}")
+    table = edit_scores(
+        model, [cases[i] for _, i in edits], method, layer=[layer for layer, _ in edits], seed=seed, progress=progress,
+        **settings,
+    )  # fmt: skip
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    for (layer, i), pair in zip(edits, np.split(np.arange(len(table)), len(edits)), strict=True):
+        before, rows[layer, i] = (table.iloc[row].to_dict() | {"case": i} for row in pair)
+        rows.setdefault((-1, i), before)
     named = {"unedited": [-1] * len(cases), **layers}
     scores = pd.DataFrame(
         [
-            {"choice": name, "layer": layer, **rows[layer, i].to_dict()}
+            {"choice": name, "layer": layer, **rows[layer, i]}
             for name, of_case in named.items()
             for i, layer in enumerate(of_case)
         ]

@@ -345,11 +345,11 @@ def test_the_frontier_compares_methods_of_every_kind(tmp_path):
 def test_open_questions_end_in_verdicts(tmp_path):
     executed = run(
         "14_open_questions", tmp_path, relations=["country_capital", "antonym"], scaled=["antonym"], edges=120, n=6,
-        n_test=6, heads=2, draws=2, edits=2, prefixes=1, covariance="identity", seeds=2, marks=[0, 40, 80],
+        n_test=6, heads=2, draws=2, edits=2, prefixes=1, covariance="identity", wordings=1, seeds=2, marks=[0, 40, 80],
     )  # fmt: skip
     for cell in ("plot_attending(", "sns.heatmap(", "sns.lineplot("):
         assert shown(executed, cell, "image/png")
-    assert "interaction" in shown(executed, "together.head") and "righted" in shown(executed, "scaling.droplevel")
+    assert "interaction" in shown(executed, "together.head") and "righted" in shown(executed, "pd.concat(parts")
     assert "swept" in shown(executed, "means.round") and "mover" in shown(executed, "proposed.drop")
     verdicts = shown(executed, "pd.DataFrame(verdicts)")
     for words in ("make the movers' queries", "recover other relations", "better edits", "before the facts are known"):

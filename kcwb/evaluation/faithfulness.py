@@ -224,6 +224,10 @@ def _per_prompt(model: Model, circuit: Circuit | None, loss: Loss, cuts: Ablatio
     return values
 
 
+#: Nats of a mean gain over nothing below which no share of it means anything.
+LEAST_GAIN = 0.05
+
+
 def recovered_share(gained: np.ndarray, possible: np.ndarray, axis: int = -1) -> np.ndarray:
     """How much of what can be gained over the empty circuit is gained, in the mean over facts."""
     return gained.mean(axis) / possible.mean(axis)

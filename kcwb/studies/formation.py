@@ -30,7 +30,7 @@ from kcwb.discovery.discover import discover
 from kcwb.discovery.methods import check_size
 from kcwb.errors import DataError, ModelError, SettingError
 from kcwb.evaluation.completeness import answered
-from kcwb.evaluation.faithfulness import recovered_share
+from kcwb.evaluation.faithfulness import LEAST_GAIN, recovered_share
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.roles import head_roles
@@ -38,9 +38,6 @@ from kcwb.settings import Count, Natural, Seed
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import Task, ask_again, make_task
 from kcwb.verbs import verb
-
-#: Nats of a mean gain over nothing below which no share of it means anything.
-_LEAST_GAIN = 0.05
 
 
 @verb
@@ -147,7 +144,7 @@ def _row(
 
     known, full = ask(None)
     empty = ask(Circuit.empty(model.graph))[1]
-    told = float((empty - full).mean()) > _LEAST_GAIN
+    told = float((empty - full).mean()) > LEAST_GAIN
     row: dict[str, Any] = {"known": known.mean()}
     for ending, circuits in {"": [own], "_last": [last], "_random": random}.items():
         hits, losses = (np.mean(column, 0) for column in zip(*map(ask, circuits), strict=True))

@@ -151,7 +151,8 @@ def make_task(
 def ask_again(model: Model, task: Task) -> Task:
     """The same facts, prompts and split, asked of other weights: a checkpoint, an edited model.
 
-    Which facts are in D_val is left as it is, known to these weights or not; `ranks` and `n_known` are theirs.
+    Which facts are in D_val is left as it is, known to these weights or not; `ranks` are theirs, and `n_known` and
+    `n_facts` count the facts that the task holds, which alone are asked.
 
     Raises
     ------
@@ -172,12 +173,10 @@ def ask_again(model: Model, task: Task) -> Task:
             )
         parts[name] = replace(prompts, ranks=full_ranks(model, prompts, False)) if len(prompts) else prompts
     known = {
-        fact
-        for prompts in parts.values()
-        for fact, hit in zip(prompts.facts, prompts.known.tolist(), strict=True)
-        if hit
+        fact: hit for prompts in parts.values() for fact, hit in zip(prompts.facts, prompts.known.tolist(), strict=True)
     }
-    return replace(task, model_name=model.name, model_digest=model.digest, **parts, n_known=len(known))
+    counts = {"n_known": sum(known.values()), "n_facts": len(known)}
+    return replace(task, model_name=model.name, model_digest=model.digest, **parts, **counts)
 
 
 class Split(NamedTuple):

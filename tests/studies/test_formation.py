@@ -86,6 +86,8 @@ def test_the_same_facts_are_asked_of_other_weights():
     }
     both = [fact for fact in again.test.facts if fact in ranks]
     assert both and all(ranks[fact] == again.test.ranks.tolist()[again.test.facts.index(fact)] for fact in both)
+    facts = {*again.val.facts, *again.test.facts, *again.reference.facts}
+    assert (again.n_facts, again.n_known) == (len(facts), sum(ranks[fact] <= 10 for fact in facts))
     assert ask_again(one, again).val.ranks.tolist() == task.val.ranks.tolist()
     kcwb.discover(other, again, edges=20, progress=False)
 

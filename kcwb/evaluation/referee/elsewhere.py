@@ -28,7 +28,7 @@ from kcwb.discovery.methods import METHODS, scoring
 from kcwb.discovery.registry import DEFAULT
 from kcwb.discovery.selection import chosen_by, matched_circuit
 from kcwb.errors import DataError, SettingError
-from kcwb.evaluation.faithfulness import recovered_share
+from kcwb.evaluation.faithfulness import LEAST_GAIN, recovered_share
 from kcwb.evaluation.referee.scores import Scores
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
@@ -38,8 +38,6 @@ from kcwb.tasks.task import Task, make_task
 
 ABLATIONS = ("zero", "mean", "resample")
 _KNOWN = 8  # facts of another relation that a model must know for the circuit to be tried on it
-#: Nats of a mean gain over nothing below which no share of it means anything.
-_LEAST_GAIN = 0.05
 
 Step = Callable[..., None]
 
@@ -53,7 +51,7 @@ def measured(
     gained, possible = empty - own, empty - full
     low, high = statistic_interval([gained, possible], recovered_share, seed)
     share = float(recovered_share(gained, possible))
-    shares = (share, low, high) if float(possible.mean()) > _LEAST_GAIN else (np.nan, np.nan, np.nan)
+    shares = (share, low, high) if float(possible.mean()) > LEAST_GAIN else (np.nan, np.nan, np.nan)
     return {
         "n": len(own),
         "hit_model": float(runs["_model"].hits[facts].mean()),
@@ -65,7 +63,7 @@ def measured(
 
 def tells(scores: Scores, metric: str) -> bool:
     """Whether the model gains anything over nothing on these prompts, of which a circuit could have a share."""
-    return float((scores.empty.losses[metric] - scores.model_alone.losses[metric]).mean()) > _LEAST_GAIN
+    return float((scores.empty.losses[metric] - scores.model_alone.losses[metric]).mean()) > LEAST_GAIN
 
 
 # --- other prompts ---

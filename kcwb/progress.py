@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 #: Called as `progress(done, total, note)` between batches. An exception that it raises stops the loop: so to cancel.
 ProgressCallback = Callable[[int, int, str], None]
@@ -38,9 +44,7 @@ def cancel_point() -> None:
 def track(progress: Progress, total: int, what: str) -> Iterator[Callable[..., None]]:
     """Yield `step(n=1, note="")`, to be called after every n of `total` pieces of work."""
     if progress is True:
-        from tqdm.auto import tqdm
-
-        with tqdm(total=total, desc=what, leave=False) as bar:
+        with _bar(total, what) as bar:
 
             def draw(n: int = 1, note: str = "") -> None:
                 bar.set_postfix_str(note, refresh=False)
@@ -58,3 +62,26 @@ def track(progress: Progress, total: int, what: str) -> Iterator[Callable[..., N
             progress(done, total, note)
 
     yield call
+
+
+def _bar(total: int, what: str) -> tqdm:
+    """A bar on stderr; in a notebook a line of text, for tqdm's widget would be left dead in the saved file."""
+    from tqdm import tqdm
+
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if not hasattr(shell, "kernel"):
+        return tqdm(total=total, desc=what, leave=False)
+    from IPython.display import display
+
+    class Line(tqdm):
+        shown: Any = None
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            words = str(self) if msg is None else msg
+            bundle = {"text/plain": words} if words else {}
+            if self.shown is None:
+                self.shown = display(bundle, raw=True, display_id=True)
+            else:
+                self.shown.update(bundle, raw=True)
+
+    return Line(total=total, desc=what, leave=False, file=io.StringIO(), miniters=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,6 +75,23 @@ def test_an_exception_inside_the_loop_closes_the_bar(capfd):
         step()
         raise RuntimeError("out of memory")
     assert not [bar for bar in tqdm._instances if bar.desc.startswith("working")]
+
+
+def test_in_a_notebook_the_bar_is_a_line_of_text_that_goes(monkeypatch):
+    import IPython
+
+    shown: list[dict[str, str]] = []
+
+    def display(bundle, *, raw, display_id):
+        shown.append(bundle)
+        return SimpleNamespace(update=lambda bundle, raw: shown.append(bundle))
+
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=None))
+    monkeypatch.setattr("IPython.display.display", display)
+    with pytest.raises(RuntimeError), track(True, 3, "working") as step:
+        step(note="batch 0")
+        raise RuntimeError
+    assert "working" in shown[0]["text/plain"] and set(shown[0]) == {"text/plain"} and shown[-1] == {}
 
 
 def test_a_check_is_called_while_it_is_in_force():

@@ -40,6 +40,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path],
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}"]
         command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
+        command += ["--ServerApp.disable_check_xsrf=True"]  # tests end sessions
         command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(config), "PYTHONPATH": str(ROOT)}
         with (folder / "lab.log").open("w") as log:

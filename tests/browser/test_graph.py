@@ -1,8 +1,10 @@
-"""The played circuit in a real JupyterLab: hand and keys reach Python, its answers the page, and no cell is lost."""
+"""The played circuit in a real JupyterLab: hand and keys reach Python, its answers the page; a saved file keeps it."""
 
 from __future__ import annotations
 
+import json
 import re
+import urllib.request
 from typing import Any
 
 import nbformat
@@ -15,6 +17,8 @@ from tests.workbench.pages import asked, spot, until
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 pytestmark = pytest.mark.browser
+
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}}
 
 MADE = """
 import kcwb
@@ -32,9 +36,8 @@ said"""
 
 def test_a_circuit_is_played_in_jupyterlab(serve: Any, page: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("graph")
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}}
     cells = [new_code_cell(MADE), new_code_cell(SAYS)]
-    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / "graph.ipynb")
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), folder / "graph.ipynb")
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     run_all(page, serve(folder), "graph.ipynb")
@@ -81,3 +84,46 @@ def test_a_circuit_is_played_in_jupyterlab(serve: Any, page: Any, tmp_path_facto
     until(page, "graph.model.get('pinned').length === 0")
     assert asked(page, "graph.boxes().length") == 6
     assert not [error for error in errors if "ResizeObserver" not in error]
+
+
+PANEL = """
+from kcwb import panels
+from kcwb.progress import track
+from tests import tiny
+from tests.tasks import known_relation
+with track(True, 2, "Working") as step:
+    step()
+model = tiny.load_model(tiny.ARCHITECTURES["llama"](), tiny.tokenizer())
+panel = panels.DiscoveryPanel(model, known_relation(model, 16), edges=20, n=4, draws=1)
+panel"""
+RUN = "panel.run()\npanel.wait()\ngraph.cut = ['a0.h1->m0']"
+
+
+def test_a_saved_notebook_shows_the_picture_without_its_kernel(
+    serve: Any, page: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("saved")
+    cells = [new_code_cell(source) for source in (MADE, PANEL, RUN)]
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), folder / "saved.ipynb")
+    address = serve(folder)
+    run_all(page, address, "saved.ipynb")
+    live, plain = page.locator(".kcwb-instrument"), page.locator("iframe[srcdoc]:visible")
+    live.nth(1).wait_for(timeout=120_000)
+    sync_api.expect(page.get_by_text("Hit@10 alone").first).to_be_visible(timeout=60_000)
+    sync_api.expect(plain).to_have_count(0)
+    page.keyboard.press("Control+s")
+    page.get_by_text("(ipykernel) | Idle").wait_for(timeout=60_000)
+    page.wait_for_function("!document.querySelector('.jp-mod-dirty')")
+
+    page.goto("about:blank")
+    for session in json.load(urllib.request.urlopen(f"{address}/api/sessions")):
+        urllib.request.urlopen(urllib.request.Request(f"{address}/api/sessions/{session['id']}", method="DELETE"))
+    page.goto(f"{address}/lab/tree/saved.ipynb?reset")
+    sync_api.expect(plain).to_have_count(2, timeout=60_000)
+    page.get_by_text("model not found").first.wait_for(state="attached", timeout=60_000)
+    for words in ("Error displaying widget", "Loading widget", "Working"):
+        sync_api.expect(page.locator(".jp-OutputArea-output", has_text=words).locator("visible=true")).to_have_count(0)
+    frame = plain.first.element_handle().content_frame()
+    until(frame, "graph?.view().frames > 0")
+    assert asked(frame, "graph.model.get('cut')") == ["a0.h1->m0"]
+    sync_api.expect(page.get_by_text("Hit@10 alone").first).to_be_visible()

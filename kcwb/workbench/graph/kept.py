@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import anywidget
+import traitlets as T
 
 from kcwb.errors import CircuitError, choose
 from kcwb.files import atomic_path
@@ -15,6 +16,7 @@ from kcwb.verbs import verb
 from kcwb.workbench.graph.drawing import Drawing
 from kcwb.workbench.graph.page import GraphView, view_of
 from kcwb.workbench.graph.state import CHECKS, is_blank
+from kcwb.workbench.lasting import renew, show
 
 NONE = "There is no circuit yet: graph.show(circuit)."
 
@@ -23,6 +25,7 @@ class Kept(anywidget.AnyWidget):
     """A widget with a drawing, and with traits by the names of CHECKS."""
 
     _drawing: Drawing | None = None
+    _places: dict[str, str]  # where it is shown, and what the page there is
     height: Any
     view: Any
 
@@ -75,3 +78,12 @@ class Kept(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         return {**data, "text/html": self._repr_html_()}, metadata
+
+    def _ipython_display_(self) -> None:
+        show(self, self._repr_mimebundle_()[0], self._places)
+
+    @T.observe("scene", "pinned", "cut", "forced", "groups", "names", "notes", "answers")
+    def _renew(self, change: Any) -> None:
+        """Draw the page anew where the graph is shown, for the notebook as it is saved."""
+        if self._places:
+            renew(self, self._repr_mimebundle_()[0], self._places)

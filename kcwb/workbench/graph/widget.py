@@ -147,7 +147,7 @@ class CircuitGraph(Kept):
                 raise SettingError(f"CircuitGraph has no {name!r}. {nearest(name, CHECKS)}")
         self._circuit: Circuit | None = None
         self._play: Play | None = None
-        self._steps = Steps()
+        self._steps, self._places = Steps(), {}
         super().__init__(height=height, **({"layout": traits.pop("layout")} if "layout" in traits else {}))
         if circuit is not None:
             self.show(circuit, roles=roles, title=title, details=details, ensemble=ensemble, max_edges=max_edges)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import ipywidgets as W
 from IPython.core.getipython import get_ipython
-from IPython.display import display, update_display
 
 from kcwb.errors import KcwbError, SettingError
 from kcwb.locks import WAITING
 from kcwb.progress import ProgressCallback
 from kcwb.workbench import tables
+from kcwb.workbench.lasting import renew, show
 from kcwb.workbench.panels.echo import Echo
 from kcwb.workbench.panels.notes import notes
 from kcwb.workbench.panels.runner import Job, Runner
@@ -51,7 +51,7 @@ class Living:
         self._lock, self._quiet = _LOCK, False
         self._runner = Runner(on_change=self._show_state, on_error=self._tell, hold=model.exclusive)
         self._stage, self._stage_started, self._drawn = "", 0.0, 0.0
-        self._displays: dict[str, str] = {}  # id -> what was last drawn there for pages without widgets
+        self._places: dict[str, str] = {}  # where it is shown, and what the plain drawing there is
         self._works: list[Callable[[Any], None]] = []  # what our widgets' callbacks do
         self._bar = W.FloatProgress(min=0, max=1, layout=W.Layout(width="220px", margin="0"))
         self._status, self._message = W.HTML(), W.HTML()
@@ -86,10 +86,8 @@ class Living:
             return
         self._runner.close()
         self._leave()
-        drawn = {"text/html": self.to_html(), "text/plain": repr(self)} if self._displays else {}
-        for key in self._displays:
-            update_display(drawn, display_id=key, raw=True)
-        self._displays.clear()
+        self._refresh()
+        self._places.clear()
         self._let_go()
         self._root.kept = {}
 
@@ -250,6 +248,7 @@ class Living:
         if not running:
             failed = self._runner.state == "failed"
             self._status.value = _line("Failed; what was found before stays.") if failed else ""
+            self._refresh()
 
     def _report(self, done: int, total: int, note: str) -> None:
         """Draw the progress, but not more often than an eye can follow."""
@@ -277,23 +276,19 @@ class Living:
             self._root.kept[by] = self
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        bundle = {"text/plain": repr(self)} if self.closed else dict(self._root._repr_mimebundle_() or {})
-        return {**bundle, "text/html": self.to_html()}
+        bundle = {} if self.closed else dict(self._root._repr_mimebundle_() or {})
+        return {**bundle, "text/plain": repr(self), "text/html": self.to_html()}
 
     def _ipython_display_(self) -> None:
-        """Show the widgets, under an id by which `wait` can renew the plain drawing beside them."""
-        bundle = self._repr_mimebundle_()
-        handle = display(bundle, raw=True, display_id=True)
-        if handle is not None and not self.closed:
-            self._displays[handle.display_id] = bundle["text/html"]
+        """Show the widgets, and their plain drawing under an id by which it can be renewed."""
+        show(self._root, self._repr_mimebundle_(), self._places)
+        if self._places:
             _keep_on_screen(self)
 
     def _refresh(self) -> None:
-        bundle = self._repr_mimebundle_() if self._displays else {}
-        for key, drawn in self._displays.items():
-            if drawn != bundle["text/html"]:
-                update_display(bundle, display_id=key, raw=True)
-                self._displays[key] = bundle["text/html"]
+        """Renew the plain drawings, which a saved notebook holds."""
+        if self._places:
+            renew(self._root, self._repr_mimebundle_(), self._places)
 
 
 def _keep_on_screen(panel: Living) -> None:

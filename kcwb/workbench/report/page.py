@@ -25,6 +25,7 @@ from xml.etree import ElementTree
 from kcwb.errors import DataError
 from kcwb.outputs import PAGE_MARK
 from kcwb.workbench import tables
+from kcwb.workbench.lasting import VIEW
 from kcwb.workbench.report.harmless import make_harmless, missing, parsed
 from kcwb.workbench.report.pictures import Pictures, data_uri
 from kcwb.workbench.tables import shorten
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 TEMPLATE = Path(__file__).parent / "template"
-_VIEW = "application/vnd.jupyter.widget-view+json"
 _STATE = "application/vnd.jupyter.widget-state+json"
 _PREFER = ["text/html", "text/markdown", "image/svg+xml", "text/latex", "image/png", "image/jpeg", "text/plain"]
 
@@ -316,9 +316,9 @@ def _show(output: Any, states: Mapping[str, Any]) -> bool:
     if kind is not None and ("<script" in str(data.get("text/html", "")) or not data.keys() & _PREFER[:-1]):
         # a picture beside a page that would need its scripts, or of a kind that nbconvert does not know
         data["text/html"] = f'<img alt="" src="data:{escaped(kind, 40)};base64,{html.escape("".join(data[kind]))}">'
-    view = output.get("data", {}).pop(_VIEW, None)
-    if view is None or "text/html" in output.data:
-        return True
+    view = data.pop(VIEW, None)
+    if view is None or "text/html" in data:
+        return "data" not in output or any(data.values())
     model = str(view.get("model_id", ""))
     if shown := _widget(model, states):
         output.data["text/html"] = f'<div class="kc-widgets">{shown}</div>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import random
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from kcwb.errors import CircuitError, SettingError
 from kcwb.evaluation.play import Play
 from kcwb.models.graph import Graph
 from kcwb.tasks.task import make_task
+from kcwb.workbench import lasting
 from kcwb.workbench.graph.page import GraphView, graph_view
 from kcwb.workbench.graph.widget import CircuitGraph
 from tests.hostile import HOSTILE, SURROGATE
@@ -333,6 +335,25 @@ def test_the_fallback_holds_all_that_a_person_did(graph: CircuitGraph) -> None:
     for name in ("names", "notes", "groups", "cut", "pinned", "answers", "reading"):
         assert held[name] == getattr(graph, name)
     assert "selected" not in held and "asked" not in held
+
+
+def test_where_it_is_shown_a_drawing_follows_it(graph: CircuitGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, dict[str, Any]] = {}
+
+    def display(bundle: dict[str, Any], *, raw: bool, display_id: str | bool = False) -> Any:
+        name = display_id if isinstance(display_id, str) else str(len(shown))
+        shown[name] = bundle
+        return SimpleNamespace(display_id=name)
+
+    monkeypatch.setattr(lasting, "display", display)
+    monkeypatch.setattr(lasting, "update_display", display)
+    graph._ipython_display_()
+    widget, drawn = shown.values()
+    assert lasting.VIEW in widget and not widget["text/html"] and lasting.VIEW not in drawn
+    graph.cut = ["m0->logits"]
+    again, renewed = shown.values()
+    assert again is widget and html.escape(graph.as_view().page, quote=True) in renewed["text/html"]
+    assert f"kcwb-w-{graph.model_id}" in graph._dom_classes and f"kcwb-p-{graph.model_id}" in renewed["text/html"]
 
 
 @pytest.mark.parametrize("start", range(0, len(NAMES), 6))

@@ -16,6 +16,7 @@ import kcwb
 from kcwb.editing.edit import edit
 from kcwb.errors import CircuitError, KcwbError, SettingError
 from kcwb.tasks.task import make_task
+from kcwb.workbench import lasting
 from kcwb.workbench.panels import life, search
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.discovery import DiscoveryPanel
@@ -247,7 +248,7 @@ def screen(monkeypatch) -> SimpleNamespace:
     """A notebook's kernel: `cell` is being run for the `run`-th time; `shown` is what stands on screen, by its id."""
     screen = SimpleNamespace(cell="a", run=1, shown={})
 
-    def display(bundle: dict[str, Any], *, raw: bool, display_id: bool) -> Any:
+    def display(bundle: dict[str, Any], *, raw: bool, display_id: bool = False) -> Any:
         name = f"display {len(screen.shown)}"
         screen.shown[name] = bundle
         return SimpleNamespace(display_id=name)
@@ -259,8 +260,8 @@ def screen(monkeypatch) -> SimpleNamespace:
         metadata = {} if screen.cell is None else {"cellId": screen.cell}
         return {"header": {"msg_id": f"{screen.cell} {screen.run}"}, "metadata": metadata}
 
-    monkeypatch.setattr(life, "display", display)
-    monkeypatch.setattr(life, "update_display", update)
+    monkeypatch.setattr(lasting, "display", display)
+    monkeypatch.setattr(lasting, "update_display", update)
     kernel = SimpleNamespace(get_parent=parent)
     monkeypatch.setattr(life, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
     return screen
@@ -315,8 +316,11 @@ def test_whoever_takes_the_widget_keeps_the_panel_until_it_is_closed(model, rela
 def test_a_closed_panel_leaves_its_plain_drawing_on_screen(make, screen) -> None:
     panel = make["discovery"]()
     panel._ipython_display_()
-    (bundle,) = screen.shown.values()
-    assert "application/vnd.jupyter.widget-view+json" in bundle
+    widget, plain = screen.shown.values()
+    assert "application/vnd.jupyter.widget-view+json" in widget and not widget["text/html"]
+    panel.find_roles()
+    panel.wait(SOON)
     panel.close()
-    (bundle,) = screen.shown.values()
-    assert "application/vnd.jupyter.widget-view+json" not in bundle and bundle["text/html"] == panel.to_html()
+    shown, renewed = screen.shown.values()
+    assert shown == widget and plain != renewed and panel.to_html() in renewed["text/html"]
+    assert "application/vnd.jupyter.widget-view+json" not in renewed

@@ -21,6 +21,7 @@ from kcwb.errors import CircuitError, DataError, KcwbError, SettingError
 from kcwb.reading.nodes import node_edges
 from kcwb.tasks.relations import Fact, Relation
 from kcwb.tasks.task import make_task
+from kcwb.workbench import lasting
 from kcwb.workbench.graph.reading import read_node
 from kcwb.workbench.panels import discovery as panels
 from kcwb.workbench.panels import life, search
@@ -731,16 +732,16 @@ def test_waiting_renews_the_drawing_beside_the_widgets(panel, monkeypatch):
         shown["one"] = bundle["text/html"]
         return Handle()
 
-    monkeypatch.setattr(life, "display", first)
+    monkeypatch.setattr(lasting, "display", first)
     monkeypatch.setattr(
-        life, "update_display", lambda bundle, display_id, **more: shown.update({display_id: bundle["text/html"]})
+        lasting, "update_display", lambda bundle, display_id, **more: shown.update({display_id: bundle["text/html"]})
     )
     panel._ipython_display_()
     assert "iframe" not in shown["one"]
     panel.run()
     panel.wait(SOON)
     assert "iframe" in shown["one"]
-    monkeypatch.setattr(life, "update_display", lambda *args, **more: pytest.fail("nothing has changed"))
+    monkeypatch.setattr(lasting, "update_display", lambda *args, **more: pytest.fail("nothing has changed"))
     panel.wait(SOON)
 
 

@@ -22,9 +22,10 @@ from kcwb.cli import main
 from kcwb.errors import DataError, KcwbError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.tasks.task import make_task
+from kcwb.workbench.lasting import VIEW
 from kcwb.workbench.report import pdf
 from kcwb.workbench.report import provenance as provenances
-from kcwb.workbench.report.page import _STATE, _VIEW, notebook_body, tex_to_html
+from kcwb.workbench.report.page import _STATE, notebook_body, tex_to_html
 from kcwb.workbench.report.provenance import PROVENANCE
 from kcwb.workbench.report.run import take_parameters
 from kcwb.workbench.report.write import (
@@ -245,13 +246,25 @@ def test_a_panel_with_a_progress_bar_is_shown_without_it(tmp_path: Path) -> None
         "none": model("Layout", display="none"),
     }
     outputs = [
-        new_output("display_data", {"text/plain": f"plain {name}", _VIEW: {"model_id": name}})
+        new_output("display_data", {"text/plain": f"plain {name}", VIEW: {"model_id": name}})
         for name in ("panel", "row", "not there")
     ]
     metadata = {"widgets": {_STATE: {"state": states}}}
     notebook = new_notebook(cells=[new_code_cell("", outputs=outputs)], metadata=metadata)
     text = BeautifulSoup(notebook_body(notebook, tmp_path).cells, "html.parser").get_text(" ", strip=True)
     assert text == "note <b>typed</b> plain not there"
+
+
+def test_a_widget_beside_its_drawing_is_shown_once(tmp_path: Path) -> None:
+    bundles = (
+        {VIEW: {"model_id": "x"}, "text/html": "", "text/plain": ""},
+        {"text/html": "<b>drawn</b>", "text/plain": "Panel"},
+        {},  # a progress bar that is done
+    )
+    outputs = [new_output("display_data", bundle) for bundle in bundles]
+    cells = notebook_body(new_notebook(cells=[new_code_cell("", outputs=outputs)]), tmp_path).cells
+    page = BeautifulSoup(cells, "html.parser")
+    assert page.get_text(" ", strip=True) == "drawn" and len(page.select(".jp-OutputArea-child")) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 _LONGEST = 160  # characters of a text in a cell
@@ -21,15 +22,18 @@ Format = Callable[[Any], str]
 HEADS = {
     "above_mean": "above the mean", "always_right": "always right", "always_wrong": "always wrong",
     "attention_bos": "attention to the first token", "attention_end": "attention to END",
-    "attention_relation": "attention to the relation", "attention_subject": "attention to the subject",
+    "attention_relation": "attention to the relation", "attention_source": "attention to the source",
+    "attention_subject": "attention to the subject",
     "chance_high": "chance, high", "chance_low": "chance, low", "circuit_draws": "draws of the circuit",
     "duplicate_token": "duplicate token", "edge_iou": "edges in common", "edges_after": "edges after",
     "edges_before": "edges before", "first_tells": "first token tells", "gold": "to the right answer",
     "gold_relation": "to the right answer, by the relation", "gold_subject": "to the right answer, by the subject",
-    "high_90": "high (90%)", "hit_1": "Hit@1", "hit_10": "Hit@10", "hit_after": "hit after", "hit_before": "hit before",
+    "high_10": "high, Hit@10", "high_90": "high (90%)",
+    "hit_1": "Hit@1", "hit_10": "Hit@10", "hit_after": "hit after", "hit_before": "hit before",
     "hit_model": "hit of the model", "in_after": "in the one after", "in_before": "in the one before",
     "in_edges": "edges in", "iou_random": "in common by chance", "jaccard": "Jaccard", "layers_away": "layers away",
-    "low_90": "low (90%)", "max_probability": "largest probability", "mover_heads": "mover heads",
+    "low_10": "low, Hit@10", "low_90": "low (90%)",
+    "max_probability": "largest probability", "mover_heads": "mover heads",
     "movers_margin": "movers' margin", "movers_predicted": "movers predict", "n_right": "right", "n_test": "test facts",
     "n_wrong": "wrong", "node_jaccard": "Jaccard of nodes", "of_edges": "of edges", "of_nodes": "of nodes",
     "only_left": "only left", "only_right": "only right", "out_edges": "edges out", "p_against": "p, against",
@@ -119,8 +123,10 @@ def muted(words: str) -> str:
 
 
 def number(value: Any) -> str:
-    """Integers with separators, others with three digits (1.49×10⁻⁵), "–" for what is not there, text as it is."""
-    if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "dtype")):
+    """Integers with separators, others with three digits (1.49×10⁻⁵), yes or no, "–" for nothing, text as it is."""
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    if not isinstance(value, (int, float)) and not hasattr(value, "dtype"):
         return "–" if value is None else str(value)
     if not math.isfinite(value):
         return "–"

@@ -122,7 +122,7 @@ class Panel(Living):
         *controls: list[W.Widget] | W.Widget,
         buttons: tuple[W.Widget, ...] = (),
         above: tuple[list[W.Widget] | W.Widget, ...] = (),
-        below: tuple[W.Widget, ...] = (),
+        below: tuple[list[W.Widget] | W.Widget, ...] = (),
         last: tuple[list[W.Widget], ...] = (),
     ) -> None:
         """The panel from top to bottom, when all of its widgets are made; widgets of a list stand side by side.

@@ -35,9 +35,11 @@ from kcwb.workbench.panels.ranked import Ranked
 from kcwb.workbench.panels.results import Found
 from kcwb.workbench.panels.runner import Job
 from kcwb.workbench.panels.search import Search
+from kcwb.workbench.panels.sizes import SIZES, Sizes
 from kcwb.workbench.panels.widgets import button, dropdown, hidden_graph, offer, room, the_file
 
 _NODE, _COMPARE, _REFEREE = "Node", "Compare runs", "Referee"
+_AFTER = ("test", "play", SIZES)  # jobs on a circuit that is there
 
 
 class DiscoveryPanel(Panel):
@@ -71,6 +73,8 @@ class DiscoveryPanel(Panel):
         The `NodePanel` for the circuit on screen.
     bench
         The referee: `bench.judge()`, and then `bench.judgement`.
+    sizes
+        Hit@10 of circuits of other sizes: `sizes.measure()`.
 
     Examples
     --------
@@ -111,6 +115,7 @@ class DiscoveryPanel(Panel):
         self._run_button.layout.margin = "2px 2px 2px 90px"
         self._ask_button = self._button("Ask", "question", self.ask, tooltip="Which facts does the model know?")
         timing = "Time a few steps of ACDC, without running it"
+        self.sizes = Sizes(self, lambda: self._shown)
         self._predict_button = self._button("How long?", "clock-o", self.predict, tooltip=timing)
         self._runs = dropdown("Shown", [], None, least=400)
         naming = "Which heads move the answer? Colours the graph"
@@ -132,22 +137,17 @@ class DiscoveryPanel(Panel):
         self._on(self._tabs, lambda _: self._compare(), "selected_index")
         self._on(self._graph, self._on_click, "selected")
         self._playing = Playing(self, self._graph, lambda: (self.circuit, self.task))
-        graph, tabs = model.graph, dict[str, W.Widget](self._pages)
-        size = f"{graph.n_layers} layers of {graph.n_heads} heads, {graph.n_edges:,} edges"
-        tabs |= {
-            **self._ranked,
-            _NODE: self.nodes._root,
-            _COMPARE: self._comparison.widget,
-            _REFEREE: self.bench.widget,
-        }
-        self._tabs.children = list(tabs.values())
+        size = f"{model.graph.n_layers} layers of {model.graph.n_heads} heads, {model.graph.n_edges:,} edges"
+        others = {_NODE: self.nodes._root, _COMPARE: self._comparison.widget, _REFEREE: self.bench.widget}
+        self._tabs.children = list({**self._pages, **self._ranked, **others}.values())
         self._fill(dict.fromkeys(self.pages, tables.muted("Press Run.")))
         self._offer_size()
         self._lay_out(
             W.HTML(tables.styled(tables.muted(f"{model.name}: {size}"))),
             [self.picker.relation, self.picker.template],
             *self.controls.rows,
-            buttons=(self._ask_button, self._predict_button),
+            self.sizes.drawn,
+            buttons=(self._ask_button, self._predict_button, self.sizes.button),
             above=([self._runs, self._roles_button],),
             below=(self._graph,),
             last=([self._path, self._save_button, self._load_button],),
@@ -192,9 +192,7 @@ class DiscoveryPanel(Panel):
         """Say how long ACDC would take with the settings on screen; returns at once, see `wait`."""
         settings = self.settings
         if METHODS[settings["method"]].seconds is None:
-            raise SettingError(
-                "Only ACDC takes long enough to be timed first; the others show what is left as they run."
-            )
+            raise SettingError("Only ACDC takes long enough to be timed first; the others say what is left.")
         self._begin("prediction", partial(self._search.predict, settings), partial(self._say, "kc-note"))
 
     def find_roles(self) -> None:
@@ -229,12 +227,12 @@ class DiscoveryPanel(Panel):
         found = self._shown
         if found is None:
             return
-        if self._runner.job in ("test", "play"):
+        if self._runner.job in _AFTER:
             self._runner.cancel()  # of the size that is left
         found.circuit, found.completeness, found.judgement = resize(found.circuit, edges=edges), None, None
         found.label = results.label(found.circuit, self.history.index(found))
         self._draw(found)
-        if self._runner.job in (None, "test", "play"):
+        if self._runner.job in (None, *_AFTER):
             self._test(found)
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
@@ -279,7 +277,7 @@ class DiscoveryPanel(Panel):
             return self._settings_html()
         nodes = self.nodes.to_html() if self.nodes.nodes else ""
         drawn = results.plain(self._shown, self._graph._repr_html_())
-        return tables.styled(self._message.value, drawn, self.bench.to_html(), nodes)
+        return tables.styled(self._message.value, drawn, self.sizes.to_html(), self.bench.to_html(), nodes)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return super()._repr_mimebundle_(include, exclude) | results.headline(self._shown)
@@ -292,6 +290,7 @@ class DiscoveryPanel(Panel):
     def _offer_size(self) -> None:
         self.controls.offer_size()
         self._predict_button.layout.display = "none" if self.controls.sized else ""
+        self.sizes.button.layout.display = "" if self.controls.sized else "none"
 
     def _recut(self) -> None:
         """Follow the size slider, if the circuit on screen can."""
@@ -383,6 +382,7 @@ class DiscoveryPanel(Panel):
             offer(self._runs, [(one.label, i) for i, one in enumerate(self.history)], self.history.index(found))
             self._comparison.offer(self.history, found)
             self.bench.draw()
+            self.sizes.draw()
             self._compare()
             asked = results.parameter(circuit, "edges")
             if asked and results.resizable(circuit) and asked != self.controls.size:

@@ -30,7 +30,7 @@ from kcwb.workbench import tables
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.runner import Job
-from kcwb.workbench.panels.widgets import button, dropdown, room
+from kcwb.workbench.panels.widgets import brief, button, dropdown, room
 from kcwb.workbench.plots import picture, plot_lens
 
 _CIRCUITS = {"before": "before: the old object", "after": "after: the new object"}
@@ -238,8 +238,8 @@ class EditPanel(Panel):
         self.said, self.comparison = result.said, result.comparison
         if result.note:
             self._say("kc-note", f"Circuits were not compared. {result.note}")
-        below = f", on top of {len(self.edits) - 1} others" if len(self.edits) > 1 else ""
-        self._tell_state(result.made, f"In the weights now{below}.")
+        earlier = "; ".join(_change(one) for one in reversed(self.edits[:-1]))
+        self._tell_state(result.made, f"In the weights now{f', on top of {earlier}' if earlier else ''}.")
         circuits = None if result.comparison is None else result.comparison.circuits
         self._draw_two("Circuits", circuits and {words: circuits[name] for name, words in _CIRCUITS.items()})
         drawn = dict.fromkeys(self.pages, tables.muted("Circuits were not compared."))
@@ -250,11 +250,20 @@ class EditPanel(Panel):
         }
 
     def _tell_state(self, made: Edit, state: str) -> None:
-        self._summarise(f"{made!r}, {made.seconds:.1f} s. {state}")
+        first, last = made.layers[0], made.layers[-1]
+        where = f"layer {first}" if first == last else f"layers {first} to {last}"
+        how = f"{made.method}, {where}, {made.seconds:.1f} s, loss of the new object {made.nll:.2f} nats"
+        self._summarise(f"{_change(made)} ({how}). {state}")
 
 
 class _Busy(Exception):
     """Another thread has the model."""
+
+
+def _change(made: Edit) -> str:
+    """What an edit changed, in few words."""
+    fact = made.facts[0]
+    return f"{brief(fact.subject, 40)}: {brief(fact.object, 40)} → {brief(made.targets[0], 40)}"
 
 
 def _refuse_to_wait(done: int, total: int, note: str) -> None:

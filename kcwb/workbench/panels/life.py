@@ -192,7 +192,7 @@ class Living:
 
     def _say(self, kind: str, words: str) -> None:
         """Say an error (`kc-error`) or a remark (`kc-note`)."""
-        escaped = "\n".join(tables.text(line) for line in words[:4000].splitlines())
+        escaped = "\n".join(tables.text(line, 4000) for line in words[:4000].splitlines())
         self._message.value = f'<div class="kcwb"><div class="{kind}" role="alert">{escaped}</div></div>'
 
     def _tell(self, error: BaseException) -> None:

@@ -165,7 +165,7 @@ class NodePanel(Panel):
             self._where.disabled = circuit is None
             if not same:
                 self._prompt.options = _prompt_options(task)
-                self._prompt.value = 0 if self._prompt.options else None
+                self._prompt.value = None if task is None else int(task.val.ranks.argmin())  # the fact known best
             self._draw_ablation()
         self._look()
 
@@ -372,9 +372,9 @@ def _prompt_options(task: Task | None) -> list[tuple[str, int]]:
         return []
     splits = (("D_val", task.val), ("D_test", task.test))
     lines = [
-        f"{split}: {text} … {fact.object}"
+        f"{split}: {text} … {fact.object} (rank {rank:,})"
         for split, prompts in splits
-        for text, fact in zip(prompts.texts, prompts.facts, strict=True)
+        for text, fact, rank in zip(prompts.texts, prompts.facts, prompts.ranks.tolist(), strict=True)
     ]
     return numbered(lines)
 

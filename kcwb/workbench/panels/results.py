@@ -33,6 +33,8 @@ class Found:
         The task is None for a loaded circuit whose relation is not at hand.
     completeness, judgement
         None until it is computed for this very circuit.
+    sizes
+        `size_curve` of its scores; None until it is asked for.
     """
 
     label: str
@@ -40,6 +42,7 @@ class Found:
     task: Task | None
     completeness: pd.DataFrame | None = None
     judgement: Judgement | None = None
+    sizes: pd.DataFrame | None = None
 
 
 def resizable(circuit: Circuit) -> bool:

@@ -127,7 +127,7 @@ class HopPanel(Panel):
         self._case = dropdown("Case", [], None, least=400)
         self._on(self._case, lambda _: self._fill({"Case": self._case_page()}))
         choices = [self._k, self._shortcuts, self._compare]
-        self._lay_out([picker.first, picker.second, picker.template], choices, below=(self._case,))
+        self._lay_out([picker.first, picker.second, picker.template], choices, below=([self._case],))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class HopPanel(Panel):
         chains = [] if result.hops is None else list(result.hops.chains.itertuples(index=False))
         with self._silently():
             offer(self._case, numbered(f"{one.subject} → {one.bridge} → {one.object}" for one in chains))
-        self._summarise(repr(result.answers.composition if result.hops is None else result.hops))
+        self._summarise(_summary(result))
         shown = None if result.circuits is None or result.overlap is None else result.circuits.circuits
         self._draw_two("Overlap", shown and {name: shown[name] for name in ("two-hop", "integrated")})
         bridge = {"Funnel": _funnel_page(result), "Case": self._case_page(), "Bridge": self._bridge_page()}
@@ -240,6 +240,16 @@ class HopPanel(Panel):
             return tables.muted(words)
         drawn = _lenses(lens_summary(self.lens, self._seed), "read at: ", "Lens of the bridge at")
         return drawn + tables.table(hop_arrival(self.lens), scroll=True)
+
+
+def _summary(found: _Found) -> str:
+    """How many chains there are, and are left, in a line."""
+    chained, hops = found.answers.composition, found.hops
+    names = f"{chained.first.name}, then {chained.second.name}"
+    if hops is None:
+        return f"{names}: {len(chained.chains)} chains, of which none is left"
+    kept = f"{int(hops.ranks['kept'].sum())} of {len(hops.ranks)} chains are left, {len(hops.chains)} of them in D_val"
+    return f"{names}: {kept}. Right means rank {hops.k} or better."
 
 
 def _lenses(table: pd.DataFrame, title: str, words: str) -> str:

@@ -84,7 +84,7 @@ def button(words: str, icon: str, *, width: int = 96, **more: Any) -> W.Button:
     return W.Button(description=words, icon=icon, layout=W.Layout(width=f"{width}px"), **more)
 
 
-def dropdown(name: str, options: Any, value: Any, *, least: int = 205) -> W.Dropdown:
+def dropdown(name: str, options: Any, value: Any, *, least: int = 250) -> W.Dropdown:
     """A menu with its name beside it, at least so many pixels wide."""
     return W.Dropdown(options=options, value=value, description=name, layout=room(least))
 

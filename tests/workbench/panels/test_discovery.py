@@ -18,6 +18,7 @@ import pytest
 import kcwb
 from kcwb.discovery.discover import discover
 from kcwb.errors import CircuitError, DataError, KcwbError, SettingError
+from kcwb.evaluation.sizes import size_curve
 from kcwb.reading.nodes import node_edges
 from kcwb.tasks.relations import Fact, Relation
 from kcwb.tasks.task import make_task
@@ -172,6 +173,28 @@ def test_the_slider_cuts_anew_without_scoring(found, monkeypatch):
     found.wait(SOON)
     assert found.completeness.set_index("run").loc["circuit", "edges"].eq(found.circuit.n_edges).all()
     assert found.error is None
+
+
+def test_other_sizes_are_tested_when_asked_for_and_the_one_on_screen_is_marked(found, model):
+    assert found.sizes.to_html() == ""
+    found.sizes.button.click()
+    found.wait(SOON)
+    expected = size_curve(model, found.circuit, found.task, progress=False)
+    drawn = found.sizes.drawn.value
+    assert drawn.count("<circle") == len(expected) and drawn.count("dasharray") == 1 and drawn in found.to_html()
+    for row in expected.itertuples():
+        assert f"{row.split}: {row.edges} edges, Hit@10 {row.hit:.2f} [{row.low:.2f}, {row.high:.2f}]" in drawn
+    found.resize(30)
+    found.wait(SOON)
+    assert found.sizes.drawn.value not in ("", drawn)  # the mark has moved
+    found.run()
+    found.wait(SOON)
+    assert found.sizes.drawn.value == ""
+
+
+def test_sizes_of_nothing_are_refused_in_words(panel):
+    panel.sizes.button.click()
+    assert "press Run" in panel._message.value
 
 
 def test_the_slider_leaves_an_acdc_circuit_alone(panel):

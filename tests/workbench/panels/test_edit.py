@@ -85,7 +85,8 @@ def test_edits_on_top_are_plain_edits_on_top_and_come_out_one_by_one(panel, mode
     panel.run()
     panel.wait(SOON)
     assert panel.edits == (first, panel.edit) and all(one.active for one in panel.edits)
-    assert "on top of 1 others" in panel.to_html()
+    fact = relation.facts[0]
+    assert f"In the weights now, on top of {fact.subject}: {fact.object} → w61." in panel.to_html()
     prompts = {name: part["prompt"].tolist() for name, part in panel.said.groupby("asked")}
     assert prompts["earlier edit"] == [f"w1 {relation.facts[0].subject} w2"]
     both = weights(model)

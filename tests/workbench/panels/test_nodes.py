@@ -67,7 +67,7 @@ def text_of(panel: NodePanel) -> str:
 def test_a_head_shows_what_the_plain_functions_give(panel, model, circuit, task, head):
     panel.select(head)
     panel.wait(SOON)
-    more = {"prompt": 0, "circuit": circuit}
+    more = {"prompt": int(task.val.ranks.argmin()), "circuit": circuit}
     pd.testing.assert_frame_equal(panel.pattern, attention_pattern(model, task, head, **more))
     pd.testing.assert_frame_equal(panel.tokens, component_logits(model, task, head, **more))
     pd.testing.assert_frame_equal(panel.edges, node_edges(circuit, head))
@@ -88,8 +88,13 @@ def test_every_control_reaches_the_functions(panel, model, task, head):
 
 def test_all_prompts_can_be_chosen(panel, task):
     labels = [label for label, _ in panel._prompt.options]
-    asked = [*zip(task.val.texts, task.val.facts, strict=True), *zip(task.test.texts, task.test.facts, strict=True)]
-    assert [label.split(": ", 1)[1] for label in labels] == [f"{text} … {fact.object}" for text, fact in asked]
+    asked = [
+        f"{text} … {fact.object} (rank {rank})"
+        for some in (task.val, task.test)
+        for text, fact, rank in zip(some.texts, some.facts, some.ranks.tolist(), strict=True)
+    ]
+    assert [label.split(": ", 1)[1] for label in labels] == asked
+    assert panel._prompt.value == task.val.ranks.tolist().index(min(task.val.ranks.tolist()))
 
 
 def test_an_mlp_has_no_attention_and_logits_no_output_edges(panel):
@@ -106,7 +111,9 @@ def test_what_cut_edges_deliver_is_what_the_circuit_was_found_with(model, task, 
     circuit = discover(model, task, ablation=ablation, edges=40, progress=False)
     panel = NodePanel(model, circuit, task, node="a1.h0")
     panel.wait(SOON)
-    expected = component_logits(model, task, "a1.h0", prompt=0, circuit=circuit, ablation=ablation)
+    expected = component_logits(
+        model, task, "a1.h0", prompt=int(task.val.ranks.argmin()), circuit=circuit, ablation=ablation
+    )
     pd.testing.assert_frame_equal(panel.tokens, expected)
 
 
@@ -224,7 +231,9 @@ def test_without_a_task_only_edges_are_shown(model, circuit, head):
 def test_without_a_circuit_the_full_model_is_looked_at(model, task):
     panel = NodePanel(model, None, task, node="a1.h1")
     panel.wait(SOON)
-    pd.testing.assert_frame_equal(panel.tokens, component_logits(model, task, "a1.h1", prompt=0))
+    pd.testing.assert_frame_equal(
+        panel.tokens, component_logits(model, task, "a1.h1", prompt=int(task.val.ranks.argmin()))
+    )
     assert panel.edges is None and panel._where.disabled and "iframe" not in Tags(panel.to_html()).tags
     panel.ablate()
     panel.wait(SOON)
@@ -247,7 +256,9 @@ def test_an_answer_for_a_circuit_that_is_gone_is_not_drawn(panel, model, task, h
     panel.show(other, task)
     go.set()
     panel.wait(SOON)
-    pd.testing.assert_frame_equal(panel.tokens, component_logits(model, task, head, prompt=0, circuit=other))
+    pd.testing.assert_frame_equal(
+        panel.tokens, component_logits(model, task, head, prompt=int(task.val.ranks.argmin()), circuit=other)
+    )
 
 
 # --- refusing ---

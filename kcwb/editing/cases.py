@@ -94,7 +94,7 @@ def edit_cases(
     seed: Seed = 0,
     template: int = 0,
     rank: Count = 1,
-    neighbours: Count = 5,
+    neighbours: Natural = 5,
     others: Natural = 5,
     progress: Progress = False,
 ) -> list[EditCase]:
@@ -105,7 +105,7 @@ def edit_cases(
     model
         Who is to know the facts.
     relations
-        Relations or their names; of each, in turn, a fact that has a neighbour.
+        Relations or their names; of each, in turn, a fact that has a neighbour, where these are asked.
     n
         How many edits; fewer if there are not as many.
     template
@@ -113,7 +113,7 @@ def edit_cases(
     rank
         A fact is known when its object has at most this rank (`kcwb.tasks.ranks`).
     neighbours
-        How many of the other subjects with the same object are asked, at most.
+        How many of the other subjects with the same object are asked, at most; 0: none, and no fact needs one.
     others
         How many prompts of other relations and about other subjects.
 
@@ -125,7 +125,7 @@ def edit_cases(
     Raises
     ------
     DataError
-        If no relation has a fact that is known and has a neighbour.
+        If no relation has a fact that is known and has a neighbour, where these are asked.
     """
     loaded = [load_relation(one) if isinstance(one, str) else one for one in relations]
     for relation in loaded:
@@ -145,7 +145,8 @@ def edit_cases(
                     step(note=case.relation)
     if not cases:
         names = ", ".join(relation.name for relation in loaded)
-        raise DataError(f"{model.name} knows no fact of {names} (rank {rank}) that shares its object with another.")
+        sharing = " that shares its object with another" if neighbours else ""
+        raise DataError(f"{model.name} knows no fact of {names} (rank {rank}){sharing}.")
     return cases
 
 
@@ -160,7 +161,8 @@ def _cases_of(
     draw = random.Random(f"{seed} {relation.name}")
     apart = [one for one in everything if one.name != relation.name]
     facts = draw.sample(relation.facts, len(relation.facts))
-    facts = [fact for fact in facts if any(one.object == fact.object and one != fact for one in relation.facts)]
+    if neighbours:
+        facts = [fact for fact in facts if any(one.object == fact.object and one != fact for one in relation.facts)]
     tokens = object_tokens(model, templates[template], relation.facts[0].subject, relation.objects)
     for start in range(0, len(facts), _AT_ONCE):
         part = facts[start : start + _AT_ONCE]

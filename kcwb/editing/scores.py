@@ -283,8 +283,9 @@ def layer_sweep(
     Returns
     -------
     DataFrame
-        One row per layer: `layer`, `n`, `S`, and the mean of each score.
+        One row per layer: `layer`, `n`, `S`, and the mean of each score. A layer that is given twice is tried once.
     """
+    layers = list(dict.fromkeys(layers))
     of_each = [layer for layer in layers for _ in cases]
     more = {"layer": of_each, "seed": seed, "progress": progress, **settings}
     table = edit_scores(model, [*cases] * len(layers), method, **more)

@@ -29,6 +29,14 @@ def test_cases_are_known_facts_with_neighbours_of_the_same_object(model):
     assert cases != edit_cases(model, [relation], n=6, rank=model.network.d_vocab, neighbours=2, others=3, seed=1)
 
 
+def test_where_no_neighbours_are_asked_no_fact_needs_one(model):
+    relation = relation_of([Fact(f"w{10 + i}", f"w{60 + i}") for i in range(4)])
+    cases = edit_cases(model, [relation], n=9, rank=model.network.d_vocab, neighbours=0)
+    assert {case.fact for case in cases} == {*relation.facts} and not any(case.neighbours for case in cases)
+    with pytest.raises(DataError, match="shares its object"):
+        edit_cases(model, [relation], rank=model.network.d_vocab)
+
+
 def test_only_known_facts_are_edited(model):
     facts = [Fact(f"w{10 + i}", f"w{60 + i % 2}") for i in range(20)]
     relation = relation_of(facts)

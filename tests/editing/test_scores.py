@@ -212,8 +212,8 @@ def test_the_summary_holds_means_intervals_and_the_harmonic_mean():
 
 def test_a_sweep_scores_the_same_edits_at_each_layer(model):
     more = {"steps": 3, "lr": 0.05, "clamp": 0.2, "progress": False}
-    table = layer_sweep(model, [CASE], [1, 0], "ft_m", **more).set_index("layer")
-    assert table.index.tolist() == [1, 0]
+    table = layer_sweep(model, [CASE], [1, 0, 1], "ft_m", **more).set_index("layer")
+    assert table.index.tolist() == [1, 0] and (table["n"] == 1).all()
     for layer in (0, 1):
         alone = edit_scores(model, [CASE], "ft_m", layer=layer, **more).set_index("run").loc["ft_m"]
         assert table.loc[layer, "EM"] == pytest.approx(alone["EM"]) and table.loc[layer, "ES"] == alone["ES"]

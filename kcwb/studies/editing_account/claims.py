@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import pandas as pd
@@ -27,7 +27,7 @@ from kcwb.verbs import verb
 def compare_edits(
     model: Model,
     cases: Sequence[EditCase],
-    method: str = "rome",
+    method: str | Mapping[str, Mapping[str, Any]] = "rome",
     *,
     layer: int | None = None,
     edges: Count = 300,
@@ -45,7 +45,9 @@ def compare_edits(
     ----------
     model, cases
         The model, and edits from `edit_cases` (their relation is needed: its facts tell the mover heads).
-    method, layer, settings
+    method
+        An editor; or several, each with its own settings, for which the unedited model is looked at once.
+    layer, settings
         As in `kcwb.editing.edit.edit`. An edit that does not get under its bound (default 1 nat) is left out with a
         warning: a model that does not say the new object has no circuit for it.
     edges, movers, draws, circuit_draws
@@ -56,35 +58,41 @@ def compare_edits(
     Returns
     -------
     DataFrame
-        One row per edit: `relation`, `subject`, `true`, `target`, `method`, and `EditComparison.summary`.
+        One row per edit and method: `relation`, `subject`, `true`, `target`, `method`, and `EditComparison.summary`.
     """
+    methods = {method: {}} if isinstance(method, str) else method
     tasks: dict[tuple[str, str], tuple[Task, list[str]]] = {}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
-    with track(progress, len(cases), f"{method}: circuits before and after") as step:
+    of = {"edges": edges, "draws": draws, "circuit_draws": circuit_draws, "seed": seed, "progress": False}
+    with track(progress, len(cases) * len(methods), "circuits before and after") as step:
         for case in cases:
-            key = case.relation, case.template
-            try:
-                if key not in tasks:
-                    task = make_task(model, case.relation, n=n, seed=seed, template=case.template)
-                    tasks[key] = task, strongest_movers(model, task, movers, seed)
-                task, names = tasks[key]
-                if is_answer(model, Fact(case.fact.subject, case.target), case.template):
-                    raise DataError(f"the target {case.target!r:.60} is the answer already")
-                more = {"layer": layer, "seed": seed, "progress": False, **settings}
-                made = edit(model, case.fact, case.target, method, template=case.template, **more)
-                of = {"edges": edges, "movers": names, "draws": draws, "circuit_draws": circuit_draws, "seed": seed}
-                found = compare_edit(model, made, task, **of, progress=False)
-            except (EditError, DataError) as error:
-                left_out.append(f"{case.fact.subject}: {error}")
-            else:
-                head = {"relation": case.relation, "subject": case.fact.subject, "true": case.fact.object}
-                rows.append({**head, "target": case.target, "method": method, "nll": made.nll, **found.summary})
-            step(note=case.fact.subject)
+            key, like = (case.relation, case.template), None
+            for name, own in methods.items():
+                try:
+                    if key not in tasks:
+                        task = make_task(model, case.relation, n=n, seed=seed, template=case.template)
+                        tasks[key] = task, strongest_movers(model, task, movers, seed)
+                    task, heads = tasks[key]
+                    if is_answer(model, Fact(case.fact.subject, case.target), case.template):
+                        raise DataError(f"the target {case.target!r:.60} is the answer already")
+                    more = {"layer": layer, "seed": seed, "progress": False, **settings, **own}
+                    made = edit(model, case.fact, case.target, name, template=case.template, **more)
+                    like = compare_edit(model, made, task, movers=heads, like=like, **of)
+                except (EditError, DataError) as error:
+                    left_out.append(f"{case.fact.subject}, {name}: {error}")
+                else:
+                    head = {"relation": case.relation, "subject": case.fact.subject, "true": case.fact.object}
+                    rows.append({**head, "target": case.target, "method": name, "nll": made.nll, **like.summary})
+                step(note=case.fact.subject)
     if left_out:
-        warnings.warn(f"{len(left_out)} of {len(cases)} edits left out: {'; '.join(left_out)}", stacklevel=2)
+        warnings.warn(
+            f"{len(left_out)} of {len(cases) * len(methods)} edits left out: {'; '.join(left_out)}", stacklevel=2
+        )
     if not rows:
-        raise DataError(f"None of the {len(cases)} {method} edits could be compared; the last: {left_out[-1]}")
+        raise DataError(
+            f"None of the {len(cases)} edits by {', '.join(methods)} could be compared; the last: {left_out[-1]}"
+        )
     return pd.DataFrame(rows)
 
 

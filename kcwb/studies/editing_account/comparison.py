@@ -75,6 +75,10 @@ class EditComparison:
 
     Attributes
     ----------
+    edit, movers
+        The edit, and the mover heads that are put back.
+    asked
+        What the unedited model's circuits and the mover heads depend on.
     circuits
         `before`, `after`, `new answer` (unedited) and `paraphrase` (unedited); ensembles if they were drawn.
     overlap
@@ -98,6 +102,8 @@ class EditComparison:
     """
 
     edit: Edit
+    movers: Sequence[str]
+    asked: tuple[Any, ...]
     circuits: Mapping[str, Circuit | Ensemble]
     overlap: pd.DataFrame
     layers: pd.DataFrame
@@ -147,6 +153,7 @@ def compare_edit(
     draws: Count = 100,
     circuit_draws: Annotated[int, at_least(2)] | None = None,
     seed: Seed = 0,
+    like: EditComparison | None = None,
     progress: Progress = True,
 ) -> EditComparison:
     """Compare the model before and after one edit; afterwards the model is as it was.
@@ -170,6 +177,9 @@ def compare_edit(
         Random sets of heads.
     circuit_draws
         Draw each circuit so many times, and weigh by pi; three times the runs. None: each once.
+    like
+        A comparison of another edit of the same fact to the same object, with the same task and settings: the unedited
+        model's circuits and the mover heads are taken from it, most of the work.
 
     Raises
     ------
@@ -178,7 +188,7 @@ def compare_edit(
         head is a mover; there is no paraphrase; or the edit has no effect at END.
     SettingError
         If the edit was made for another Model object (with equal weights, too), the task is not in the edit's template,
-        or a setting cannot be meant.
+        `like` is of another fact, object, task or setting, or a setting cannot be meant.
     EditError
         If the edit is in the weights, or was made for other ones.
     """
@@ -191,23 +201,38 @@ def compare_edit(
         raise DataError(f"{fact.object!r:.60} and {new.object!r:.60} start with the same token; choose another target.")
     for prompts in asked.values():
         check_prompts(told_at_end(prompts))
-    with track(progress, 7, "comparing") as step:
-        # 1. the relation's mover heads
-        names = strongest_movers(model, task, movers, seed) if isinstance(movers, int) else list(movers)
-        step(note="mover heads")
-        # 2. the unedited model: circuits, lens, roles
-        drawn = None if circuit_draws is None else fact_draws(model.graph, edges, circuit_draws, _ABLATIONS, seed)
-        size = {"edges": edges, "drawn": drawn}
-        cuts = _ablations(model, task, drawn, seed)
-        circuits = {"before": _circuit(model, task, fact, task.template, cuts, **size)}
-        step(note="circuit before")
-        circuits["new answer"] = _circuit(model, task, new, task.template, cuts, **size)
-        step(note="circuit of the new object")
-        reworded = replace(task, reference=encode(model, task.reference.facts, other, task.relation.objects))
-        circuits["paraphrase"] = _circuit(
-            model, reworded, fact, other, _ablations(model, reworded, drawn, seed), **size
-        )
-        step(note="circuit of the paraphrase")
+    wanted = (
+        model.digest,
+        task,
+        fact,
+        new,
+        other,
+        edges,
+        movers if isinstance(movers, int) else tuple(movers),
+        circuit_draws,
+        seed,
+    )
+    if like is not None and like.asked != wanted:
+        raise SettingError("like is of another fact, new object, task or setting than this; compare without it.")
+    drawn = None if circuit_draws is None else fact_draws(model.graph, edges, circuit_draws, _ABLATIONS, seed)
+    size = {"edges": edges, "drawn": drawn}
+    with track(progress, 7 if like is None else 3, "comparing") as step:
+        if like is None:
+            # 1. the relation's mover heads
+            names = strongest_movers(model, task, movers, seed) if isinstance(movers, int) else list(movers)
+            step(note="mover heads")
+            # 2. the unedited model: circuits, lens, roles
+            cuts = _ablations(model, task, drawn, seed)
+            circuits = {"before": _circuit(model, task, fact, task.template, cuts, **size)}
+            step(note="circuit before")
+            circuits["new answer"] = _circuit(model, task, new, task.template, cuts, **size)
+            step(note="circuit of the new object")
+            reworded = replace(task, reference=encode(model, task.reference.facts, other, task.relation.objects))
+            cuts = _ablations(model, reworded, drawn, seed)
+            circuits["paraphrase"] = _circuit(model, reworded, fact, other, cuts, **size)
+            step(note="circuit of the paraphrase")
+        else:
+            names, circuits = like.movers, {**like.circuits}
         prompt = asked[fact].select([0])
         ids = prompt.tokens[:, : int(prompt.ends[0]) + 1]
         clean = trace_blocks(model.network, ids)
@@ -228,6 +253,8 @@ def compare_edit(
             step(note="transport")
     return EditComparison(
         edit=made,
+        movers=names,
+        asked=wanted,
         circuits=circuits,
         overlap=_overlap(circuits),
         layers=_layers(model.graph, made.layers, circuits),

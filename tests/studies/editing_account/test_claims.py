@@ -38,6 +38,11 @@ def test_many_edits_are_the_single_ones(model, relation, monkeypatch):
     single = compare_edit(model, made, task, edges=40, movers=["a1.h0"], draws=4, progress=False).summary
     for name, value in single.items():
         assert table.iloc[1][name] == pytest.approx(value, nan_ok=True), name
+    both = compare_edits(model, cases, {"ft_l": {"lr": 0.2}, "ft_m": {}}, progress=False, **more)
+    assert both["method"].tolist() == ["ft_l", "ft_m"] * 2
+    by_itself = compare_edits(model, cases, "ft_l", progress=False, **{**more, "lr": 0.2})
+    for name, alone in (("ft_l", by_itself), ("ft_m", table)):
+        pd.testing.assert_frame_equal(both[both["method"] == name].reset_index(drop=True), alone)
 
 
 def test_the_account_says_yes_no_or_undecided():

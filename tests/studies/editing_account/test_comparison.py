@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from kcwb.circuits.ensemble import Ensemble, weighted_iou
 from kcwb.discovery.discover import score_edges
@@ -127,6 +128,27 @@ def test_an_edit_is_compared_on_its_own_model_not_on_one_with_equal_weights(mode
     prompt = task.val.select([0])
     with pytest.raises(SettingError, match="another Model object"):
         transport(twin, made, prompt, [], [], {}, prompt.answers[0, [0, 0]], ["a0.h0"], 2, 0)
+
+
+def test_another_edit_of_the_fact_is_compared_with_what_is_known_of_the_unedited_model(model, task, found, monkeypatch):
+    from kcwb.studies.editing_account import comparison as module
+
+    other, more = large_edit(model, task.val.facts[0], "w61", "rome"), {"edges": 60, "draws": 25, "progress": False}
+    more["movers"] = ["a0.h1", "a1.h0", "a1.h2"]  # as in `found`
+    alone = compare_edit(model, other, task, **more)
+    asked = []
+    monkeypatch.setattr(
+        module, "_circuit", lambda *args, of=module._circuit, **how: asked.append(1) or of(*args, **how)
+    )
+    again = compare_edit(model, other, task, **more, like=found)
+    assert again.summary == pytest.approx(alone.summary, nan_ok=True) and len(asked) == 1
+    assert all(torch.equal(again.circuits[name].kept, alone.circuits[name].kept) for name in alone.circuits)
+    for what in ({"seed": 1}, {"edges": 50}, {"movers": ["a0.h1"]}, {"paraphrase": "w3 {}"}):
+        with pytest.raises(SettingError, match="like is of another"):
+            compare_edit(model, other, task, **{**more, **what}, like=found)
+    elsewhere = large_edit(model, task.val.facts[0], "w62")
+    with pytest.raises(SettingError, match="like is of another"):
+        compare_edit(model, elsewhere, task, **more, like=found)
 
 
 def test_movers_are_the_task_s_strongest(model, task):

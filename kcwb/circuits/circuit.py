@@ -218,7 +218,8 @@ class Circuit:
     @property
     def digest(self) -> str:
         """SHA-256 of the graph's sizes and the kept edges' names."""
-        return edges_digest(self.graph, sorted(self.edges["sender"] + "->" + self.edges["receiver"]))
+        edges = self.kept.nonzero().tolist()
+        return edges_digest(self.graph, sorted(self.graph.edge_name(*edge) for edge in edges))
 
     @verb
     def save(self, path: str | Path, *, force: bool = False) -> None:

@@ -276,8 +276,8 @@ class DiscoveryPanel(Panel):
         if self._shown is None:
             return self._settings_html()
         nodes = self.nodes.to_html() if self.nodes.nodes else ""
-        drawn = results.plain(self._shown, self._graph._repr_html_())
-        return tables.styled(self._message.value, drawn, self.sizes.to_html(), self.bench.to_html(), nodes)
+        drawn = results.plain(self._shown, self.sizes.to_html() + self._graph._repr_html_())
+        return tables.styled(self._message.value, drawn, self.bench.to_html(), nodes)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return super()._repr_mimebundle_(include, exclude) | results.headline(self._shown)

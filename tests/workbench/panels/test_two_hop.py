@@ -45,6 +45,7 @@ def test_the_panel_finds_what_plain_functions_find(panel, planted):
     assert "two-hop less hop 2" in set(panel.deletion["asked"])
     page = panel.to_html()
     for words in (
+        f"chains are left, {len(hops.chains)} of them in D_val. Right means rank {hops.k} or better.",
         "Funnel",
         "not by entity alone",
         "Lens of the bridge at subject",

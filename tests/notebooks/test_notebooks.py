@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
 import pytest
+
+from tests.notebooks.kernels import forked_kernels
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9]*.ipynb"))
@@ -62,23 +64,28 @@ def test_sections_are_numbered_in_order(notebook):
 # --- run ---
 
 
-def run(name: str, folder: Path, **parameters: Any) -> Any:
-    """The executed notebook; it runs in a folder of its own, as a reader's would."""
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Iterator[Run]:
+    """Execute a notebook with parameters; it runs in a folder of its own, as a reader's would."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(FOLDER.parent))
-        return papermill.execute_notebook(
-            FOLDER / f"{name}.ipynb", folder / f"{name}.ipynb", parameters, progress_bar=False, cwd=folder,
-            kernel_name="python3", execution_timeout=600,
-        )  # fmt: skip
+        with forked_kernels(tmp_path_factory.mktemp("kernels")) as kernels:
+            yield lambda name, folder, **parameters: papermill.execute_notebook(
+                FOLDER / f"{name}.ipynb", folder / f"{name}.ipynb", parameters, progress_bar=False, cwd=folder,
+                kernel_name="python3", kernel_manager_class=kernels, execution_timeout=600,
+            )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Any:
+def start(run, tmp_path_factory) -> Any:
     return run("00_start_here", tmp_path_factory.mktemp("start"), facts=2, edges=60)
 
 
 @pytest.fixture(scope="module")
-def discovery(tmp_path_factory) -> Any:
+def discovery(run, tmp_path_factory) -> Any:
     folder = tmp_path_factory.mktemp("discovery")
     yield run("01_discovery", folder, relation="country_language", edges=80, n=2, draws=1)
     assert [path.name for path in folder.iterdir()] == ["01_discovery.ipynb"]  # nothing left lying about
@@ -176,7 +183,7 @@ def test_discovery_compares_ablations_and_keeps_the_circuit(discovery):
 
 
 @pytest.mark.model
-def test_completeness_tabulates_two_relations_and_keeps_its_circuits(tmp_path):
+def test_completeness_tabulates_two_relations_and_keeps_its_circuits(run, tmp_path):
     executed = run("02_completeness", tmp_path, relations=["country_capital", "antonym"], edges=80, n=4, draws=1)
     table = shown(executed, 'table.loc["average"]')
     for words in ("country_capital", "antonym", "average", "random circuits"):
@@ -186,7 +193,7 @@ def test_completeness_tabulates_two_relations_and_keeps_its_circuits(tmp_path):
 
 
 @pytest.mark.model
-def test_threshold_sensitivity_finds_a_core_of_two_thresholds(tmp_path):
+def test_threshold_sensitivity_finds_a_core_of_two_thresholds(run, tmp_path):
     executed = run("03_threshold_sensitivity", tmp_path, taus=[0.1, 0.02], within=150, n=1, n_test=3, draws=1)
     assert "near ties" in shown(executed, '"near ties"')
     assert "<iframe" in shown(executed, "graph_view(core")
@@ -195,7 +202,7 @@ def test_threshold_sensitivity_finds_a_core_of_two_thresholds(tmp_path):
 
 
 @pytest.mark.model
-def test_head_roles_follows_a_fact_and_says_what_holds(tmp_path):
+def test_head_roles_follows_a_fact_and_says_what_holds(run, tmp_path):
     executed = run(
         "04_head_roles", tmp_path, relations=["country_capital", "antonym"], edges=120, n=5, draws=1, random_heads=19
     )
@@ -213,7 +220,7 @@ def test_head_roles_follows_a_fact_and_says_what_holds(tmp_path):
 
 
 @pytest.mark.model
-def test_editing_changes_a_fact_and_weighs_the_papers_account(tmp_path):
+def test_editing_changes_a_fact_and_weighs_the_papers_account(run, tmp_path):
     executed = run(
         "05_editing", tmp_path, edits=1, compared=1, prefixes=1, covariance="identity", draws=4, size=60,
         bears=["rome"], at=[1],
@@ -224,7 +231,7 @@ def test_editing_changes_a_fact_and_weighs_the_papers_account(tmp_path):
 
 
 @pytest.mark.model
-def test_in_context_learning_makes_the_papers_table(tmp_path):
+def test_in_context_learning_makes_the_papers_table(run, tmp_path):
     executed = run(
         "07_in_context_learning", tmp_path, relations=["country_capital", "word_sentiment"], k=1, shots=[0, 1],
         edges=120, n=2, n_test=3, sets=1, steps=1, resamples=5, draws=2,
@@ -242,7 +249,7 @@ def test_in_context_learning_makes_the_papers_table(tmp_path):
 
 
 @pytest.mark.model
-def test_multi_hop_counts_what_is_left_and_compares_circuits(tmp_path):
+def test_multi_hop_counts_what_is_left_and_compares_circuits(run, tmp_path):
     executed = run(
         "08_multi_hop", tmp_path, first="food_country", second="country_capital", pairs=[], n=2, edges=300, controls=[],
         draws=2, resamples=2, steps=3, reversed_relations=["superhero_person"],
@@ -258,7 +265,7 @@ def test_multi_hop_counts_what_is_left_and_compares_circuits(tmp_path):
 
 
 @pytest.mark.model
-def test_hallucination_tells_a_case_and_tries_it_on_many(tmp_path):
+def test_hallucination_tells_a_case_and_tries_it_on_many(run, tmp_path):
     executed = run(
         "06_hallucination", tmp_path, relations=["country_capital", "country_language", "city_country"], n=8, movers=4,
         draws=20, pairs=2,
@@ -275,7 +282,7 @@ def test_hallucination_tells_a_case_and_tries_it_on_many(tmp_path):
     no_warnings(executed)
 
 
-def test_across_models_trains_finds_roles_and_judges_each_model(tmp_path, monkeypatch):
+def test_across_models_trains_finds_roles_and_judges_each_model(run, tmp_path, monkeypatch):
     monkeypatch.setenv("KCWB_CACHE", str(tmp_path / "cache"))  # nothing is found there: the models are trained
     executed = run(
         "09_across_models", tmp_path, architectures=["llama", "bert"], models=[], relations=[], steps=120,
@@ -296,7 +303,7 @@ def test_across_models_trains_finds_roles_and_judges_each_model(tmp_path, monkey
 
 
 @pytest.mark.model
-def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(tmp_path):
+def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(run, tmp_path):
     executed = run(
         "11_how_sure", tmp_path, relations=["antonym"], edges=120, n=5, n_test=4, draws=10, levels=1,
         confidences=[0.5, 0.9], within=40, orders=2,
@@ -314,7 +321,7 @@ def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(tmp_path):
 
 
 @pytest.mark.model
-def test_the_referee_judges_circuits_and_puts_claims_beside_them(tmp_path):
+def test_the_referee_judges_circuits_and_puts_claims_beside_them(run, tmp_path):
     executed = run(
         "12_referee", tmp_path, relations=["antonym"], methods=["eap", "gim"], edges=120, n=4, facts=5, draws=3
     )
@@ -327,7 +334,7 @@ def test_the_referee_judges_circuits_and_puts_claims_beside_them(tmp_path):
 
 
 @pytest.mark.model
-def test_the_frontier_compares_methods_of_every_kind(tmp_path):
+def test_the_frontier_compares_methods_of_every_kind(run, tmp_path):
     methods = {"eap": {}, "gim, tuned": {"method": "gim", "select": "tuned"}}
     executed = run(
         "13_frontier", tmp_path, relations=["antonym"], others=["ioi"], methods=methods, sizes=[100, 400], n=2,
@@ -342,7 +349,7 @@ def test_the_frontier_compares_methods_of_every_kind(tmp_path):
 
 
 @pytest.mark.model
-def test_open_questions_end_in_verdicts(tmp_path):
+def test_open_questions_end_in_verdicts(run, tmp_path):
     executed = run(
         "14_open_questions", tmp_path, relations=["country_capital", "antonym"], scaled=["antonym"], edges=120, n=6,
         n_test=6, heads=2, draws=2, edits=2, prefixes=1, covariance="identity", wordings=1, seeds=2, marks=[0, 40, 80],
@@ -366,7 +373,7 @@ def test_discovery_is_played_by_hand_and_in_code(discovery):
 
 
 @pytest.mark.model
-def test_sweeps_fills_a_store_and_counts_operations(tmp_path):
+def test_sweeps_fills_a_store_and_counts_operations(run, tmp_path):
     executed = run(
         "10_sweeps", tmp_path, relations=["antonym"], methods=["eap"], edges=150, n=2, ablations=["mean"],
         scale_layers=[2], scale_widths=[64], timed=[[2, 4, 64]],

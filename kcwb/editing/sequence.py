@@ -119,7 +119,8 @@ def sequential_edits(
         As in `kcwb.editing.edit.edit`, and as in `edit_scores` without a bound. Editors of many facts take one at a
         time here.
     at
-        After how many edits to look; those beyond the number of cases are left out, and the edits after the last.
+        After how many edits to look; for more than there are cases, after all of them. Edits after the last look are
+        left out.
     judged
         How many of the first edits, and of the last, are scored each time.
     tokens
@@ -133,12 +134,12 @@ def sequential_edits(
     Raises
     ------
     SettingError
-        If there are fewer cases than the first look needs, a prompt is edited twice, or a target is the true object.
+        If there are no cases or looks, a prompt is edited twice, or a target is the true object.
     DataError
         If a prompt of any case does not fit into the context, or an answer runs into its prompt.
     """
-    looks = sorted({n for n in at if n <= len(cases)})
-    _check(cases, looks, at)
+    looks = sorted({min(n, len(cases)) for n in at})
+    _check(cases, looks)
     cases = _apart(cases[: looks[-1]])
     edit_method(method)
     make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
@@ -185,11 +186,9 @@ def sequential_edits(
     return EditSequence(method, pd.DataFrame(rows), pd.DataFrame(states), all_of_them, origin)
 
 
-def _check(cases: Sequence[EditCase], looks: Sequence[int], at: Sequence[int]) -> None:
-    if not looks:
-        raise SettingError(
-            f"at={tuple(at)} of {len(cases)} cases: give at least as many cases as the first look needs."
-        )
+def _check(cases: Sequence[EditCase], looks: Sequence[int]) -> None:
+    if not cases or not looks:
+        raise SettingError(f"{len(cases)} cases, {len(looks)} looks: give at least one of each.")
     prompts: dict[str, int] = {}
     for i, case in enumerate(cases[: looks[-1]]):
         if case.target == case.fact.object:

@@ -220,7 +220,8 @@ def test_a_signal_at_any_time_leaves_the_model_as_it_was(model, monkeypatch):
 @pytest.mark.parametrize(
     ("cases", "more", "error", "words"),
     [
-        (CASES, {"at": (10, 100)}, SettingError, "4 cases"),
+        (CASES, {"at": ()}, SettingError, "4 cases, 0 looks"),
+        ([], {}, SettingError, "0 cases"),
         ([*CASES[:2], CASES[0]], {"at": (3,)}, SettingError, "edited by case 0 already"),
         ([EditCase(Fact("w5", "w40"), "w40", "w80 {}", (), ())], {}, SettingError, "has already"),
         ([EditCase(Fact("w5", "w40"), "w50", "{} " + "w1 " * 70, (), ())], {}, DataError, "reads 64"),

@@ -7,24 +7,53 @@ the widget's, and a style sheet in it hides the drawing while the widget lives, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+from IPython.core.getipython import get_ipython
 from IPython.display import display, update_display
 from ipywidgets import DOMWidget
+
+from kcwb.workbench import tables
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 """The type of an output that is a widget."""
 
 _LIVES = ":has(.kcwb-w-ID:not(.jupyter-widgets-disconnected))"
 _OUTPUT = ".jp-OutputArea-child:has({})"
+_DRAWN = "> * > .kcwb-p-ID"  # right in an output: not in one that holds outputs itself, as those of `interact` do
 _STYLE = (
-    f"<style>:root{_LIVES} .kcwb-p-ID, .jp-OutputArea{_LIVES} {_OUTPUT.format('.kcwb-p-ID')},"
-    f"{_OUTPUT.format('> .lm-Panel')}:has(+ * .kcwb-p-ID):not({_LIVES}) {{ display: none }}</style>"
+    f"<style>:root{_LIVES} .kcwb-p-ID, .jp-OutputArea{_LIVES} {_OUTPUT.format(_DRAWN)},"
+    f"{_OUTPUT.format('> .lm-Panel')}:has(+ * {_DRAWN}):not({_LIVES}) {{ display: none }}</style>"
 )
 
 
-def show(widget: DOMWidget, bundle: Mapping[str, Any], places: dict[str, str]) -> None:
+class Place(NamedTuple):
+    """Where a drawing stands: by which run of which cell, and what is drawn there."""
+
+    cell: str
+    run: str
+    drawn: str
+
+
+def here() -> tuple[str, str]:
+    """The cell that is run, and which of its runs this is; in pages that do not name cells, each run is another."""
+    kernel = getattr(get_ipython(), "kernel", None)
+    request = kernel.get_parent() if kernel is not None else {}
+    run = request.get("header", {}).get("msg_id", "")
+    return request.get("metadata", {}).get("cellId", run), run
+
+
+def drawn(draw: Callable[[], str]) -> str:
+    """A plain drawing as HTML, or what went wrong with it: the widget lives on without it."""
+    try:
+        return draw()
+    except Exception as error:
+        words = f"This cannot be drawn. {type(error).__name__}: {error}"
+        return tables.styled(f'<div class="kc-error">{tables.text(words, 1000)}</div>')
+
+
+def show(widget: DOMWidget, bundle: Mapping[str, Any], places: dict[str, Place]) -> None:
     """Show a widget and its plain drawing in two outputs.
 
     Parameters
@@ -34,24 +63,27 @@ def show(widget: DOMWidget, bundle: Mapping[str, Any], places: dict[str, str]) -
     bundle
         By types of output: the widget, its drawing as ``text/html``, and what else goes with that.
     places
-        Gets the display id of the drawing and what is drawn there, for `renew`.
+        Gets the drawing's place by its display id, for `renew`; those of the cell's earlier runs are no longer.
     """
+    cell, run = here()
+    for key in [key for key, place in places.items() if place.cell == cell and place.run != run]:
+        places.pop(key, None)
     if VIEW in bundle:
         widget.add_class(f"kcwb-w-{widget.model_id}")
         display({VIEW: bundle[VIEW], "text/html": "", "text/plain": ""}, raw=True)
-    drawn = _drawing(widget, bundle)
-    handle = display(drawn, raw=True, display_id=True)
+    drawing = _drawing(widget, bundle)
+    handle = display(drawing, raw=True, display_id=True)
     if handle is not None and VIEW in bundle:
-        places[handle.display_id] = drawn["text/html"]
+        places[handle.display_id] = Place(cell, run, drawing["text/html"])
 
 
-def renew(widget: DOMWidget, bundle: Mapping[str, Any], places: dict[str, str]) -> None:
+def renew(widget: DOMWidget, bundle: Mapping[str, Any], places: dict[str, Place]) -> None:
     """Draw anew where the drawing is another now; the widget stays as it is."""
-    drawn = _drawing(widget, bundle)
-    for key, before in places.items():
-        if before != drawn["text/html"]:
-            update_display(drawn, display_id=key, raw=True)
-            places[key] = drawn["text/html"]
+    drawing = _drawing(widget, bundle)
+    for key, place in list(places.items()):  # meanwhile another thread may show it once more
+        if place.drawn != drawing["text/html"]:
+            update_display(drawing, display_id=key, raw=True)
+            places[key] = place._replace(drawn=drawing["text/html"])
 
 
 def _drawing(widget: DOMWidget, bundle: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,24 @@ model = tiny.load_model(tiny.ARCHITECTURES["llama"](), tiny.tokenizer())
 panel = panels.DiscoveryPanel(model, known_relation(model, 16), edges=20, n=4, draws=1)
 panel"""
 RUN = "panel.run()\npanel.wait()\ngraph.cut = ['a0.h1->m0']"
+INSIDE = """
+import ipywidgets
+inside = ipywidgets.Output()
+with inside:
+    display(graph)
+display(ipywidgets.HTML("before it"), inside)"""
+
+
+def test_a_graph_within_an_output_is_seen_and_hides_nothing(
+    serve: Any, page: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("inside")
+    cells = [new_code_cell(MADE.removesuffix("graph")), new_code_cell(INSIDE)]
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), folder / "inside.ipynb")
+    run_all(page, serve(folder), "inside.ipynb")
+    sync_api.expect(page.locator(".kcwb-instrument")).to_be_visible(timeout=120_000)
+    sync_api.expect(page.locator(".widget-html", has_text="before it")).to_be_visible()
+    sync_api.expect(page.locator("iframe[srcdoc]:visible")).to_have_count(0)
 
 
 def test_a_saved_notebook_shows_the_picture_without_its_kernel(

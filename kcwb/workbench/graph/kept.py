@@ -16,7 +16,7 @@ from kcwb.verbs import verb
 from kcwb.workbench.graph.drawing import Drawing
 from kcwb.workbench.graph.page import GraphView, view_of
 from kcwb.workbench.graph.state import CHECKS, is_blank
-from kcwb.workbench.lasting import renew, show
+from kcwb.workbench.lasting import Place, drawn, renew, show
 
 NONE = "There is no circuit yet: graph.show(circuit)."
 
@@ -25,7 +25,7 @@ class Kept(anywidget.AnyWidget):
     """A widget with a drawing, and with traits by the names of CHECKS."""
 
     _drawing: Drawing | None = None
-    _places: dict[str, str]  # where it is shown, and what the page there is
+    _places: dict[str, Place]  # where it is shown
     height: Any
     view: Any
 
@@ -77,13 +77,14 @@ class Kept(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        return {**data, "text/html": self._repr_html_()}, metadata
+        return {**data, "text/html": drawn(self._repr_html_)}, metadata
 
     def _ipython_display_(self) -> None:
-        show(self, self._repr_mimebundle_()[0], self._places)
+        closed = {"text/plain": repr(self), "text/html": drawn(self._repr_html_)}
+        show(self, closed if self.comm is None else self._repr_mimebundle_()[0], self._places)
 
     @T.observe("scene", "pinned", "cut", "forced", "groups", "names", "notes", "answers")
     def _renew(self, change: Any) -> None:
         """Draw the page anew where the graph is shown, for the notebook as it is saved."""
-        if self._places:
+        if self._places and self.comm is not None:
             renew(self, self._repr_mimebundle_()[0], self._places)

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 import ipywidgets as W
-from IPython.core.getipython import get_ipython
 
 from kcwb.errors import KcwbError, SettingError
 from kcwb.locks import WAITING
 from kcwb.progress import ProgressCallback
 from kcwb.workbench import tables
-from kcwb.workbench.lasting import renew, show
+from kcwb.workbench.graph.widget import CircuitGraph
+from kcwb.workbench.lasting import Place, drawn, here, renew, show
 from kcwb.workbench.panels.echo import Echo
 from kcwb.workbench.panels.notes import notes
 from kcwb.workbench.panels.runner import Job, Runner
@@ -29,6 +29,7 @@ PANEL_CLASS = "kcwb-panel"
 """The CSS class of a whole panel."""
 
 _REDRAW = 0.1  # seconds between two drawings of the progress bar
+_DONE = ("pinned", "groups", "names", "notes", "cut", "forced")  # by a person to a graph
 _LOCK = threading.RLock()
 """Held while what any panel shows is changed, by whichever thread: one for all, since panels hold one another."""
 _SHOWN: dict[str, tuple[str, list[weakref.ref[Living]]]] = {}
@@ -51,7 +52,7 @@ class Living:
         self._lock, self._quiet = _LOCK, False
         self._runner = Runner(on_change=self._show_state, on_error=self._tell, hold=model.exclusive)
         self._stage, self._stage_started, self._drawn = "", 0.0, 0.0
-        self._places: dict[str, str] = {}  # where it is shown, and what the plain drawing there is
+        self._places: dict[str, Place] = {}  # where it is shown
         self._works: list[Callable[[Any], None]] = []  # what our widgets' callbacks do
         self._bar = W.FloatProgress(min=0, max=1, layout=W.Layout(width="220px", margin="0"))
         self._status, self._message = W.HTML(), W.HTML()
@@ -147,6 +148,9 @@ class Living:
         """The panel from top to bottom, when all of its widgets are made."""
         self._root.children = [W.HTML(tables.STYLE), self._echo, *children]
         self._adopt()
+        for graph in (one for one in self._owned if isinstance(one, CircuitGraph)):
+            for trait in _DONE:
+                self._on(graph, lambda _: self._refresh(), trait)
 
     def _adopt(self, *more: Group) -> None:
         """Close the widgets that are there by now, too, even if the panel is refused before it is whole."""
@@ -277,7 +281,7 @@ class Living:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         bundle = {} if self.closed else dict(self._root._repr_mimebundle_() or {})
-        return {**bundle, "text/plain": repr(self), "text/html": self.to_html()}
+        return {**bundle, "text/plain": repr(self), "text/html": drawn(self.to_html)}
 
     def _ipython_display_(self) -> None:
         """Show the widgets, and their plain drawing under an id by which it can be renewed."""
@@ -293,10 +297,7 @@ class Living:
 
 def _keep_on_screen(panel: Living) -> None:
     """Let the cell that shows a panel hold it, and no longer those that an earlier run of the cell showed."""
-    kernel = getattr(get_ipython(), "kernel", None)
-    request = kernel.get_parent() if kernel is not None else {}
-    run = request.get("header", {}).get("msg_id", "")
-    cell = request.get("metadata", {}).get("cellId", run)
+    cell, run = here()
     before, shown = _SHOWN.get(cell, ("", []))
     if before != run:
         for earlier in filter(None, (known() for known in shown)):

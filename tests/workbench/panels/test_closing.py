@@ -17,7 +17,8 @@ from kcwb.editing.edit import edit
 from kcwb.errors import CircuitError, KcwbError, SettingError
 from kcwb.tasks.task import make_task
 from kcwb.workbench import lasting
-from kcwb.workbench.panels import life, search
+from kcwb.workbench.graph.widget import CircuitGraph
+from kcwb.workbench.panels import search
 from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.discovery import DiscoveryPanel
 from kcwb.workbench.panels.edit import EditPanel
@@ -263,7 +264,7 @@ def screen(monkeypatch) -> SimpleNamespace:
     monkeypatch.setattr(lasting, "display", display)
     monkeypatch.setattr(lasting, "update_display", update)
     kernel = SimpleNamespace(get_parent=parent)
-    monkeypatch.setattr(life, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
+    monkeypatch.setattr(lasting, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
     return screen
 
 
@@ -324,3 +325,33 @@ def test_a_closed_panel_leaves_its_plain_drawing_on_screen(make, screen) -> None
     shown, renewed = screen.shown.values()
     assert shown == widget and plain != renewed and panel.to_html() in renewed["text/html"]
     assert "application/vnd.jupyter.widget-view+json" not in renewed
+
+
+def test_a_panel_lives_on_without_its_drawing(model, relation, screen, monkeypatch) -> None:
+    def broken() -> str:
+        raise ValueError("<script>")
+
+    panel = DiscoveryPanel(model, relation, edges=60, n=4, draws=2)
+    monkeypatch.setattr(panel, "to_html", broken)
+    panel._ipython_display_()
+    panel.run()
+    panel.wait(SOON)
+    assert panel.completeness is not None and panel.error is None
+    panel.close()
+    assert panel.closed
+    _, told = screen.shown.values()
+    assert "cannot be drawn. ValueError: &lt;script&gt;" in told["text/html"]
+
+
+@pytest.mark.parametrize("name", ["discovery", "node", "ensemble"])
+def test_what_a_person_does_to_a_panels_graph_is_drawn(make, screen, name) -> None:
+    panel = make[name]()
+    panel._ipython_display_()
+    (graph,) = (one for one in panel._owned if isinstance(one, CircuitGraph) and one.circuit is not None)
+    for doing in ({"names": {"m0": "the first"}}, {"notes": {"m0": "<b>"}}, {"pinned": ["m0"]}):
+        _, before = screen.shown.values()
+        graph.set_state(doing)
+        panel._runner.wait(SOON)
+        _, after = screen.shown.values()
+        assert before != after and graph._repr_html_() in after["text/html"]
+    panel.close()

@@ -111,15 +111,12 @@ class DiscoveryPanel(Panel):
         self._draws = draws
         self._search = Search(model, self.picker.read, self._enter)
         self._roles: tuple[Task, pd.DataFrame] | None = None  # the last ones asked for, and on what
-
         self._run_button.layout.margin = "2px 2px 2px 90px"
         self._ask_button = self._button("Ask", "question", self.ask, tooltip="Which facts does the model know?")
-        timing = "Time a few steps of ACDC, without running it"
         self.sizes = Sizes(self, lambda: self._shown)
-        self._predict_button = self._button("How long?", "clock-o", self.predict, tooltip=timing)
+        self._predict_button = self._button("How long?", "clock-o", self.predict, tooltip="Time a few steps of ACDC")
         self._runs = dropdown("Shown", [], None, least=400)
-        naming = "Which heads move the answer? Colours the graph"
-        self._roles_button = self._button("Roles", "paint-brush", self.find_roles, tooltip=naming)
+        self._roles_button = self._button("Roles", "paint-brush", self.find_roles, tooltip="Which heads move answers?")
         self._graph = hidden_graph(height)
         self.nodes = NodePanel(model, graph=False)
         self._comparison = Comparison(height)
@@ -178,7 +175,6 @@ class DiscoveryPanel(Panel):
 
     def ask(self) -> None:
         """Show which facts the model knows, before a run; returns at once, see `wait`."""
-        settings = self.settings
 
         def done(task: Task) -> None:
             with self._lock:
@@ -186,14 +182,13 @@ class DiscoveryPanel(Panel):
                 self._result.layout.display = ""
                 self._open("Facts")
 
-        self._begin("ask", partial(self._search.ask, settings), done)
+        self._begin("ask", partial(self._search.ask, self.settings), done)
 
     def predict(self) -> None:
         """Say how long ACDC would take with the settings on screen; returns at once, see `wait`."""
-        settings = self.settings
-        if METHODS[settings["method"]].seconds is None:
+        if METHODS[self.settings["method"]].seconds is None:
             raise SettingError("Only ACDC takes long enough to be timed first; the others say what is left.")
-        self._begin("prediction", partial(self._search.predict, settings), partial(self._say, "kc-note"))
+        self._begin("prediction", partial(self._search.predict, self.settings), partial(self._say, "kc-note"))
 
     def find_roles(self) -> None:
         """Name all heads' roles on the task on screen, and colour the graph by them; returns at once, see `wait`."""
@@ -321,6 +316,11 @@ class DiscoveryPanel(Panel):
         except (KeyError, TypeError, KcwbError):
             self._say("kc-note", "The relation of this circuit is not at hand in the same words; it is shown untested.")
             return None
+
+    def _show_state(self) -> None:
+        super()._show_state()
+        if self.state == "done" and self._shown is not None and self._shown.completeness is None:
+            self._test(self._shown)  # which gave way to other work
 
     def _test(self, found: Found) -> None:
         """Compute the completeness of a circuit."""

@@ -135,7 +135,7 @@ def summary(found: Found) -> str:
 def completeness_table(found: Found) -> str:
     """The circuit beside the full model, the empty circuit and random ones."""
     if found.completeness is None:
-        words = "being computed…" if found.task else "The facts that this circuit was found on are not at hand."
+        words = "not computed yet" if found.task else "The facts that this circuit was found on are not at hand."
         return tables.muted(words)
     return tables.table(tables.completeness_rows(found.completeness)) + tables.muted(
         "Hit@10: the share of facts whose answer has rank 10 or better, with its 95% interval (Wilson's, of that "

@@ -88,7 +88,7 @@ def _curve(table: pd.DataFrame, marked: float | None) -> str:
     parts = [f'<line x1="{_LEFT}" x2="{_RIGHT}" y1="{y(hit)}" y2="{y(hit)}" {line}/>' for hit in (0, 0.5, 1)]
     parts += [words(_LEFT - 5, y(hit) + 3.5, str(hit), "end") for hit in (0, 0.5, 1)]
     parts += [words(x(size), _BOTTOM + 14, f"{size:,}") for size in sizes]
-    if marked and low <= math.log(marked) <= high:
+    if marked is not None and sizes[0] <= marked <= sizes[-1]:
         at = f'x1="{x(marked)}" x2="{x(marked)}" y1="{_TOP - 8}" y2="{_BOTTOM}"'
         parts.append(f'<line {at} style="stroke:var(--kc-ink);stroke-dasharray:3 2"/>')
     for number, (split, colour) in enumerate(_COLOURS.items()):

@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from typing import Any
@@ -195,6 +196,57 @@ def test_other_sizes_are_tested_when_asked_for_and_the_one_on_screen_is_marked(f
 def test_sizes_of_nothing_are_refused_in_words(panel):
     panel.sizes.button.click()
     assert "press Run" in panel._message.value
+
+
+@pytest.mark.parametrize("edges", [-3, 0, float("inf")])
+def test_sizes_are_drawn_of_a_circuit_whose_file_tells_no_size(found, tmp_path, edges):
+    source = found.circuit.provenance
+    told = {**source, "parameters": {**source["parameters"], "edges": edges}}
+    replace(found.circuit, provenance=told).save(tmp_path / "circuit.json")
+    found.load(tmp_path / "circuit.json")
+    found.wait(SOON)
+    found.sizes.measure()
+    found.wait(SOON)
+    assert "<circle" in found.sizes.drawn.value and found.sizes.drawn.value.count("dasharray") == 0
+
+
+@pytest.mark.parametrize("work", ["find_roles", "ask", "measure"])
+def test_a_circuit_is_tested_also_if_other_work_comes_between(panel, monkeypatch, work):
+    started, calls = threading.Event(), []
+
+    def slow_at_first(*args: Any, progress: Any, **more: Any) -> pd.DataFrame:
+        calls.append(args)
+        started.set()
+        while len(calls) == 1:
+            progress(0, 1, "")  # until it is stopped
+            time.sleep(0.005)
+        return kcwb.completeness(*args, progress=progress, **more)
+
+    monkeypatch.setattr(panels, "completeness", slow_at_first)
+    panel.run()
+    assert started.wait(SOON) and panel.completeness is None
+    assert "not computed yet" in panel.to_html()
+    getattr(panel.sizes if work == "measure" else panel, work)()
+    panel.wait(SOON)
+    assert panel.completeness is not None and len(calls) == 2
+    assert "not computed yet" not in panel.to_html()
+
+
+def test_a_test_that_was_cancelled_stays_cancelled(panel, monkeypatch):
+    started = threading.Event()
+
+    def slow(*args: Any, progress: Any, **more: Any) -> None:
+        started.set()
+        while True:
+            progress(0, 1, "")
+            time.sleep(0.005)
+
+    monkeypatch.setattr(panels, "completeness", slow)
+    panel.run()
+    assert started.wait(SOON)
+    panel.cancel()
+    panel.wait(SOON)
+    assert panel.state == "idle" and "not computed yet" in panel._pages["Is it the model?"].value
 
 
 def test_the_slider_leaves_an_acdc_circuit_alone(panel):

@@ -43,7 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say which tests belong into one process and which are slow; side by side, start with what takes longest."""
     if workers:
-        items.sort(key=lambda item: not (item.get_closest_marker("model") or item.path.stem == "test_notebooks"))
+        long = ("model", "browser")
+        items.sort(key=lambda item: not (any(map(item.get_closest_marker, long)) or item.path.stem == "test_notebooks"))
     slow, others = set(SLOW.read_text(encoding="utf-8").split()), set(ARCHITECTURES) - _DAILY
     for item in items:
         group, function = item.nodeid.split("::")[0], item.nodeid.split("[")[0]

@@ -40,5 +40,5 @@ def test_each_size_is_the_resized_circuit_run_alone(model, task):
 def test_what_cannot_be_resized_or_is_too_small_is_refused(model, task):
     with pytest.raises(CircuitError, match="score"):
         size_curve(model, Circuit.full(model.graph), task, progress=False)
-    with pytest.raises(SettingError, match="No size"):
+    with pytest.raises(SettingError, match="at least one up to"):
         size_curve(model, discover(model, task, edges=40, progress=False), task, sizes=(10**6,), progress=False)

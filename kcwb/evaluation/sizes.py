@@ -60,7 +60,9 @@ def size_curve(
     check_same_weights(model, task)
     asked, sizes = sizes, sorted({size for size in sizes if size <= model.graph.n_edges})
     if not sizes:
-        raise SettingError(f"sizes={list(asked)}: give at least one up to {model.name}'s {model.graph.n_edges:,} edges.")
+        raise SettingError(
+            f"sizes={list(asked)}: give at least one up to {model.name}'s {model.graph.n_edges:,} edges."
+        )
     cuts = make_ablation(model, task, ablation or circuit.ablation)
     splits = {"D_val": task.val, "D_test": task.test}
     splits = {name: cuts.usable(prompts) for name, prompts in splits.items() if len(prompts)}

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from kcwb.models.loading import Model, load_model
+from kcwb.models.network import Network
 from kcwb.tasks.relations import Relation
 from tests.tiny import ARCHITECTURES, tiny_model, word_relation
 
@@ -106,3 +107,12 @@ def words() -> Relation:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared_as_it_was() -> Iterator[None]:
+    """A method that is patched on a network, not on its class, is left on it, and its copies call the original's."""
+    yield
+    for name, model in _TINY.items():
+        left = [one for one in vars(model.network) if callable(getattr(Network, one, None))]
+        assert not left, f"This test has left {left} on the tiny {name}'s network: patch the class."

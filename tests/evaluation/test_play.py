@@ -17,6 +17,7 @@ from kcwb.discovery.baselines import random_circuit
 from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.evaluation.play import Play
 from kcwb.interventions.nodes import ablate_nodes
+from kcwb.models.network import Network
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
@@ -100,17 +101,22 @@ def test_a_changing_run_is_a_run_of_its_own_at_any_density(tiny, few, monkeypatc
             torch.testing.assert_close(run.logits(kept), runs.logits(kept), rtol=0, atol=0)
 
 
+def note_runs(monkeypatch, ran):
+    """Of the class: a method that is patched on a network stays one of its own, and its copies call it."""
+    for name in ("queries", "mlp"):
+        own = getattr(Network, name)
+        monkeypatch.setattr(
+            Network,
+            name,
+            lambda self, layer, *a, own=own, **k: ran.append((own.__name__, layer)) or own(self, layer, *a, **k),
+        )
+
+
 def test_layers_before_the_first_change_are_not_run_again(tiny, monkeypatch):
     model, ran = tiny("llama"), []
     edges = [*EDGES, "input->m1", "a0.h1->m1", "m1->logits"]
     play = Play(model, Circuit.from_edges(model.graph, edges), task_of(model))
-    for name in ("queries", "mlp"):
-        own = getattr(model.network, name)
-        monkeypatch.setattr(
-            model.network,
-            name,
-            lambda layer, *a, own=own, **k: ran.append((own.__name__, layer)) or own(layer, *a, **k),
-        )
+    note_runs(monkeypatch, ran)
     play.cut("a0.h1->m1")
     assert ran == [("mlp", 1)]
     play.cut("m0->logits")  # what m0 writes matters as before: its value is read at all positions
@@ -124,13 +130,7 @@ def test_nodes_that_a_change_does_not_reach_are_not_run_again_and_what_is_undone
     model, ran = tiny("llama"), []
     edges = ["input->a0.h1<v>", "a0.h1->m1", "input->m0", "m0->a1.h2<v>", "a1.h2->logits", "m1->logits", "input->m1"]
     play = Play(model, Circuit.from_edges(model.graph, edges), task_of(model))
-    for name in ("queries", "mlp"):
-        own = getattr(model.network, name)
-        monkeypatch.setattr(
-            model.network,
-            name,
-            lambda layer, *a, own=own, **k: ran.append((own.__name__, layer)) or own(layer, *a, **k),
-        )
+    note_runs(monkeypatch, ran)
     play.cut("input->m0")  # reached are m0 and a1.h2
     assert ran == [("mlp", 0), ("queries", 1)]
     play.undo()
@@ -141,7 +141,7 @@ def test_nodes_that_a_change_does_not_reach_are_not_run_again_and_what_is_undone
 
 def test_a_step_that_is_cancelled_leaves_all_as_it_was(play, monkeypatch):
     before = state(play)
-    monkeypatch.setattr(play.model.network, "logits", lambda x: 1 / 0)
+    monkeypatch.setattr(Network, "logits", lambda self, x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         play.cut("m0")
     monkeypatch.undo()

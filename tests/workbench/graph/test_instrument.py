@@ -114,7 +114,7 @@ def test_an_edge_is_forced_in_and_taken_out(show: Any) -> None:
         page.fill("#kc-search", name)
         page.keyboard.press("Enter")
     assert trait(page, "forced") == ["a2.h1->logits", "m0->a2.h1<q>"]
-    until(page, "graph.boxes().includes('a2.h1')")
+    until(page, "graph.links().some((link) => link.name === 'm0->a2.h1<q>')")
     links = {link["name"]: link for link in asked(page, "graph.links()")}
     assert links["m0->a2.h1<q>"]["forced"] and links["m0->a2.h1<q>"]["tone"] == "forced"
     assert asked(page, "graph.place('a2.h1').y < graph.place('a1.h2').y")

@@ -11,7 +11,8 @@ import pandas as pd
 
 from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import EditError, edit, is_answer
-from kcwb.errors import DataError
+from kcwb.editing.registry import edit_method
+from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.roles import strongest_movers
@@ -59,8 +60,19 @@ def compare_edits(
     -------
     DataFrame
         One row per edit and method: `relation`, `subject`, `true`, `target`, `method`, and `EditComparison.summary`.
+
+    Raises
+    ------
+    SettingError
+        If there are no cases or editors, or there is no such editor.
+    DataError
+        If no edit could be compared.
     """
     methods = {method: {}} if isinstance(method, str) else method
+    if not cases or not methods:
+        raise SettingError(f"{len(cases)} cases, {len(methods)} editors: give at least one of each.")
+    for name in methods:
+        edit_method(name)  # before anything runs
     tasks: dict[tuple[str, str], tuple[Task, list[str]]] = {}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []

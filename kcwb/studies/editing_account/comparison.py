@@ -201,17 +201,8 @@ def compare_edit(
         raise DataError(f"{fact.object!r:.60} and {new.object!r:.60} start with the same token; choose another target.")
     for prompts in asked.values():
         check_prompts(told_at_end(prompts))
-    wanted = (
-        model.digest,
-        task,
-        fact,
-        new,
-        other,
-        edges,
-        movers if isinstance(movers, int) else tuple(movers),
-        circuit_draws,
-        seed,
-    )
+    heads = movers if isinstance(movers, int) else tuple(movers)
+    wanted = (model.digest, task, fact, new, other, edges, heads, circuit_draws, seed)
     if like is not None and like.asked != wanted:
         raise SettingError("like is of another fact, new object, task or setting than this; compare without it.")
     drawn = None if circuit_draws is None else fact_draws(model.graph, edges, circuit_draws, _ABLATIONS, seed)
@@ -219,7 +210,7 @@ def compare_edit(
     with track(progress, 7 if like is None else 3, "comparing") as step:
         if like is None:
             # 1. the relation's mover heads
-            names = strongest_movers(model, task, movers, seed) if isinstance(movers, int) else list(movers)
+            names = strongest_movers(model, task, heads, seed) if isinstance(heads, int) else heads
             step(note="mover heads")
             # 2. the unedited model: circuits, lens, roles
             cuts = _ablations(model, task, drawn, seed)

@@ -35,11 +35,11 @@ from kcwb.workbench.panels.ranked import Ranked
 from kcwb.workbench.panels.results import Found
 from kcwb.workbench.panels.runner import Job
 from kcwb.workbench.panels.search import Search
-from kcwb.workbench.panels.sizes import SIZES, Sizes
+from kcwb.workbench.panels.sizes import SIZING, Sizes
 from kcwb.workbench.panels.widgets import button, dropdown, hidden_graph, offer, room, the_file
 
 _NODE, _COMPARE, _REFEREE = "Node", "Compare runs", "Referee"
-_AFTER = ("test", "play", SIZES)  # jobs on a circuit that is there
+_AFTER = ("test", "play", SIZING)  # jobs on a circuit that is there
 
 
 class DiscoveryPanel(Panel):

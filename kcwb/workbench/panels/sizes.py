@@ -17,7 +17,7 @@ from kcwb.workbench.panels.life import Living
 from kcwb.workbench.panels.results import Found, parameter, resizable
 from kcwb.workbench.panels.widgets import Group
 
-SIZES = "sizes"
+SIZING = "sizes"
 """The name of the job."""
 _COLOURS = {"D_val": "#0072b2", "D_test": "#d55e00"}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 30, 330, 12, 72  # of what is drawn, pixels
@@ -56,7 +56,7 @@ class Sizes(Group):
                 found.sizes = table
                 self.draw()
 
-        panel._begin(SIZES, job, done)
+        panel._begin(SIZING, job, done)
 
     def draw(self) -> None:
         """What is known of other sizes of the circuit on screen."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kcwb.editing.cases import EditCase
+from kcwb.errors import SettingError
 from kcwb.studies.editing_account.claims import account, compare_edits, edit_claims
 from kcwb.studies.editing_account.comparison import compare_edit
 from kcwb.tasks.relations import Fact
@@ -43,6 +44,22 @@ def test_many_edits_are_the_single_ones(model, relation, monkeypatch):
     by_itself = compare_edits(model, cases, "ft_l", progress=False, **{**more, "lr": 0.2})
     for name, alone in (("ft_l", by_itself), ("ft_m", table)):
         pd.testing.assert_frame_equal(both[both["method"] == name].reset_index(drop=True), alone)
+
+
+@pytest.mark.parametrize(
+    ("cases", "method", "words"),
+    [
+        ([], "rome", "0 cases"),
+        ([EditCase(Fact("w5", "w40"), "w50", "w80 {}", (), ())], {}, "0 editors"),
+        ([EditCase(Fact("w5", "w40"), "w50", "w80 {}", (), ())], {"rome": {}, "romee": {}}, "rome"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(model, cases, method, words, monkeypatch):
+    from kcwb.studies.editing_account import claims as module
+
+    monkeypatch.setattr(module, "make_task", lambda *args, **more: pytest.fail("work was done"))
+    with pytest.raises(SettingError, match=words):
+        compare_edits(model, cases, method, progress=False)
 
 
 def test_the_account_says_yes_no_or_undecided():

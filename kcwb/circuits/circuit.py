@@ -1,9 +1,4 @@
-"""A circuit: the edges that are kept, their scores, and where they come from.
-
-On disk a circuit is a JSON file that a person can read: its graph, its provenance and one line per kept edge, named
-as in MIB (`input->a0.h0<q>`). The scores of all edges, kept or not, go into a safetensors file beside it; see
-`kcwb.circuits.circuitfile`.
-"""
+"""A circuit: the edges that are kept, their scores, and where they come from; on disk: `kcwb.circuits.circuitfile`."""
 
 from __future__ import annotations
 
@@ -16,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order
 from torch import Tensor
 
 from kcwb.circuits.circuitfile import edges_digest, load_circuit, save_circuit
-from kcwb.circuits.provenance import found_with, part
+from kcwb.circuits.provenance import in_brief
 from kcwb.circuits.session import Session, session_of
 from kcwb.errors import CircuitError
 from kcwb.models.graph import Graph
@@ -106,7 +101,7 @@ class Circuit:
     @property
     def n_nodes(self) -> int:
         """How many heads and MLPs have a kept edge."""
-        return int(self.nodes["kind"].isin(["head", "mlp"]).sum())
+        return int(self.touched[1:-1].sum())
 
     @property
     def ablation(self) -> str:
@@ -117,13 +112,7 @@ class Circuit:
     def edges(self) -> pd.DataFrame:
         """The kept edges: `sender`, `receiver`, `score`, strongest first."""
         rows, columns = self.kept.nonzero(as_tuple=True)
-        frame = pd.DataFrame(
-            {
-                "sender": np.array(self.graph.sender_names, dtype=object)[rows.numpy()],
-                "receiver": np.array(self.graph.receiver_names, dtype=object)[columns.numpy()],
-                "score": self._score_of(rows, columns),
-            }
-        )
+        frame = edge_table(self.graph, rows, columns, score=self._score_of(rows, columns))
         return frame.sort_values("score", key=abs, ascending=False, kind="stable", ignore_index=True)
 
     @property
@@ -138,9 +127,7 @@ class Circuit:
         strength = np.abs(np.nan_to_num(self._score_of(rows, columns)))
         sent = np.bincount(rows.numpy(), strength, minlength=graph.n_senders + 1)
         sent[-1] = strength[columns.numpy() == graph.n_receivers - 1].sum()
-        frame = pd.DataFrame([graph.node(name) for name in graph.node_names])
-        frame.insert(0, "node", graph.node_names)
-        frame = frame.assign(in_edges=into, out_edges=out, score=sent)
+        frame = node_table(graph, in_edges=into, out_edges=out, score=sent)
         return frame[(into + out) > 0].reset_index(drop=True)
 
     @property
@@ -151,6 +138,12 @@ class Circuit:
         matrix = np.zeros((n_nodes, n_nodes), dtype=np.int64)
         np.add.at(matrix, (rows.numpy(), self.graph.receiver_node[columns].numpy()), 1)
         return matrix
+
+    @property
+    def touched(self) -> np.ndarray:
+        """`[nodes]`: which nodes have a kept edge."""
+        matrix = self.node_matrix
+        return matrix.sum(0) + matrix.sum(1) > 0
 
     def without_dangling(self) -> Circuit:
         """Keep only the edges that lie on a path from `input` to `logits`."""
@@ -200,9 +193,11 @@ class Circuit:
     def _combine(self, other: Circuit, merge: Callable[[Tensor, Tensor], Tensor], verb: str) -> Circuit:
         if self.graph != other.graph:
             raise CircuitError(f"Circuits of different graphs do not combine: {self.graph}; {other.graph}.")
-        provenance = {"method": verb, "of": [dict(self.provenance), dict(other.provenance)]}
-        if self.provenance.get("model") == other.provenance.get("model") and "model" in self.provenance:
-            provenance["model"] = self.provenance["model"]
+        provenance: dict[str, Any] = {"method": verb, "of": [dict(self.provenance), dict(other.provenance)]}
+        said = [one for one in provenance["of"] if one]  # a circuit made by hand, or of all edges, says nothing
+        for key in ("model", "ablation"):
+            if said and key in said[0] and all(one.get(key) == said[0][key] for one in said):
+                provenance[key] = said[0][key]
         scores = self.scores
         if scores is None or other.scores is None:
             scores = other.scores if scores is None else scores
@@ -253,9 +248,20 @@ class Circuit:
 
     def __repr__(self) -> str:
         """One line: size and where it comes from."""
-        source = [str(name) for name in [part(self.provenance, "relation").get("name")] if name]
-        source += found_with(self.provenance, "method", "ablation")
         return (
             f"Circuit({self.n_edges:,} of {self.graph.n_edges:,} edges, {self.n_nodes} of "
-            f"{self.graph.n_senders - 1} heads and MLPs{': ' if source else ''}{', '.join(source)})"
+            f"{self.graph.n_senders - 1} heads and MLPs{in_brief(self.provenance)})"
         )
+
+
+def edge_table(graph: Graph, rows: Int[Tensor, " E"], columns: Int[Tensor, " E"], **more: Any) -> pd.DataFrame:
+    """Some edges as a table: `sender`, `receiver`, and more columns."""
+    senders, receivers = (np.array(names, dtype=object) for names in (graph.sender_names, graph.receiver_names))
+    return pd.DataFrame({"sender": senders[rows.numpy()], "receiver": receivers[columns.numpy()], **more})
+
+
+def node_table(graph: Graph, **more: Any) -> pd.DataFrame:
+    """All nodes as a table: `node`, `kind`, `layer`, `head`, and more columns."""
+    frame = pd.DataFrame([graph.node(name) for name in graph.node_names])
+    frame.insert(0, "node", graph.node_names)
+    return frame.assign(**more)

@@ -38,9 +38,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.circuit import Circuit, edge_table, node_table
 from kcwb.circuits.ensemblefile import load_ensemble, save_ensemble
-from kcwb.circuits.provenance import found_with, part
+from kcwb.circuits.provenance import in_brief, part
 from kcwb.errors import CircuitError
 from kcwb.models.graph import Graph
 from kcwb.settings import Share
@@ -133,15 +133,7 @@ class Ensemble:
         `score`; and for each source that was varied the share of its twins, of draws that kept the edge, that lost it
         (NaN where no such draw has a twin).
         """
-        rows, columns = self.places.T
-        frame = pd.DataFrame(
-            {
-                "sender": np.array(self.graph.sender_names, dtype=object)[rows.numpy()],
-                "receiver": np.array(self.graph.receiver_names, dtype=object)[columns.numpy()],
-                **_estimates(self.kept),
-                "score": self.scores.numpy(),
-            }
-        )
+        frame = edge_table(self.graph, *self.places.T, **_estimates(self.kept), score=self.scores.numpy())
         for source, twin in self.twins.items():
             before = self.kept[: len(twin)]
             kept = before.sum(0).numpy()
@@ -153,9 +145,7 @@ class Ensemble:
     @property
     def nodes(self) -> pd.DataFrame:
         """Every node that has a kept edge in some draw: `node`, `kind`, `layer`, `head`, and `pi` as of `edges`."""
-        frame = pd.DataFrame([self.graph.node(name) for name in self.graph.node_names])
-        frame.insert(0, "node", self.graph.node_names)
-        frame = frame.assign(**_estimates(self.present))
+        frame = node_table(self.graph, **_estimates(self.present))
         frame = frame[frame["draws"] > 0]
         return frame.sort_values("pi", ascending=False, kind="stable", ignore_index=True)
 
@@ -279,10 +269,8 @@ class Ensemble:
 
     def __repr__(self) -> str:
         """One line: draws, sizes and where it comes from."""
-        source = [str(name) for name in [part(self.provenance, "relation").get("name")] if name]
-        source += found_with(self.provenance, "method", "ablation")
         return (
-            f"Ensemble({len(self)} draws of {self.size:,.0f} edges{': ' if source else ''}{', '.join(source)}; "
+            f"Ensemble({len(self)} draws of {self.size:,.0f} edges{in_brief(self.provenance)}; "
             f"{self._reaching(0.9):,} edges in nine of ten draws, {len(self.places):,} in some)"
         )
 
@@ -323,7 +311,7 @@ def inclusion(one: Circuit | Ensemble) -> Float[Tensor, "S R"]:
 def node_inclusion(one: Circuit | Ensemble) -> Float[np.ndarray, " nodes"]:
     """How sure each node is, in the order of `graph.node_names`; those of a circuit are 1 or 0."""
     if isinstance(one, Circuit):
-        return (one.node_matrix.sum(0) + one.node_matrix.sum(1) > 0).astype(float)
+        return one.touched.astype(float)
     return one.present.double().mean(0).numpy()
 
 

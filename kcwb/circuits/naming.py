@@ -22,19 +22,9 @@ if TYPE_CHECKING:
 
 
 def edges_named(graph: Graph, name: str, groups: Mapping[str, Sequence[str]], what: str) -> Bool[Tensor, "S R"]:
-    """All edges of a graph that a name stands for.
+    """All edges of a graph that a name stands for; `groups` are their names -> their nodes.
 
-    Parameters
-    ----------
-    graph, groups
-        Where nodes and edges are; group -> its nodes, all known.
-    what
-        What messages begin with, such as the verb that was given the name.
-
-    Raises
-    ------
-    CircuitError
-        If the name is unknown, or there is no such edge; tells the nearest name.
+    CircuitError, which begins with `what`, if the name is unknown (it tells the nearest), or there is no such edge.
     """
     mask = torch.zeros_like(graph.exists)
     if name not in groups and "->" in name:
@@ -58,21 +48,10 @@ def edges_named(graph: Graph, name: str, groups: Mapping[str, Sequence[str]], wh
 def edges_meant(
     what: str, name: str, groups: Mapping[str, Sequence[str]], given: Circuit, now: Circuit
 ) -> Bool[Tensor, "S R"]:
-    """The edges that a step with a name is about.
+    """The edges that a step with a name is about: `what` is `cut`, `restore` or `force`, see `kcwb.Play`.
 
-    Parameters
-    ----------
-    what
-        `cut`, `restore` or `force`, see `kcwb.Play`.
-    groups
-        As in `edges_named`.
-    given, now
-        The circuit as it was given, and as it is.
-
-    Raises
-    ------
-    CircuitError
-        If the name is unknown, or there is nothing of it to cut, restore or force.
+    The circuit is as it was `given`, and as it is `now`. CircuitError if the name is unknown, or there is nothing of it
+    to cut, restore or force.
     """
     graph = given.graph
     edges = edges_named(graph, name, groups, what)
@@ -84,7 +63,7 @@ def edges_meant(
     else:
         if "->" not in name or name in groups:
             own = groups.get(name, (name,))
-            near = torch.from_numpy(now.node_matrix.sum(0) + now.node_matrix.sum(1) > 0)
+            near = torch.from_numpy(now.touched)
             near[[0, -1, *(graph.node_names.index(node) for node in own)]] = True
             edges = edges & near[:-1, None] & near[graph.receiver_node]
         found, words = edges & ~now.kept, "is in the circuit already"

@@ -59,9 +59,16 @@ def origin(circuit: Circuit) -> dict[str, Any]:
     return {"digest": circuit.digest, "edges": circuit.n_edges, **found}
 
 
-def found_with(provenance: Mapping[str, Any], *keys: str) -> list[str]:
-    """How a circuit was found, in words: those of `keys` that it records, or method, ablation and metric."""
-    return [str(provenance[key]) for key in keys or HOW if key in provenance]
+def found_with(provenance: Mapping[str, Any]) -> list[str]:
+    """How a circuit was found, in words: method, ablation and metric, as far as they are recorded."""
+    return [str(provenance[key]) for key in HOW if key in provenance]
+
+
+def in_brief(provenance: Mapping[str, Any]) -> str:
+    """Relation, method and ablation, as far as they are recorded, to end what is said of a circuit."""
+    said = [part(provenance, "relation").get("name"), *map(provenance.get, HOW[:2])]
+    words = ", ".join(str(one) for one in said if one)
+    return f": {words}" if words else ""
 
 
 #: What a task is made again from, by our arguments' names: where it is recorded, and what it must be.

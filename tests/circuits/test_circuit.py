@@ -110,6 +110,18 @@ def test_algebra_records_its_operands():
     assert "model" not in (a | other).provenance
 
 
+def test_algebra_keeps_what_cut_edges_delivered():
+    """So that what is evaluated under a circuit's own ablation is not evaluated under zero instead."""
+    model = {"name": "m", "digest": "d"}
+    a = random_circuit(seed=1, provenance={"method": "eap", "ablation": "mean", "model": model})
+    b = random_circuit(seed=2, provenance={"method": "gim", "ablation": "mean"})
+    for merged in (a | b, a & b, a - b, a.complement(), a & random_circuit(seed=3), Circuit.full(GRAPH) - a):
+        assert merged.ablation == "mean"
+    assert a.complement().provenance["model"] == model and "model" not in (a | b).provenance
+    other = random_circuit(seed=2, provenance={"method": "acdc", "ablation": "resample"})
+    assert "ablation" not in (a | other).provenance  # nothing is right for both
+
+
 @pytest.mark.parametrize("other", [Graph(2, 4), Graph(3, 3), Graph(2, 3, parallel=True)], ids=str)
 def test_circuits_of_different_graphs_do_not_combine(other):
     for combine in (Circuit.__or__, Circuit.__and__, Circuit.__sub__, Circuit.iou):

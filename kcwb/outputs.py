@@ -7,6 +7,7 @@ A file that is read, under whatever name, is never overwritten.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Callable, Iterable
@@ -28,6 +29,11 @@ class Kind(NamedTuple):
     name: str
     ours: Callable[[Path], bool]
 
+    @property
+    def noun(self) -> str:
+        """The name without its article."""
+        return self.name.partition(" ")[2]
+
 
 def check_output(
     path: str | Path,
@@ -38,22 +44,11 @@ def check_output(
     force: bool = False,
     make_folder: bool = False,
 ) -> None:
-    """Raise SettingError unless a file of ours may and can be written there.
+    """Raise SettingError, which calls the path `what`, unless a file of ours may and can be written there.
 
-    Parameters
-    ----------
-    path
-        The file; where it is a symbolic link, what that leads to.
-    kind
-        What is going to be written; only such a file, written by kcwb, is overwritten.
-    what
-        What the message calls it.
-    inputs
-        Files that are read: none of them is overwritten, under no name.
-    force
-        Overwrite also what kcwb did not write.
-    make_folder
-        Whether a folder that is missing is going to be made.
+    Where the path is a symbolic link, that is what it leads to. Overwritten is only a file of the `kind` that is going
+    to be written, if kcwb wrote it or with `force`, and none of the `inputs`, under no name. `make_folder`: a folder
+    that is missing is going to be made.
     """
     try:
         target = Path(os.path.realpath(path))
@@ -76,7 +71,8 @@ def settle(path: Path, kind: Kind, *, force: bool = False) -> Path:
 def _refusal(target: Path, kind: Kind, inputs: Iterable[str | Path], force: bool) -> str:
     """Why a path must not be written to; empty if it may."""
     for source in inputs:
-        if os.path.realpath(source) == str(target) or (target.exists() and _same(target, source)):
+        there = target.exists() and os.path.exists(source)
+        if os.path.realpath(source) == str(target) or (there and os.path.samefile(target, source)):
             return (
                 f"is {Path(source).name}, which is read: only {kind.name} is overwritten, and nothing that is read. "
                 "Choose another name."
@@ -110,13 +106,14 @@ def _hindrance(target: Path, make_folder: bool) -> str:
     return ""
 
 
-def _same(target: Path, source: str | Path) -> bool:
-    return os.path.exists(source) and os.path.samefile(target, source)
+def _marked(pattern: bytes, most: int) -> Callable[[Path], bool]:
+    """Whether a pattern is in the first bytes of a file."""
 
+    def ours(path: Path) -> bool:
+        with path.open("rb") as file:
+            return re.search(pattern, file.read(most)) is not None
 
-def _is_page(path: Path) -> bool:
-    with path.open("rb") as file:
-        return PAGE_MARK.encode() in file.read(2000)
+    return ours
 
 
 def _is_pdf(path: Path) -> bool:
@@ -125,26 +122,17 @@ def _is_pdf(path: Path) -> bool:
         return file.read() == PDF_MARK
 
 
-def _is_circuit(path: Path) -> bool:
-    from kcwb.circuits.circuitfile import is_ours
-
-    return is_ours(path)
-
-
-def _is_ensemble(path: Path) -> bool:
-    from kcwb.circuits.ensemblefile import is_ours
-
-    return is_ours(path)
-
-
 def _is_graph(path: Path) -> bool:
     from kcwb.workbench.graph.figure import MARK
 
     return MARK.encode() in path.read_bytes()
 
 
-PAGE, PDF, CIRCUIT = Kind("a page", _is_page), Kind("a PDF", _is_pdf), Kind("a circuit", _is_circuit)
-ENSEMBLE, GRAPH = Kind("an ensemble", _is_ensemble), Kind("a picture of a circuit", _is_graph)
+PAGE, PDF = Kind("a page", _marked(re.escape(PAGE_MARK.encode()), 2000)), Kind("a PDF", _is_pdf)
+# Of any version, also one that was cut off or written anew by another tool.
+CIRCUIT = Kind("a circuit", _marked(rb'"format"\s*:\s*"kcwb-circuit/', 2**20))
+ENSEMBLE = Kind("an ensemble", _marked(rb'"format"\s*:\s*"kcwb-ensemble/', 2**20))
+GRAPH = Kind("a picture of a circuit", _is_graph)
 
 
 def same_text(text: str) -> Kind:

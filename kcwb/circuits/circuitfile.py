@@ -1,5 +1,6 @@
 """A circuit on disk: a JSON file that a person can read, and the scores of all edges in a safetensors file beside it.
 
+The JSON holds its graph, its provenance, and a line per kept edge, named as in MIB (`input->a0.h0<q>`).
 The scores' file is named after the JSON file and its own content, so that a circuit never meets another one's:
 
 1. `save` writes the scores under their own name, then replaces the JSON, then removes the scores of the JSON that was
@@ -15,7 +16,8 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,33 +27,62 @@ from kcwb.circuits.session import session_json, with_session_of_json
 from kcwb.errors import CircuitError
 from kcwb.files import held, write_tensors, write_text
 from kcwb.models.graph import Graph
+from kcwb.outputs import CIRCUIT, Kind
 
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
 
 _FORMAT = "kcwb-circuit/1"
-#: A circuit's file of any version, also one that was cut off or written anew by another tool.
-_OURS = re.compile(rb'"format"\s*:\s*"kcwb-circuit/')
 _DIGEST = re.compile("[0-9a-f]{64}")
+#: What a file raises that is damaged.
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, CircuitError)
+
+
+def read_bytes(path: Path, noun: str = "circuit") -> bytes:
+    """The content of a file that holds a circuit, or another noun; CircuitError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CircuitError(f"The {noun} {path} cannot be read: {error.strerror}.") from error
+
+
+def read_ours(path: Path, kind: Kind, version: str) -> dict[str, Any]:
+    """What a JSON file of ours holds; CircuitError if it cannot be read, or is none of that kind and version."""
+    content = read_bytes(path, kind.noun)
+    try:
+        data = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CircuitError(f"{path} is not {kind.name}: {error}. Was its writing cut off?") from error
+    if not isinstance(data, dict) or data.get("format") != version:
+        raise CircuitError(f"{path} is not {kind.name} of this workbench: its format is not {version!r}.")
+    return data
+
+
+@contextlib.contextmanager
+def saving(path: Path, kind: Kind, force: bool) -> Iterator[None]:
+    """Have a file written that replaces none of another kind, unless forced; CircuitError if it cannot be."""
+    try:
+        if path.exists() and not (force or (path.is_file() and kind.ours(path))):
+            raise CircuitError(
+                f"{path} is there and is no {kind.noun}, so it is left as it is. Choose another name, or save(..., "
+                "force=True)."
+            )
+        yield
+    except OSError as error:
+        words = f"The {kind.noun} cannot be saved as {path}: {error.strerror}. Choose another place."
+        raise CircuitError(words) from error
 
 
 def save_circuit(circuit: Circuit, path: Path, force: bool) -> None:
     """Write a circuit; see `Circuit.save`."""
     text, stored = _json(circuit)
-    try:
-        if not (force or not path.exists() or is_ours(path)):
-            raise CircuitError(
-                f"{path} is there and is no circuit, so it is left as it is. Choose another name, or save(..., "
-                "force=True)."
-            )
+    with saving(path, CIRCUIT, force):
         path.parent.mkdir(parents=True, exist_ok=True)
         with held(path.parent):
             if circuit.scores is not None and stored is not None:
                 write_tensors(_scores_path(path, stored), {"scores": circuit.scores})
             write_text(path, text)
             _remove_scores(path, stored)
-    except OSError as error:
-        raise CircuitError(f"The circuit cannot be saved as {path}: {error.strerror}. Choose another place.") from error
 
 
 def load_circuit(path: Path) -> Circuit:
@@ -63,15 +94,8 @@ def load_circuit(path: Path) -> Circuit:
 def _load(path: Path) -> tuple[Circuit, Any]:
     """The circuit, and the session of its file as it stands there."""
     while True:
-        try:
-            version = _version(path)
-            data = json.loads(path.read_bytes().decode("utf-8"))
-        except OSError as error:
-            raise CircuitError(f"The circuit {path} cannot be read: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise CircuitError(f"{path} is not a circuit: {error}. Was its writing cut off?") from error
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise CircuitError(f"{path} is not a circuit of this workbench: its format is not {_FORMAT!r}.")
+        version = _version(path)
+        data = read_ours(path, CIRCUIT, _FORMAT)
         try:
             circuit = _of_json(data)
             stored = data["scores"]
@@ -82,12 +106,10 @@ def _load(path: Path) -> tuple[Circuit, Any]:
             scores = _read_scores(path, stored)
             if scores is not None:
                 return replace(circuit, scores=scores), data.get("session")
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, CircuitError) as error:
+        except DAMAGE as error:
             raise CircuitError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-        with contextlib.suppress(OSError):
-            if _version(path) != version:
-                continue
-        return circuit, data.get("session")
+        if _version(path) in (version, None):
+            return circuit, data.get("session")
 
 
 def edges_digest(graph: Graph, names: list[str]) -> str:
@@ -103,9 +125,8 @@ def _json(circuit: Circuit) -> tuple[str, str | None]:
         {"edge": name, "score": None if math.isnan(score) else score}
         for name, score in zip(names, scores.tolist(), strict=True)
     ]
-    graph = {"n_layers": circuit.graph.n_layers, "n_heads": circuit.graph.n_heads, "parallel": circuit.graph.parallel}
     stored = None if circuit.scores is None else _scores_digest(circuit.scores)
-    head = {"format": _FORMAT, "graph": graph, "digest": circuit.digest, "scores": stored}
+    head = {"format": _FORMAT, "graph": asdict(circuit.graph), "digest": circuit.digest, "scores": stored}
     head["provenance"] = dict(circuit.provenance)
     if circuit.session is not None:
         head["session"] = session_json(circuit.session)
@@ -124,18 +145,11 @@ def _of_json(data: dict[str, Any]) -> Circuit:
     return Circuit.from_edges(graph, edges, provenance=dict(data["provenance"]))
 
 
-def _version(path: Path) -> tuple[int, int, int]:
-    """What changes whenever a file is replaced."""
-    found = path.stat()
-    return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file is a circuit's, also one that was cut off or that another tool has written anew."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return _OURS.search(file.read(2**20)) is not None
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """What changes whenever a file is replaced; None if it is not there."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 # --- scores ---

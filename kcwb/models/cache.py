@@ -56,7 +56,7 @@ def damaged_files(folder: Path) -> list[str]:
         digests = dict(read_manifest(folder).get("sha256", {}))
     except _UNREADABLE:
         return [MANIFEST]
-    return [name for name, digest in digests.items() if _file_digest(folder / name) != digest]
+    return [name for name, digest in digests.items() if file_digest(folder / name) != digest]
 
 
 def file_digests(folder: Path) -> dict[str, dict[str, Any]]:
@@ -64,11 +64,12 @@ def file_digests(folder: Path) -> dict[str, dict[str, Any]]:
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         "files": {name: path.stat().st_size for name, path in files.items()},
-        "sha256": {name: _file_digest(path) for name, path in files.items()},
+        "sha256": {name: file_digest(path) for name, path in files.items()},
     }
 
 
-def _file_digest(path: Path) -> str | None:
+def file_digest(path: Path) -> str | None:
+    """SHA-256 of a file; None if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -77,22 +78,30 @@ def _file_digest(path: Path) -> str | None:
 
 
 def discard_damaged(folder: Path) -> None:
-    """Take a folder away whose content is not what its manifest says, unless another process has replaced it already.
-
-    Raises
-    ------
-    OSError
-        If the cache cannot be written.
-    """
-    with _lock(folder.with_name(f".{folder.name}.lock"), ""):
+    """Take a folder away whose content is not what its manifest says, unless another process has replaced it."""
+    with _lock(folder, ""):
         if folder.exists() and damaged_files(folder):
-            _discard(folder)
+            aside = _aside(folder)
+            os.rename(folder, aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
-def _discard(folder: Path) -> None:
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
-    os.rename(folder, aside)
+def put_folder(new: Path, target: Path) -> None:
+    """Give a folder its final name; what was there before comes back if that fails."""
+    aside = _aside(target)
+    try:
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(new, target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -103,37 +112,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def build_folder(
     folder: Path, build: Callable[[Path], dict[str, Any]], waiting: str = "", hashed: bool = False
 ) -> Path:
-    """Return a folder of the cache, which is built first if it is not whole.
+    """Return a folder of the cache, which is built first if it is not whole; OSError if the cache cannot be written.
 
-    Parameters
-    ----------
-    folder
-        Its final name.
-    build
-        Writes the files into the folder that it is given, and returns what the manifest is to say beside their sizes.
-        What it raises is passed on; then nothing is left.
-    waiting
-        What to say on stderr while another process builds the same folder; nothing if empty.
-    hashed
-        As in `is_whole`.
-
-    Raises
-    ------
-    OSError
-        If the cache cannot be written.
+    `build` writes the files into the folder that it is given, and returns what the manifest is to say beside their
+    sizes; what it raises is passed on, and then nothing is left. `waiting` is said on stderr while another process
+    builds the same folder, if it is not empty; `hashed` is as in `is_whole`.
     """
     if is_whole(folder, hashed):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_name(f".{folder.name}.lock"), waiting):
+    with _lock(folder, waiting):
         if not is_whole(folder, hashed):
             _build(folder, build)
     return folder
 
 
-def _lock(path: Path, waiting: str) -> Any:
+def _lock(folder: Path, waiting: str) -> Any:
     """An acquired lock, to be used as a context."""
-    lock = FileLock(path)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         return lock.acquire(timeout=0)
     except Timeout:
@@ -150,12 +146,9 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
             shutil.rmtree(leftover)
     partial.mkdir()
     try:
-        manifest = build(partial)
-        manifest |= file_digests(partial)
+        manifest = build(partial) | file_digests(partial)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            _discard(folder)
-        os.rename(partial, folder)
+        put_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -14,7 +14,7 @@ Nodes have the names that they have elsewhere, `a<layer>.h<head>` and `m<layer>`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from kcwb.models.digest import weights_digest
 from kcwb.models.families import ENCODERS, covered_encoder
 from kcwb.models.graph import Graph
 from kcwb.models.loading import known_device, known_dtype
-from kcwb.models.reading import UNFORESEEN, named_or_given, not_run, read_pretrained, require_fast, require_fit
+from kcwb.models.reading import named_or_given, read_pretrained, require_fast, require_fit, running
 from kcwb.verbs import verb
 
 if TYPE_CHECKING:
@@ -121,10 +121,8 @@ def load_encoder(
         raise ModelError(f"The tokenizer of {name} has no mask token, which a masked-token task asks at.")
     require_fit(words, module.get_input_embeddings().weight.shape[0], name, words.all_special_ids)
     module = module.to(place).eval().requires_grad_(False)
-    try:
+    with running(module, name):
         module(input_ids=torch.tensor([[words.mask_token_id]], device=place))
-    except UNFORESEEN as error:
-        raise not_run(error, module, name) from error
     return Encoder(module, words, name, weights_digest(module), place, module.dtype)
 
 
@@ -146,19 +144,8 @@ def run_encoder(
 ) -> Float[Tensor, "N T V"]:
     """Logits of masked-token prompts, with what some nodes compute replaced.
 
-    Parameters
-    ----------
-    encoder
-        The model.
-    tokens, real
-        Token ids, padded on the right, and which of them are not padding.
-    replaced
-        Node -> what it computes instead (in the terms of `record_nodes`), or 0.0.
-
-    Raises
-    ------
-    SettingError
-        If a node is not the model's.
+    Prompts are padded on the right; `real` says which tokens are no padding. `replaced` is node -> what it computes
+    instead (in the terms of `record_nodes`), or 0.0; SettingError if a node is not the model's.
     """
     replaced = replaced or {}
     for name in replaced:
@@ -193,7 +180,6 @@ def record_nodes(
 @contextmanager
 def _at_nodes(encoder: Encoder, visit: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Let `visit(node, value)` see and replace what nodes compute."""
-    handles = []
 
     def heads(layer: int) -> Callable[..., tuple[Tensor]]:
         def hook(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -205,11 +191,8 @@ def _at_nodes(encoder: Encoder, visit: Callable[[str, Tensor], Tensor]) -> Itera
     def mlp(layer: int) -> Callable[..., Tensor]:
         return lambda _, inputs, output: visit(f"m{layer}", output)
 
-    try:
+    with ExitStack() as stack:
         for index, layer in enumerate(encoder.module.base_model.encoder.layer):
-            handles.append(layer.attention.output.dense.register_forward_pre_hook(heads(index)))
-            handles.append(layer.output.dense.register_forward_hook(mlp(index)))
+            stack.callback(layer.attention.output.dense.register_forward_pre_hook(heads(index)).remove)
+            stack.callback(layer.output.dense.register_forward_hook(mlp(index)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

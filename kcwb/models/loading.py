@@ -23,7 +23,7 @@ from kcwb.models.families import FAMILIES, covered_family
 from kcwb.models.graph import Graph
 from kcwb.models.network import Network
 from kcwb.models.plain import plain_copy
-from kcwb.models.reading import UNFORESEEN, named_or_given, not_run, read_pretrained, require_fast, require_fit
+from kcwb.models.reading import named_or_given, read_pretrained, require_fast, require_fit, running, split_revision
 from kcwb.models.saving import save_folder, saved_record
 from kcwb.models.selfcheck import self_check
 from kcwb.progress import Progress
@@ -238,11 +238,15 @@ def _taken_apart(module: Any, tokenizer: Any, name: str, in_memory: bool, prepen
         _require_unedited(module, name)
     recorded = not in_memory and name == BUILTIN_NAME and module.dtype == torch.float32
     digest = (builtin_digest() if recorded else None) or weights_digest(module)
-    saved = {} if in_memory else saved_record(name, digest)
+    saved = {} if in_memory else saved_record(split_revision(name)[0], digest)
     bos = _prepends_bos(tokenizer, name, saved.get("prepend_bos") if prepend_bos is None else prepend_bos)
     needed = [tokenizer.bos_token_id] if bos else []
     require_fit(tokenizer, module.get_input_embeddings().weight.shape[0], name, needed)
-    bridge, network = _checked(module.eval(), tokenizer, name)
+    with running(module, name):
+        bridge = _wrap(module.eval(), tokenizer, name)
+        module.requires_grad_(False)  # once more: the bridge makes parameters of its own for fused weights
+        network = Network(bridge)
+        self_check(bridge, network, name)
     return Model(bridge, tokenizer, network, name, digest, network.device, network.dtype, bos, saved=saved)
 
 
@@ -296,18 +300,6 @@ def _require_unedited(module: Any, name: str) -> None:
                 f"{name} was loaded before, and an edit is in its weights ({made!r:.60}). Take it out first (`undo` of "
                 "the Edit, in the reverse order of several), go on with that Model, or make the module anew."
             )
-
-
-def _checked(module: Any, tokenizer: Any, name: str) -> tuple[Any, Network]:
-    """A bridge around a module in memory and its functions of nodes, which compute what it computes."""
-    try:
-        bridge = _wrap(module, tokenizer, name)
-        module.requires_grad_(False)  # once more: the bridge makes parameters of its own for fused weights
-        network = Network(bridge)
-        self_check(bridge, network, name)
-    except UNFORESEEN as error:
-        raise not_run(error, module, name) from error
-    return bridge, network
 
 
 def _wrap(module: Any, tokenizer: Any, name: str) -> Any:

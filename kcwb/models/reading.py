@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,21 +43,9 @@ def read_pretrained(
 ) -> tuple[Any, Any]:
     """The Hugging Face module and tokenizer of a name; only a name of the hub may reach the network.
 
-    Parameters
-    ----------
-    name, dtype
-        What is read, and in which precision.
-    covered
-        Raises ModelError for a configuration that is not covered; asked before anything is built.
-    masked
-        Whether it is a masked language model; otherwise a causal one.
-    device_map
-        Where its parts go.
-
-    Raises
-    ------
-    ModelError
-        If it cannot be found or read, is not covered, or its weights are not those that its configuration describes.
+    `covered` raises ModelError for a configuration that is not covered, and is asked before anything is built; `masked`
+    is for a masked language model, instead of a causal one. ModelError also if it cannot be found or read, or its
+    weights are not those that its configuration describes.
     """
     if name == BUILTIN_NAME:
         return with_builtin(lambda folder: _read(str(folder), name, dtype, covered, masked, device_map), dtype)
@@ -93,7 +82,6 @@ def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], mas
     if revision is not None:
         safe["revision"] = revision
     kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    more = {} if device_map is None else {"device_map": device_map}
     try:
         with no_bars(local):
             stored = stored_weights(Path(source)) if local and name != BUILTIN_NAME else None
@@ -108,8 +96,8 @@ def _read(source: str, name: str, dtype: Any, covered: Callable[[Any], Any], mas
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                device_map=device_map,
                 **safe,
-                **more,
             )
             module, found = loaded
             tokenizer = _tokenizer(source, safe)
@@ -239,12 +227,8 @@ def named_or_given(
 ) -> tuple[Any, Any, str]:
     """Module, tokenizer and name of what `read` makes of a name, or of a model in memory, for which `verb` is called.
 
-    A `revision` becomes part of the name, so that whoever has the name can load the same model.
-
-    Raises
-    ------
-    SettingError
-        If a tokenizer is missing or superfluous.
+    A `revision` becomes part of the name, so that whoever has the name can load the same model. SettingError if a
+    tokenizer is missing or superfluous.
     """
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
@@ -286,12 +270,16 @@ def require_fast(tokenizer: Any, name: str) -> None:
 UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def not_run(error: Exception, module: Any, name: str) -> KcwbError:
-    """The error in one clear line; one of ours as it is."""
-    if isinstance(error, KcwbError):
-        return error
-    reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}".removesuffix(": ")
-    return ModelError(
-        f"{name} ({type(module).__name__}) cannot be run node by node ({reason}). An option of its configuration is "
-        "not covered, or it does not fit into memory."
-    )
+@contextmanager
+def running(module: Any, name: str) -> Iterator[None]:
+    """Have these become a ModelError of one clear line; errors of ours stay as they are."""
+    try:
+        yield
+    except KcwbError:
+        raise
+    except UNFORESEEN as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}".removesuffix(": ")
+        raise ModelError(
+            f"{name} ({type(module).__name__}) cannot be run node by node ({reason}). An option of its configuration "
+            "is not covered, or it does not fit into memory."
+        ) from error

@@ -15,7 +15,6 @@ The folder is whole or not there: it is written beside its place, read back and 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kcwb.errors import KcwbError, ModelError, SettingError
-from kcwb.models.cache import MANIFEST, file_digests, read_manifest, save_model
+from kcwb.models.cache import MANIFEST, file_digests, put_folder, read_manifest, save_model
 from kcwb.models.digest import weights_digest
 from kcwb.models.families import covered_family
 from kcwb.models.plain import plain_copy
@@ -48,7 +47,7 @@ def save_folder(model: Model, folder: str | Path, force: bool = False) -> Path:
             beside.mkdir()
             _write(model, beside)
             _require_free(target, force)
-            _put(beside, target)
+            put_folder(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     except KcwbError:
@@ -131,17 +130,3 @@ def _write(model: Model, folder: Path) -> None:
         **file_digests(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _put(folder: Path, target: Path) -> None:
-    """Give a folder its name; what was there before comes back if that fails."""
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
-    try:
-        if target.exists():
-            os.rename(target, aside)
-        os.rename(folder, target)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,8 @@ def test_whether_prompts_begin_with_bos_is_saved_and_can_be_said_otherwise(tmp_p
     folder = model.save(tmp_path / "bos")
     assert load_model(folder, device="cpu").prepend_bos
     assert not load_model(folder, device="cpu", prepend_bos=False).prepend_bos
+    again = load_model(folder.parent, revision=folder.name, device="cpu")  # the same folder, named otherwise
+    assert again.prepend_bos and again.saved == load_model(folder, device="cpu").saved != {}
 
 
 def test_a_record_counts_only_for_the_weights_that_it_was_written_for(llama: Model, tmp_path: Path) -> None:
@@ -174,14 +177,14 @@ def test_what_stops_a_save_leaves_the_old_folder_and_nothing_else(
 ) -> None:
     folder = llama.save(tmp_path / "saved")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    rename = saving.os.rename
+    rename = os.rename
 
     def stop(*arguments, **_):
         if where == "rename" and not str(arguments[0]).endswith(".tmp"):
             return rename(*arguments)
         raise trouble
 
-    monkeypatch.setattr(saving.os if where == "rename" else saving, where, stop)
+    monkeypatch.setattr(os if where == "rename" else saving, where, stop)
     with pytest.raises((ModelError, KeyboardInterrupt), match=r"No space left|^$"):
         tiny_model("gpt2").save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and names(tmp_path) == ["saved"]

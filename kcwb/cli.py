@@ -92,13 +92,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
-
-    Parameters
-    ----------
-    argv
-        The words after `kcwb`; None takes those of the process.
-    """
+    """Run the command line, with the words after `kcwb` (None: those of the process), and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a letter that a terminal lacks is no reason to fail
     try:

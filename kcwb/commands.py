@@ -1,7 +1,6 @@
 """The commands: `kcwb relations`, `models`, `discover`, `completeness`, `sweep`, `report`, `world`.
 
-`kcwb.console` says what a command is; `kcwb referee` is in `kcwb.commands_referee`. Nothing heavy is imported before a
-command needs it, so that `--help` is immediate.
+`kcwb.console` says what a command is; `kcwb referee` is in `kcwb.commands_referee`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 import kcwb
 from kcwb.console import (
+    AS_FILE,
     FORCE,
     RUNNING,
     as_table,
@@ -167,13 +167,9 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     option("circuit", metavar="CIRCUIT.json", type=Path, help="a file that kcwb discover --out wrote"),
     option("--draws", type=int, default=10, help="random circuits to compare with (default: %(default)s)"),
     option("--k", type=int, default=10, help="a hit is an answer among the k most likely (default: %(default)s)"),
-    option("--model", help="built-in name, hub name or local folder (default, here and below: as the file says)"),
-    option("--relation", help="the name of a relation, or a .json file"),
-    option("--ablation", help="what a cut edge delivers: zero, mean, resample, or name(setting=value)"),
+    *AS_FILE,
     option("--facts", type=int, help="facts in D_val"),
     option("--seed", type=int, help="of the draw of facts, the random circuits and the intervals"),
-    option("--template", type=template_of, help="a zero-shot template's number, or text with {}"),
-    option("--dtype", help="float32, bfloat16 or float16"),
     *RUNNING,
 )
 def completeness(args: argparse.Namespace) -> tuple[Any, str]:
@@ -182,12 +178,16 @@ def completeness(args: argparse.Namespace) -> tuple[Any, str]:
     Hit@k and its 95% interval (Wilson's, of the share of facts; of random circuits the bootstrap's, of the mean), on
     the facts that the circuit was found on (D_val) and on others (D_test).
     """
+    from kcwb.circuits.ablation import ablation_kind
     from kcwb.discovery.methods import load_extensions
     from kcwb.evaluation.completeness import completeness
     from kcwb.tasks.task import make_task
+    from kcwb.verbs import check_settings
 
     load_extensions()
     circuit = kcwb.Circuit.load(args.circuit)
+    check_settings(completeness, k=args.k, draws=args.draws)  # told before a model is loaded
+    ablation_kind(args.ablation or circuit.ablation)
     relation, said = remade(circuit.provenance, args.circuit, args)
     model = load(args, said["model"], said["dtype"], said["prepend_bos"])
     task = make_task(model, relation, n=said["facts"], seed=said["seed"], template=said["template"])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kcwb.console import FORCE, RUNNING, as_table, command, given_of, load, option, records, remade, template_of
+from kcwb.console import AS_FILE, FORCE, RUNNING, as_table, command, given_of, load, option, records, remade
 from kcwb.errors import SettingError, choose
 
 if TYPE_CHECKING:
@@ -27,14 +27,10 @@ _KEYS = ("question", "metric", "verdict", "effect", "low", "high", "holm", "powe
     option("--compare", nargs="+", type=Path, default=[], metavar="FILE", help="rank these too, on the same facts"),
     option("-o", "--output", type=Path, metavar="PAGE.html", help="write all that was found as one offline page"),
     option("--quick", action="store_true", help="less of each test, in a fraction of the time"),
-    option("--model", help="built-in name, hub name or local folder (default, here and below: as the file says)"),
-    option("--relation", help="the name of a relation, or a .json file"),
-    option("--template", type=template_of, help="a zero-shot template's number, or text with {}"),
+    *AS_FILE,
     option("--facts", dest="most", type=int, metavar="N", help="judge on at most N facts (default: 100; quick: 12)"),
     option("--seed", dest="start", type=int, default=0, metavar="SEED", help="of the referee's draws (default: 0)"),
-    option("--ablation", help="what a cut edge delivers: zero, mean, resample, or name(setting=value)"),
     option("--metric", help="what shares and costs are measured by: nll (the default) or logit_diff"),
-    option("--dtype", help="float32, bfloat16 or float16"),
     FORCE,
     *RUNNING,
 )
@@ -61,7 +57,9 @@ def referee(args: argparse.Namespace) -> tuple[Any, str]:
 
         (circuit,) = circuits.values()
         judgement = judge(model, circuit, task, **more)
-        data, text = _data(judgement), f"{circuit!r} in {model.name}: {task.template}\n\n{_told(judgement)}"
+        rows = [[row[key] for key in _KEYS] for row in records(judgement.questions)]
+        table, sentences = as_table(_KEYS, rows, digits=3), "\n".join(judgement.questions["sentence"])
+        data, text = _data(judgement), f"{circuit!r} in {model.name}: {task.template}\n\n{table}\n\n{sentences}"
         write = partial(judgement_page, judgement)
     else:
         from kcwb.evaluation.referee.compare import rank_circuits
@@ -96,7 +94,8 @@ def _read(args: argparse.Namespace, files: Sequence[Path]) -> tuple[Model, dict[
             choose(f"--{name}", given.partition("(")[0], known)
     drawings = [path for path in files if file_kind(path) == "gv"]
     read = {path: read_any(path) for path in files if path not in drawings}
-    where, provenance = _origin(files, read)
+    told = [(path, read[path].provenance if path in read else {}) for path in files]
+    where, provenance = next((one for one in told if {"model", "relation"} <= set(one[1])), told[0])
     relation, said = remade(provenance, where, args)
     model = load(args, said["model"], said["dtype"], said["prepend_bos"])
     read |= {path: read_any(path, model.graph) for path in drawings}
@@ -113,18 +112,6 @@ def _names(files: Sequence[Path]) -> list[str]:
         raise SettingError(f"{next(path for path in files if files.count(path) > 1)} is named twice.")
     stems = [path.stem for path in files]
     return stems if len(set(stems)) == len(stems) else list(map(str, files))
-
-
-def _origin(files: Iterable[Path], read: Mapping[Path, Circuit | Ensemble]) -> tuple[Path, Mapping[str, Any]]:
-    """The first file that says which model and relation its circuit is of, or the first, and what it says."""
-    told = [(path, read[path].provenance if path in read else {}) for path in files]
-    return next((one for one in told if {"model", "relation"} <= set(one[1])), told[0])
-
-
-def _told(judgement: Judgement) -> str:
-    """The verdicts as a table, and what was found in sentences."""
-    table = as_table(_KEYS, [[row[key] for key in _KEYS] for row in records(judgement.questions)], digits=3)
-    return "\n\n".join([table, "\n".join(judgement.questions["sentence"])])
 
 
 def _data(judgement: Judgement) -> dict[str, Any]:

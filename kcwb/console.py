@@ -64,6 +64,13 @@ RUNNING = (
     option("--device", default="auto", help="auto (CUDA if there is one, else CPU), cpu, cuda, cuda:1, ..."),
     option("--quiet", action="store_true", help="show no progress on stderr"),
 )
+AS_FILE = (
+    option("--model", help="built-in name, hub name or local folder (default, here and below: as the file says)"),
+    option("--relation", help="the name of a relation, or a .json file"),
+    option("--template", type=template_of, help="a zero-shot template's number, or text with {}"),
+    option("--ablation", help="what a cut edge delivers: zero, mean, resample, or name(setting=value)"),
+    option("--dtype", help="float32, bfloat16 or float16"),
+)
 FORCE = option("--force", action="store_true", help="overwrite also a file that kcwb did not write")
 
 

@@ -191,6 +191,8 @@ def matched_head_sets(
         Sets of names, in the graph's order; empty, with a warning, if fewer heads are left than would be drawn.
     """
     tested = list(dict.fromkeys(heads))
+    if not tested:
+        return []
     out = {*tested, *taken}
     free = [name for name in graph.sender_names if name not in out and graph.node(name).kind == "head"]
     if len(free) < len(tested):
@@ -205,7 +207,7 @@ def matched_head_sets(
     allowed = np.sort(away, axis=1)[:, min(least, len(free)) - 1, None]
     beyond = np.maximum(0, away - allowed)
     generator, found, misses = np.random.default_rng(seed), {}, 0
-    while tested and len(found) < draws and misses <= _MISSES * (1 + len(found)):
+    while len(found) < draws and misses <= _MISSES * (1 + len(found)):
         # the fewest layers beyond what is allowed; among such sets, that of the smallest sum of random numbers
         order = generator.random(len(free)) / (1 + len(tested))
         chosen = tuple(np.sort(optimize.linear_sum_assignment(beyond + order)[1]).tolist())

@@ -486,6 +486,16 @@ def test_completeness_is_on_the_facts_that_the_circuit_was_found_on(run, file, f
     assert (seen["ablation"], seen["k"], seen["seed"]) == ("zero", 3, 6)
 
 
+@pytest.mark.parametrize(
+    ("option", "said"), [(["--draws", -1], "draws=-1"), (["--k", 0], "k=0"), (["--ablation", "men"], "'mean'")]
+)
+def test_completeness_refuses_what_cannot_be_meant_before_a_model_is_loaded(
+    run, found, file, monkeypatch, option, said
+) -> None:
+    monkeypatch.setattr("kcwb.models.loading.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    assert refused(run("completeness", found, "--relation", file, *option, "--quiet"), said)
+
+
 def test_completeness_prints_a_rounded_table(run, found, file) -> None:
     lines = run("completeness", found, "--relation", file, "--draws", 1, "--quiet").out.splitlines()
     assert lines[0].startswith(repr(Circuit.load(found))) and lines[0].endswith("w80 {} w81 w82")

@@ -271,5 +271,6 @@ def test_too_few_others_are_said_and_there_are_no_sets():
     with pytest.warns(UserWarning, match="5 of the model's 8 heads are taken"):
         assert matched_head_sets(Graph(2, 4), ["a0.h0", *(f"a1.h{i}" for i in range(4))], 9) == []
     assert matched_head_sets(Graph(2, 4), [], 9) == []
+    assert matched_head_sets(Graph(1, 2), [], 9, taken=["a0.h0", "a0.h1"]) == []
     with pytest.raises(CircuitError):
         matched_head_sets(Graph(2, 4), ["a7.h0"], 9)

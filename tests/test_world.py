@@ -362,6 +362,12 @@ def test_what_is_known_is_counted_by_kind(learnt):
     assert (one["low"], one["high"]) == proportion_interval(hits)
 
 
+def test_a_column_that_is_not_of_the_table_is_refused_before_a_model_runs(learnt, monkeypatch):
+    monkeypatch.setattr(training, "known_facts", lambda *_: pytest.fail("a model runs"))
+    with pytest.raises(SettingError, match=r"'knd' is not known.*'kind'"):
+        world_knowledge(learnt[0], WORLD, by=("relation", "knd"))
+
+
 def test_known_facts_equal_a_slow_look_at_each_prompt(learnt):
     for model in learnt:
         table = known_facts(model, WORLD, template=1).set_index(["relation", "subject"])

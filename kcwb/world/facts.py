@@ -206,18 +206,9 @@ def _relation(name: str, objects: Mapping[str, str]) -> Relation:
 
 
 def world_tokenizer(world: World, masked: bool = False) -> Any:
-    """A tokenizer of whole words: each word of the world is one token, and so is a full stop.
+    """A tokenizer of whole words, of Hugging Face's own class: each word of the world is one token, as is a full stop.
 
-    Parameters
-    ----------
-    masked
-        For encoders: texts stand between `[CLS]` and `[SEP]`, and there is a `[MASK]`. Otherwise they begin with
-        `<bos>`.
-
-    Returns
-    -------
-    PreTrainedTokenizerFast
-        Of Hugging Face's own class, so that a folder with it needs no code of ours.
+    Texts begin with `<bos>`; `masked`, for encoders, they stand between `[CLS]` and `[SEP]`, and there is a `[MASK]`.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

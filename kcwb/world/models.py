@@ -103,12 +103,7 @@ def _settings(architecture: str, recipe: Recipe) -> dict[str, Any]:
         "gpt2": {**short, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
         "llama": {**size, "intermediate_size": gated},
         "opt": {**size, "ffn_dim": mlp, "word_embed_proj_dim": width, "dropout": 0.0, "attention_dropout": 0.0},
-        "bert": {
-            **size,
-            "intermediate_size": mlp,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-        },
+        "bert": {**size, "intermediate_size": mlp, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     }[architecture]
 
 
@@ -288,19 +283,9 @@ def load_world(folder: str | Path, **more: Any) -> Model | Encoder:
 
 
 def known_facts(model: Model | Encoder, world: World, template: int | None = None) -> pd.DataFrame:
-    """Which facts of a world a model knows: those whose answer is its first choice among all words.
+    """The table of the world (`World.table`) with a column `known`: the answer is a model's first choice of all words.
 
-    Parameters
-    ----------
-    model, world
-        A model that was trained on the world.
-    template
-        The number of one template; None for all, where a fact counts by the share of its templates that are answered.
-
-    Returns
-    -------
-    DataFrame
-        The table of the world (`World.table`) with a column `known`, in [0, 1].
+    In one template, by its number; None for all, where a fact counts by the share of its templates that are answered.
     """
     known = []
     for relation in world.relations.values():
@@ -337,6 +322,8 @@ def world_knowledge(
         mean over facts (of shares of templates; NaN where all facts are alike), or of one template Wilson's interval of
         the share of facts.
     """
+    for name in by:
+        choose("by: the column", name, ("relation", "subject", "object", "steps", "kind"))
     rows = []
     for key, some in known_facts(model, world, template).groupby([*by], observed=True):
         known = some["known"].to_numpy()

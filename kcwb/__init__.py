@@ -19,17 +19,8 @@ import lazy_loader
 _lazy, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 #: Rooms whose names were the package's own in version 0.1, and are found there for one version more.
 _ROOMS = (
-    *(
-        "circuits",
-        "discovery",
-        "editing",
-        "evaluation",
-        "interventions",
-        "reading",
-        "tasks",
-        "world",
-        "workbench.graph",
-    ),
+    *("circuits", "discovery", "editing", "evaluation", "interventions", "reading", "tasks", "world"),
+    "workbench.graph",
     *(f"studies.{study}" for study in ("editing_account", "hallucination", "in_context", "two_hop")),
 )
 

@@ -42,10 +42,8 @@ def _number(value: Any) -> bool:
 
 def _text(value: Any) -> bool:
     """Whether it is text that a file, a terminal and a tokenizer can take."""
-    return isinstance(value, str) and "\0" not in value and (value.isascii() or _encodes(value))
-
-
-def _encodes(value: str) -> bool:
+    if not isinstance(value, str) or "\0" in value:
+        return False
     try:
         value.encode()
     except UnicodeEncodeError:

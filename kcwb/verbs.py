@@ -36,13 +36,7 @@ _NOUN = "__kcwb_noun__"
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Have a function check its arguments against their annotations, and hold its models' locks while it runs.
-
-    Raises
-    ------
-    SettingError
-        When it is called with an argument that is not what its annotation says.
-    """
+    """Have a function check its arguments against their annotations, and hold its models' locks while it runs."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -71,12 +65,7 @@ def noun(kind: C) -> C:
 def check_settings(function: Callable[..., Any], who: str | None = None, /, **settings: Any) -> dict[str, Any]:
     """Check some of a function's arguments without calling it, so before its model is loaded; returns them.
 
-    `who` is what people call the function; None for its own name.
-
-    Raises
-    ------
-    SettingError
-        If one is not what the verb's annotation says.
+    SettingError, which calls the function `who` (None: by its own name), if one is not what its annotation says.
     """
     function = getattr(function, MARK, function)
     bound = _signature(function).bind_partial(**settings)

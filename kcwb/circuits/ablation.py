@@ -102,10 +102,7 @@ def register_ablation(kind: K) -> K:
 def ablation_kind(given: str | AblationKind) -> AblationKind:
     """A kind from its name or its text, `name(setting=value, ...)`; a kind as it is.
 
-    Raises
-    ------
-    SettingError
-        If the name is not known, or a setting is not one of the kind's, or not what it must be.
+    SettingError if the name is not known, or a setting is not one of the kind's, or not what it must be.
     """
     if isinstance(given, AblationKind):
         return given

@@ -116,8 +116,7 @@ class Current:
         graph = self.network.graph
         if column == graph.n_receivers - 1:
             return self.residual
-        layer, kind, head = self._receiver(column)
-        return self.at(self._mlps_read[layer] if kind == "mlp" else self._read_by(layer, kind, head), everywhere)
+        return self.at(self._read_by(column), everywhere)
 
     def _receiver(self, column: int) -> tuple[int, str, int]:
         """The layer of a receiver of a head or MLP, whether it is "q", "k", "v" or "mlp", and the head."""
@@ -125,8 +124,10 @@ class Current:
         layer, place = divmod(column, 3 * n_heads + 1)
         return layer, ("q", "k", "v", "mlp")[place // n_heads], place % n_heads
 
-    def _read_by(self, layer: int, kind: str, head: int) -> Float[Tensor, "N T D"]:
-        return self._heads_read[layer]["qkv".index(kind) * self.network.graph.n_heads + head]
+    def _read_by(self, column: int) -> Float[Tensor, "N T D"]:
+        layer, place = divmod(column, 3 * self.network.graph.n_heads + 1)
+        reads = self._heads_read[layer]
+        return reads[place] if place < len(reads) else self._mlps_read[layer]
 
     def node_output(self, column: int, x: Float[Tensor, "B N P D"]) -> Float[Tensor, "B N P D"]:
         """What a node writes if a receiver of it reads `x`: keys and values everywhere, others where it is needed.
@@ -220,13 +221,11 @@ class Current:
         node_everywhere = self.need(int(graph.receiver_node[column])) is Need.EVERYWHERE
         everywhere = node_everywhere or kind in "kv"
         x = self._settled(x, self.reads(column, everywhere))
-        if kind == "mlp":
-            self._write(self._mlps_read[layer], x, everywhere)
-            return
-        heads = torch.tensor([head], device=self.network.device)
-        new = self._project(layer, kind, x[None, None], heads, node_everywhere)[0, 0]
-        self._write(self._read_by(layer, kind, head), x, everywhere)
-        self._write(self._projected[layer][kind][head], new, everywhere)
+        self._write(self._read_by(column), x, everywhere)
+        if kind != "mlp":
+            heads = torch.tensor([head], device=self.network.device)
+            new = self._project(layer, kind, x[None, None], heads, node_everywhere)[0, 0]
+            self._write(self._projected[layer][kind][head], new, everywhere)
 
     def _settled(self, x: Float[Tensor, "... N P D"], before: Float[Tensor, "... N P D"]) -> Tensor:
         """`x`, or zeros at positions where it is no more than what rounding left of `before`.
@@ -246,6 +245,10 @@ class Current:
         else:
             whole[..., self._rows, self._positions, :] = part
 
+    def _keep(self, whole: Tensor, index: Tensor, parts: Float[Tensor, "h B N P X"], everywhere: bool) -> None:
+        for i, one in zip(index.tolist(), parts[:, 0], strict=True):
+            self._write(whole[i], one, everywhere)
+
     def _propagate(self, plan: Plan, output: Float[Tensor, "B N P D"], keep: bool) -> Float[Tensor, "B N A D"]:
         """The final residual stream at the answers after a change; `keep` writes all on the way into the state."""
         size, (n_prompts, n_answers), width = output.shape[0], self._positions.shape, self.network.d_model
@@ -264,8 +267,7 @@ class Current:
                 filled[True] += count
             filled[False] += count
             if keep:
-                for row, one in zip(rows.tolist(), new[:, 0], strict=True):
-                    self._write(self.outputs[row], one, is_everywhere)
+                self._keep(self.outputs, rows, new, is_everywhere)
 
         def change_of(inputs: Inputs, is_everywhere: bool) -> Float[Tensor, "r B N P D"]:
             return inputs.read(everywhere if is_everywhere else answers)
@@ -310,9 +312,8 @@ class Current:
         x = self._settled(before + change_of(inputs, everywhere), before)
         new = self._project(step.layer, kind, x, heads, step.everywhere)
         if keep:
-            for place, head, one, projected in zip(places.tolist(), heads.tolist(), x[:, 0], new[:, 0], strict=True):
-                self._write(self._heads_read[step.layer][place], one, everywhere)
-                self._write(self._projected[step.layer][kind][head], projected, everywhere)
+            self._keep(self._heads_read[step.layer], places, x, everywhere)
+            self._keep(self._projected[step.layer][kind], heads, new, everywhere)
         if len(heads) == len(step.heads):
             return new
         whole = cached.expand(-1, size, -1, -1, -1).clone()
@@ -342,8 +343,7 @@ class Current:
         if not self.network.post_norms:
             return results
         if keep:
-            for head, one in zip(heads.tolist(), results[:, 0], strict=True):
-                self._write(self._results[layer][head], one, everywhere)
+            self._keep(self._results[layer], heads, results, everywhere)
         whole = self.at(self._results[layer], everywhere)[:, None].repeat(1, results.shape[1], 1, 1, 1)
         whole[heads] = results
         return self.network.head_shares(layer, whole)

@@ -97,13 +97,7 @@ class Session:
 
 
 def session_of(circuit: Circuit, session: Session) -> Session:
-    """A session as that of a circuit; see `Circuit.with_session`.
-
-    Raises
-    ------
-    CircuitError
-        If it belongs to another circuit, or names what this one has not; says what.
-    """
+    """A session as that of a circuit, for `Circuit.with_session`, which says what is refused."""
     if session.circuit not in ("", circuit.digest):
         raise CircuitError(
             f"The session is of the circuit {shown(session.circuit[:12])}, not of this one, {circuit.digest:.12}."

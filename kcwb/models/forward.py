@@ -11,7 +11,7 @@ receivers of a layer at once, one matrix product between the mask and the stacke
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -79,7 +79,7 @@ def forward(
     """
     graph = network.graph
     current = (network.embed(tokens) if embedding is None else embedding)[None]
-    stream = _Stream(receivers) if kept is None else _CutStream(graph.n_senders, kept, ablated)
+    stream = _Stream(receivers) if kept is None else _CutStream(kept, ablated, current)
     outputs, inputs = [], []
 
     def write(output: Tensor, constant: Tensor | float = 0.0) -> None:
@@ -116,32 +116,26 @@ class _Stream:
 
     def __init__(self, apart: bool) -> None:
         self._apart = apart  # give each receiver its own copy, so that each has its own gradient
-        self._sum: Tensor | float = 0.0
+        self._sum: Any = 0.0  # something is always written before it is read
 
     def write(self, outputs: Float[Tensor, "s N T D"], constant: Tensor | float) -> None:
         self._sum = self._sum + outputs.sum(0) + constant
 
     def read(self, columns: slice) -> Float[Tensor, "r N T D"]:
-        assert isinstance(self._sum, Tensor)  # something is always written first
         return self._sum.expand(columns.stop - columns.start if self._apart else 1, *self._sum.shape)
 
 
 class _CutStream:
     """The residual stream as each receiver sees it through a mask."""
 
-    def __init__(self, n_senders: int, kept: Bool[Tensor, "S R"], ablated: Float[Tensor, "S N T D"] | None) -> None:
-        self._kept, self._ablated, self._n_senders = kept, ablated, n_senders
-        self._base: Tensor | float = 0.0
-        self._differences: Float[Tensor, "S NTD"] | None = None
+    def __init__(self, kept: Bool[Tensor, "S R"], ablated: Float[Tensor, "S N T D"] | None, like: Tensor) -> None:
+        self._kept, self._ablated, self._shape = kept.to(like.device), ablated, like.shape[1:]
+        self._base = like.new_zeros(self._shape)
+        self._differences: Float[Tensor, "S NTD"] = like.new_empty(len(kept), self._shape.numel())
         self._written = 0
 
     @torch.no_grad()
     def write(self, outputs: Float[Tensor, "s N T D"], constant: Tensor | float) -> None:
-        if self._differences is None:
-            self._shape = outputs.shape[1:]
-            self._differences = outputs.new_empty(self._n_senders, self._shape.numel())
-            self._kept = self._kept.to(outputs.device)
-            self._base = outputs.new_zeros(self._shape)
         rows = slice(self._written, self._written + outputs.shape[0])
         if self._ablated is not None:
             ablated = self._ablated[rows]
@@ -153,6 +147,5 @@ class _CutStream:
 
     @torch.no_grad()
     def read(self, columns: slice) -> Float[Tensor, "r N T D"]:
-        assert self._differences is not None  # something is always written first
         weights = self._kept[: self._written, columns].T.to(self._differences.dtype)
         return (weights @ self._differences[: self._written]).unflatten(1, self._shape) + self._base

@@ -22,7 +22,6 @@ counts agree with theirs.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -36,7 +35,6 @@ from kcwb.verbs import noun
 
 #: Entries of the largest mask that a file may ask for; Llama's 70 billion weights have 80 million.
 _LARGEST = 2**27
-_NODE = re.compile(r"input|logits|a(\d+)\.h(\d+)|m(\d+)")
 
 
 class Node(NamedTuple):
@@ -188,15 +186,12 @@ class Graph:
 
     def node(self, name: str) -> Node:
         """The place of a node; layer -1 for `input`, `n_layers` for `logits`; CircuitError if there is none."""
-        match = _NODE.fullmatch(name)
-        if match is None or (name != "logits" and name not in self._rows):
+        if name in ("input", "logits"):
+            return Node(name, -1 if name == "input" else self.n_layers, -1)
+        if name not in self._rows:
             raise CircuitError(f"{name!r} is not a node of {self}.")
-        layer, head, mlp = match.groups()
-        if layer is not None:
-            return Node("head", int(layer), int(head))
-        if mlp is not None:
-            return Node("mlp", int(mlp), -1)
-        return Node(name, -1 if name == "input" else self.n_layers, -1)
+        layer, place = divmod(self._rows[name] - 1, self.n_heads + 1)
+        return Node("mlp", layer, -1) if place == self.n_heads else Node("head", layer, place)
 
     def __str__(self) -> str:
         """Sizes in words, for messages."""

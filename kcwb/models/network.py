@@ -223,11 +223,8 @@ class Network:
     ) -> Float[Tensor, "h ... Q D"]:
         """What heads add to the residual stream, without the shared bias b_O.
 
-        Raises
-        ------
-        KcwbError
-            If only some `heads` are asked for where a norm follows the attention: their shares depend on the others
-            (`head_results`, `head_shares`).
+        KcwbError if only some `heads` are asked for where a norm follows the attention: their shares depend on the
+        others (`head_results`, `head_shares`).
         """
         results = self.head_results(layer, q, k, v, heads, positions)
         if heads is not None and self.layers[layer].norm_heads is not None:

@@ -54,24 +54,11 @@ class Run:
 def reference_run(
     bridge: Any, tokens: Int[Tensor, "N T"], *, wide: torch.dtype | None = None, like: Run | None = None
 ) -> Run:
-    """Run the Hugging Face model that a bridge has wrapped, by its own code.
+    """Run the Hugging Face model that a TransformerBridge has wrapped, by its own code.
 
-    Parameters
-    ----------
-    bridge
-        The TransformerBridge.
-    tokens
-        Token ids.
-    wide
-        Compute in this floating-point type, on the very weights that the model has; None for the model's own.
-    like
-        Let each block, and the last norm, read what they read in this other run: what the nodes compute from the same
-        stream.
-
-    Raises
-    ------
-    ModelError
-        If the model's attention does not show its scores (an attention that is not Hugging Face's "eager" one).
+    With `wide`, in this floating-point type, on the very weights that the model has. With `like`, each block and the
+    last norm read what they read in this other run: what the nodes compute from the same stream. ModelError if the
+    attention does not show its scores (one that is not Hugging Face's "eager" one).
     """
     blocks = [_original(block) for block in bridge.blocks]
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}

@@ -64,26 +64,10 @@ class _Claim(NamedTuple):
 
 @torch.no_grad()
 def self_check(bridge: Any, network: Network, name: str) -> dict[str, float]:
-    """Check that the graph computes what the model computes.
+    """Check that functions of nodes compute what the model in a TransformerBridge computes.
 
-    Parameters
-    ----------
-    bridge
-        The TransformerBridge that holds the model.
-    network
-        The functions of nodes to be checked.
-    name
-        The model's name, for the message.
-
-    Returns
-    -------
-    dict
-        Check -> its largest difference.
-
-    Raises
-    ------
-    ModelError
-        If a difference exceeds its bound (or is not a number); names model, check, node, difference and bound.
+    Returns check -> its largest difference. ModelError if one exceeds its bound (or is not a number); it names model,
+    check, node, difference and bound.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(network.W_E.shape[0], network.d_vocab)

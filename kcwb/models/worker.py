@@ -23,25 +23,30 @@ from kcwb.errors import KcwbError
 from kcwb.models.loading import Model, load_model
 
 
-class _Worker:
-    """What a worker process keeps between calls: its model."""
+class Latest:
+    """What a process made last, which the next call often asks for again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._models: dict[tuple[str, str, str], Model] = {}
+        self._made: dict[tuple[Any, ...], Any] = {}
 
-    def model(self, name: str, device: str, dtype: str) -> Model:
-        """A model, loaded unless it is the one at hand."""
-        key = name, device, dtype
+    def get(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gives, unless it is at hand under its key; the one before is freed first."""
         with self._lock:
-            if key not in self._models:
+            if key not in self._made:
                 self.forget()
-                self._models[key] = load_model(name, device=device, dtype=dtype)
-            return self._models[key]
+                self._made[key] = make()
+            return self._made[key]
 
     def forget(self) -> None:
-        """Free the model."""
-        self._models.clear()
+        """Free it."""
+        self._made.clear()
+
+
+class _Worker(Latest):
+    def model(self, name: str, device: str, dtype: str) -> Model:
+        """A model, loaded unless it is the one at hand."""
+        return self.get((name, device, dtype), lambda: load_model(name, device=device, dtype=dtype))
 
 
 #: This process as a worker.
@@ -53,10 +58,8 @@ def results(
 ) -> Iterator[tuple[int, Future[Any]]]:
     """The number of each call with its future, as they are done; what is not done when this is left is cancelled.
 
-    Raises
-    ------
-    KcwbError
-        When all others are through, if workers died or their cluster went away; `kept` says where what was done is.
+    KcwbError, when all others are through, if workers died or their cluster went away; `kept` says where what was done
+    is.
     """
     futures: dict[Future[Any], int] = {}
     broken: BaseException | None = None

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -19,7 +18,7 @@ from kcwb.discovery.methods import METHODS
 from kcwb.discovery.registry import Method, register_method
 from kcwb.evaluation.completeness import completeness
 from kcwb.models.loading import Model
-from kcwb.models.worker import WORKER, error_words, leave_with_parent, pinned_device
+from kcwb.models.worker import WORKER, Latest, error_words, leave_with_parent, pinned_device
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import Task, make_task
 
@@ -70,24 +69,7 @@ class Outcome:
     error: str | None = None
 
 
-class _Tasks:
-    """The task that this process asked last: the next cell often asks the same."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last: dict[tuple[str, ...], Task] = {}
-
-    def of(self, model: Model, cell: Cell) -> Task:
-        """The cell's task, made unless it is the one at hand."""
-        key = model.digest, cell.relation.digest, repr((cell.template, cell.n, cell.seed, cell.dtype))
-        with self._lock:
-            if key not in self._last:
-                made = make_task(model, cell.relation, n=cell.n, seed=cell.seed, template=cell.template)
-                self._last = {key: made}
-            return self._last[key]
-
-
-_TASKS = _Tasks()
+_TASK = Latest()
 
 
 def run_cell(cell: Cell, device: str = "auto") -> Outcome:
@@ -96,11 +78,11 @@ def run_cell(cell: Cell, device: str = "auto") -> Outcome:
     worker = f"{socket.gethostname()}:{os.getpid()}"
     try:
         model = WORKER.model(cell.model, pinned_device(device), cell.dtype)
-        task = _TASKS.of(model, cell)
-        given = {"tau": cell.tau, "edges": cell.edges}
-        circuit = discover(
-            model, task, cell.method, metric=cell.metric, ablation=cell.ablation, progress=False, **given
-        )
+        asked = {"n": cell.n, "seed": cell.seed, "template": cell.template}
+        key = model.digest, cell.relation.digest, cell.dtype, repr(asked)
+        task = _TASK.get(key, lambda: make_task(model, cell.relation, **asked))
+        given = {"metric": cell.metric, "ablation": cell.ablation, "tau": cell.tau, "edges": cell.edges}
+        circuit = discover(model, task, cell.method, progress=False, **given)
         numbers = _numbers(model, circuit, task)
     except Exception as error:  # a cell that fails must not stop the others
         return Outcome(worker, time.perf_counter() - started, error=error_words(error))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,31 +22,9 @@ _FORMAT, _CELL_FORMAT = "kcwb-sweep/1", "kcwb-sweep-cell/1"
 _RECORD = {"cell", "worker", "seconds", "model_digest", "numbers", "circuit_digest", "error"}
 
 
-class HeldStore:
-    """A store that this process alone writes to, for as long as it is held."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._lock = folder, FileLock(folder / ".lock")
-
-    def __enter__(self) -> Path:
-        """Take it, or raise SettingError if another process has it."""
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise SettingError(
-                f"Another sweep is writing to {self.folder}. Wait until it is done, or give this one another store."
-            ) from None
-        except OSError as error:
-            raise DataError(f"The store {self.folder} cannot be written to: {error.strerror}.") from error
-        return self.folder
-
-    def __exit__(self, *_: object) -> None:
-        """Let it go; the system does if the process is killed."""
-        self._lock.release()
-
-
-def open_store(folder: Path) -> HeldStore:
-    """Make a store, or take one that is there."""
+@contextmanager
+def open_store(folder: Path) -> Iterator[Path]:
+    """Make a store, or take one that is there, for this process alone to write to; the system frees it after a kill."""
     try:
         if folder.exists() and not folder.is_dir():
             raise DataError(f"The store {folder} is a file. Give a folder.")
@@ -59,7 +38,16 @@ def open_store(folder: Path) -> HeldStore:
     if new:
         _write_text(folder / "sweep.json", json.dumps({"format": _FORMAT}) + "\n")
     check_store(folder)
-    return HeldStore(folder)
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise SettingError(
+            f"Another sweep is writing to {folder}. Wait until it is done, or give this one another store."
+        ) from None
+    except OSError as error:
+        raise DataError(f"The store {folder} cannot be written to: {error.strerror}.") from error
+    with lock:
+        yield folder
 
 
 def _write_text(path: Path, text: str) -> None:

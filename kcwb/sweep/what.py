@@ -236,12 +236,8 @@ _DEEPEST = 100
 def read_sweep_file(path: str | Path) -> dict[str, Any]:
     """The arguments of `sweep` from a TOML file; relation files and the store are relative to its folder.
 
-    Raises
-    ------
-    DataError
-        If it cannot be read, or is not TOML.
-    SettingError
-        If it has an unknown key or a value of another kind, or lacks models, relations or store.
+    DataError if it cannot be read, or is not TOML; SettingError if it has an unknown key or a value of another kind, or
+    lacks models, relations or store.
     """
     path = Path(path)
     try:
@@ -271,11 +267,8 @@ def read_sweep_file(path: str | Path) -> dict[str, Any]:
 def connect(address: str, timeout: float = 10.0) -> Client:
     """A Dask client of the scheduler at `address`, which has at least one worker that can import this package.
 
-    Raises
-    ------
-    SettingError
-        If Dask is not installed, no scheduler answers, it has no worker, or a worker has another version of the
-        package or none.
+    SettingError if Dask is not installed, no scheduler answers, it has no worker, or a worker has another version of
+    the package or none.
     """
     try:
         from distributed import Client

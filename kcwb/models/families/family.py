@@ -110,10 +110,7 @@ ENCODERS: dict[str, Family] = {}
 def register(model_type: str, family: Family) -> None:
     """Cover a family from now on: what `load_model`, or for encoders `load_encoder`, does with its `model_type`.
 
-    Raises
-    ------
-    SettingError
-        If another family has that `model_type`.
+    SettingError if another family has that `model_type`.
     """
     before = (FAMILIES | ENCODERS).get(model_type, family)
     if before is not family:

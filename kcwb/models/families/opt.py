@@ -13,12 +13,5 @@ def _uncovered(config: Any) -> str | None:
     return "OPT without a final layer norm" if config._remove_final_layer_norm else None
 
 
-register(
-    "opt",
-    Family(
-        "OPT",
-        ("facebook/opt-125m", "facebook/opt-1.3b"),
-        uncovered=_uncovered,
-        position_offset=lambda config: 2,
-    ),
-)
+_EXAMPLES = ("facebook/opt-125m", "facebook/opt-1.3b")
+register("opt", Family("OPT", _EXAMPLES, uncovered=_uncovered, position_offset=lambda config: 2))

@@ -133,7 +133,8 @@ def p_value(own: float, chance: npt.ArrayLike) -> float:
     drawn = drawn[~np.isnan(drawn)]
     if math.isnan(own) or not len(drawn):
         return math.nan
-    return float((1 + (drawn >= own - _ROUNDING * max(1.0, abs(own))).sum()) / (1 + len(drawn)))
+    least = own - _ROUNDING * max(1.0, abs(own)) if math.isfinite(own) else own
+    return float((1 + (drawn >= least).sum()) / (1 + len(drawn)))
 
 
 def chance_range(chance: npt.ArrayLike) -> tuple[float, float, float]:

@@ -183,6 +183,7 @@ def test_p_counts_the_own_value_in_and_is_never_zero():
     assert p_value(0, range(9)) == 1
     assert p_value(5, range(9)) == (1 + 4) / 10
     assert p_value(0.1 + 0.2, [0.3, 0.1, 0.0]) == 2 / 4  # equal but for rounding
+    assert p_value(math.inf, [math.inf, 1.0]) == 2 / 3 and p_value(-math.inf, [-math.inf, 1.0]) == 1
 
 
 def test_what_is_not_a_number_has_no_p():

@@ -173,12 +173,11 @@ class Current:
         for i, kind in enumerate("qkv"):
             of_kind = [columns + i * graph.n_heads + head for head in there]
             reached[kind] = self._reached(plan, of_kind, need is Need.EVERYWHERE or kind != "q")
-        hit = torch.stack([weights.any(1) for weights in reached.values()]).any(0).cpu()
-        if not hit.any():
+        chosen = torch.stack([weights.any(1) for weights in reached.values()]).any(0).nonzero()[:, 0]
+        if not len(chosen):
             return
-        chosen = hit.nonzero()[:, 0]
-        changed = {kind: Inputs.of(weights[chosen.to(device)]) for kind, weights in reached.items()}
-        heads = torch.tensor(there, device=device)[chosen.to(device)]
+        changed = {kind: Inputs.of(weights[chosen]) for kind, weights in reached.items()}
+        heads = torch.tensor(there, device=device)[chosen]
         rows = torch.arange(first, first + graph.n_heads, device=device) if self.network.post_norms else heads + first
         plan.steps.append(HeadsStep(layer, need is Need.EVERYWHERE, heads, rows, changed))
         self._admit(plan, rows.tolist())

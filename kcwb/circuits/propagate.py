@@ -106,8 +106,7 @@ class Current:
         graph = self.network.graph
         if column == graph.n_receivers - 1:
             return Need.ANSWERS
-        name = graph.receiver_names[column]
-        if name.endswith(("<k>", "<v>")):
+        if self._receiver(column)[1] in "kv":
             return Need.EVERYWHERE
         return self.need(int(graph.receiver_node[column]))
 

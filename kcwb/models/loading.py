@@ -238,8 +238,9 @@ def _taken_apart(module: Any, tokenizer: Any, name: str, in_memory: bool, prepen
         _require_unedited(module, name)
     recorded = not in_memory and name == BUILTIN_NAME and module.dtype == torch.float32
     digest = (builtin_digest() if recorded else None) or weights_digest(module)
-    saved = {} if in_memory else saved_record(split_revision(name)[0], digest)
-    bos = _prepends_bos(tokenizer, name, saved.get("prepend_bos") if prepend_bos is None else prepend_bos)
+    record = {} if in_memory else saved_record(split_revision(name)[0])
+    saved = record if record.get("digest") == digest else {}  # in another precision these are other weights
+    bos = _prepends_bos(tokenizer, name, record.get("prepend_bos") if prepend_bos is None else prepend_bos)
     needed = [tokenizer.bos_token_id] if bos else []
     require_fit(tokenizer, module.get_input_embeddings().weight.shape[0], name, needed)
     with running(module, name):

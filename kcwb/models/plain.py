@@ -26,9 +26,8 @@ def plain_copy(module: torch.nn.Module) -> Any:
     _copy_originals(module, memo)
     copied = copy.deepcopy(module, memo)
     for part in copied.modules():
-        if (
-            isinstance(part, torch.nn.Linear) and "bias" in part._buffers
-        ):  # the bridge's zeros, so that each head has one
+        # the bridge's zeros, so that each head has one
+        if isinstance(part, torch.nn.Linear) and "bias" in part._buffers:
             del part.bias
             part.register_parameter("bias", None)
     return copied
@@ -37,19 +36,15 @@ def plain_copy(module: torch.nn.Module) -> Any:
 @contextmanager
 def unwrapped(module: torch.nn.Module) -> Iterator[Any]:
     """The module itself, for the time being with its own parts where a bridge has put its components."""
-    replaced: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
-
-    def put_back(parent: torch.nn.Module) -> None:
-        for name, child in list(parent._modules.items()):
-            original = None if child is None else child._modules.get(_ORIGINAL)
-            if child is not None and original is not None:
-                replaced.append((parent, name, child))
-                parent._modules[name] = child = original
-            if child is not None:
-                put_back(child)
-
+    replaced = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent._modules.items()
+        if child is not None and _ORIGINAL in child._modules
+    ]
     try:
-        put_back(module)
+        for parent, name, child in replaced:
+            parent._modules[name] = child._modules[_ORIGINAL]
         yield module
     finally:
         for parent, name, child in replaced:

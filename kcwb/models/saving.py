@@ -60,13 +60,13 @@ def save_folder(model: Model, folder: str | Path, force: bool = False) -> Path:
     return target
 
 
-def saved_record(folder: str | Path, digest: str) -> Mapping[str, Any]:
-    """What a folder that was written here says about the model; empty for others, and where the weights are others."""
+def saved_record(folder: str | Path) -> Mapping[str, Any]:
+    """What a folder that was written here says about the model; empty for others."""
+    kinds = {"digest": str, "model_digest": str, "edits": list, "prepend_bos": bool}
     try:
         record = read_manifest(Path(folder))
-        known = record["format"] == FORMAT and record["digest"] == digest
-        right = isinstance(record["edits"], list) and isinstance(record["prepend_bos"], bool)
-        return record if known and right and isinstance(record["model_digest"], str) else {}
+        right = all(isinstance(record[key], kind) for key, kind in kinds.items())
+        return record if record["format"] == FORMAT and right else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 

@@ -32,15 +32,7 @@ from kcwb.models.worker import WORKER, error_words, results
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Kind, Positive, Seed, fits
 from kcwb.sweep.run import Cell, Outcome, run_cell, run_in_worker
-from kcwb.sweep.store import (
-    cell_table,
-    check_store,
-    finished,
-    known_weights,
-    open_store,
-    stored_digests,
-    write_cell,
-)
+from kcwb.sweep.store import cell_table, check_store, finished, known_weights, open_store, stored_digests, write_cell
 from kcwb.tasks.relations import Relation, load_relation
 from kcwb.verbs import verb
 

@@ -99,6 +99,8 @@ def test_whether_prompts_begin_with_bos_is_saved_and_can_be_said_otherwise(tmp_p
     folder = model.save(tmp_path / "bos")
     assert load_model(folder, device="cpu").prepend_bos
     assert not load_model(folder, device="cpu", prepend_bos=False).prepend_bos
+    half = load_model(folder, device="cpu", dtype="bfloat16")  # other weights, of which the record does not speak
+    assert half.prepend_bos and half.saved == {}
     again = load_model(folder.parent, revision=folder.name, device="cpu")  # the same folder, named otherwise
     assert again.prepend_bos and again.saved == load_model(folder, device="cpu").saved != {}
 

@@ -15,6 +15,5 @@ _ENCODER = partial(
 )
 register("bert", _ENCODER("BERT", ("google-bert/bert-base-uncased", "google-bert/bert-large-uncased")))
 register(
-    "roberta",
-    _ENCODER("RoBERTa", ("FacebookAI/roberta-base",), position_offset=lambda config: config.pad_token_id + 1),
+    "roberta", _ENCODER("RoBERTa", ("FacebookAI/roberta-base",), position_offset=lambda config: config.pad_token_id + 1)
 )

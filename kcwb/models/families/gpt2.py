@@ -10,9 +10,8 @@ from kcwb.models.families.family import Family, register, usual_scale
 def _uncovered(config: Any) -> str | None:
     if config.add_cross_attention:
         return "GPT-2 with cross-attention"
-    return (
-        None if config.scale_attn_weights else "GPT-2 with unscaled attention"
-    )  # which the bridge scales all the same
+    # which the bridge scales all the same
+    return None if config.scale_attn_weights else "GPT-2 with unscaled attention"
 
 
 def _scale(config: Any, layer: int, d_head: int) -> float:

@@ -140,7 +140,8 @@ def _of_json(data: dict[str, Any]) -> Circuit:
 
     graph = Graph.of_file(**data["graph"])
     edges = {e["edge"]: math.nan if e["score"] is None else float(e["score"]) for e in data["edges"]}
-    if not all(isinstance(name, str) for name in edges) or edges_digest(graph, sorted(edges)) != data["digest"]:
+    names = [e["edge"] for e in data["edges"]]
+    if not all(isinstance(name, str) for name in names) or edges_digest(graph, sorted(names)) != data["digest"]:
         raise CircuitError("its graph or edges do not match their digest; was it edited by hand?")
     return Circuit.from_edges(graph, edges, provenance=dict(data["provenance"]))
 

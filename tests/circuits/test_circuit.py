@@ -447,6 +447,7 @@ EDITS = {
     "an edge that is a number": lambda data: data["edges"][0].update(edge=5),
     "an edge that is a list": lambda data: data["edges"][0].update(edge=["input", "m0"]),
     "an edge that is a text": lambda data: data["edges"].__setitem__(0, "input->m0"),
+    "an edge twice": lambda data: data["edges"].append({**data["edges"][0], "score": 9.0}),
     "a score that is a text": lambda data: data["edges"][0].update(score="high"),
     "a score that is a list": lambda data: data["edges"][0].update(score=[1.0]),
     "no edges": lambda data: data.pop("edges"),

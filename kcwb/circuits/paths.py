@@ -18,6 +18,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ def strongest_paths(circuit: Circuit, k: Count = 10, *, through: str | None = No
         raise CircuitError(f"through: {shown(through)} is no node. {nearest(through[:60], graph.node_names, few=12)}")
     edges, scored = _edges(circuit, through)
     rows = []
-    for path in _paths(edges, graph.n_senders, k):
+    for path in islice(_paths(edges, graph.n_senders), k):
         sizes = [one.size for one in path]
         rows.append(
             {
@@ -99,8 +100,8 @@ def _edges(circuit: Circuit, through: str | None) -> tuple[list[_Edge], bool]:
     return edges, scored
 
 
-def _paths(edges: list[_Edge], last: int, k: int) -> Iterator[list[_Edge]]:
-    """Up to k paths from node 0 to the last one, the strongest first."""
+def _paths(edges: list[_Edge], last: int) -> Iterator[list[_Edge]]:
+    """All paths from node 0 to the last one, the strongest first."""
     into, out = [-1.0] * (last + 1), [-1.0] * (last + 1)  # -1: there is no way
     into[0] = out[last] = math.inf
     for edge in edges:  # every edge into a node comes before those out of it
@@ -108,13 +109,8 @@ def _paths(edges: list[_Edge], last: int, k: int) -> Iterator[list[_Edge]]:
     for edge in reversed(edges):
         out[edge.sender] = max(out[edge.sender], min(out[edge.node], edge.size))
     weakest = {edge.size for edge in edges if edge.size <= min(into[edge.sender], out[edge.node])}
-    found = 0
     for level in sorted(weakest, reverse=True):
-        for path in _paths_of_level([edge for edge in edges if edge.size >= level], last, level):
-            yield path
-            found += 1
-            if found == k:
-                return
+        yield from _paths_of_level([edge for edge in edges if edge.size >= level], last, level)
 
 
 def _paths_of_level(edges: list[_Edge], last: int, level: float) -> Iterator[list[_Edge]]:

@@ -79,7 +79,8 @@ def run_cell(cell: Cell, device: str = "auto") -> Outcome:
     try:
         model = WORKER.model(cell.model, pinned_device(device), cell.dtype)
         asked = {"n": cell.n, "seed": cell.seed, "template": cell.template}
-        key = model.digest, cell.relation.digest, cell.dtype, repr(asked)
+        of_model = cell.model, model.digest, str(model.device), cell.dtype, model.prepend_bos  # and its tokenizer
+        key = *of_model, cell.relation.digest, repr(asked)
         task = _TASK.get(key, lambda: make_task(model, cell.relation, **asked))
         given = {"metric": cell.metric, "ablation": cell.ablation, "tau": cell.tau, "edges": cell.edges}
         circuit = discover(model, task, cell.method, progress=False, **given)

@@ -144,6 +144,17 @@ def test_a_model_is_loaded_once_for_all_of_its_cells(folders, words, tmp_path, m
     assert loaded == both
 
 
+def test_equal_weights_under_two_names_are_asked_each_in_its_own_way(folders, words, tmp_path: Path) -> None:
+    bos = load_model(folders["llama"], device="cpu", prepend_bos=True).save(tmp_path / "bos")
+    table = sweep([folders["llama"], bos], [words], ["eap"], store=tmp_path / "store", **QUIET)
+    for row, folder in zip(table.itertuples(), (folders["llama"], bos), strict=True):
+        model = load_model(folder, device="cpu")
+        score = completeness(model, Circuit.load(row.circuit), make_task(model, words, n=3), draws=0, progress=False)
+        score = score.set_index(["run", "split"])
+        assert row.full_nll_val == pytest.approx(score.loc[("full model", "D_val"), "nll"], rel=1e-5)
+    assert table["full_nll_val"].nunique() == 2
+
+
 def test_a_failure_is_recorded_stops_nothing_and_is_tried_again(folders, words, tmp_path: Path) -> None:
     late = tmp_path / "late"
     given: dict[str, Any] = {"methods": ["eap"], "store": tmp_path / "store", **QUIET}

@@ -5,6 +5,7 @@ And, for the process that started it: `results`, what an executor's workers make
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
 import itertools
@@ -128,10 +129,8 @@ def _slot() -> int:
         folder.mkdir(exist_ok=True)
         for number in itertools.count():
             lock = FileLock(folder / f"{number}.lock")
-            try:
+            with contextlib.suppress(Timeout):
                 lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            _SLOTS.append(lock)  # held as long as the process lives
-            break
+                _SLOTS.append(lock)  # held as long as the process lives
+                break
     return int(Path(_SLOTS[0].lock_file).stem)

@@ -102,12 +102,10 @@ def run_in_worker(cell: Cell, device: str, method: Method, kind: type[AblationKi
 
 
 def _numbers(model: Model, circuit: Circuit, task: Task) -> dict[str, float]:
-    table = completeness(model, circuit, task, draws=0, progress=False).set_index(["run", "split"])
+    table, shown = completeness(model, circuit, task, draws=0, progress=False), {"circuit": "", "full model": "full_"}
     numbers: dict[str, float] = {"n_edges": circuit.n_edges, "n_nodes": circuit.n_nodes}
     numbers |= {"share": circuit.n_edges / circuit.graph.n_edges, "facts": len(task.val)}
-    for run, prefix in (("circuit", ""), ("full model", "full_")):
-        for split, suffix in (("D_val", "val"), ("D_test", "test")):
-            for key in ("hit", "nll"):
-                if (run, split) in table.index:
-                    numbers[f"{prefix}{key}_{suffix}"] = float(table[key].to_dict()[run, split])
+    for row in table[table["run"].isin(shown)].to_dict("records"):
+        for key in ("hit", "nll"):
+            numbers[f"{shown[row['run']]}{key}_{row['split'].removeprefix('D_')}"] = float(row[key])
     return {key: numbers[key] for key in NUMBERS if key in numbers}

@@ -134,6 +134,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
     from kcwb.discovery.selection import SELECTIONS
     from kcwb.tasks.metrics import METRICS
     from kcwb.tasks.task import make_task
+    from kcwb.verbs import check_settings
 
     load_extensions()
     # Misspelt names are told before a model is loaded; discover checks the rest.
@@ -146,6 +147,7 @@ def discover(args: argparse.Namespace) -> tuple[Any, str]:
         if isinstance(given.get(name), str):
             choose(f"--{name}", given[name].partition("(")[0], known)
     check_method(**given)
+    check_settings(make_task, n=args.facts, seed=args.seed)
     relation.template(args.template)
     model = load(args, args.model, args.dtype)
     task = make_task(model, relation, n=args.facts, seed=args.seed, template=args.template)

@@ -43,18 +43,20 @@ def referee(args: argparse.Namespace) -> tuple[Any, str]:
     """
     files = [*([args.file] if args.file else []), *args.compare]
     names = _names(files)
+    from kcwb.evaluation.referee.referee import referee as judge
+    from kcwb.verbs import check_settings
     from kcwb.workbench.report.judgement import check_page, judgement_page, ranking_page
 
-    if args.output is not None:  # what cannot be written there is told before anything is computed
+    # What cannot be meant, or written there, is told before anything is computed.
+    more = given_of(args, "metric", "ablation") | {"quick": args.quick, "progress": not args.quiet}
+    more |= {"facts": args.most, "seed": args.start}
+    check_settings(judge, **more)
+    if args.output is not None:
         inputs = [*files, *([args.relation] if args.relation else [])]
         check_page(args.output, inputs=inputs, force=args.force)
     model, read, task = _read(args, files)
     circuits = {name: read[path] for name, path in zip(names, files, strict=True)}
-    more = given_of(args, "metric", "ablation") | {"quick": args.quick, "progress": not args.quiet}
-    more |= {"facts": args.most, "seed": args.start}
     if len(files) == 1:
-        from kcwb.evaluation.referee.referee import referee as judge
-
         (circuit,) = circuits.values()
         judgement = judge(model, circuit, task, **more)
         rows = [[row[key] for key in _KEYS] for row in records(judgement.questions)]

@@ -83,6 +83,8 @@ def given_of(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 def remade(provenance: Mapping[str, Any], where: Path, args: argparse.Namespace) -> tuple[Relation, dict[str, Any]]:
     """The relation that a circuit was found on, or the one that was asked for; the same of its model and the like."""
     from kcwb.circuits.provenance import remade_from
+    from kcwb.tasks.task import make_task
+    from kcwb.verbs import check_settings
 
     said = {"dtype": "float32", "prepend_bos": None, "facts": 8, "seed": 0, "template": 0}
     said |= remade_from(provenance, where)
@@ -92,7 +94,8 @@ def remade(provenance: Mapping[str, Any], where: Path, args: argparse.Namespace)
     said |= given_of(args, "model", "dtype", "facts", "seed", "template")
     if "model" not in said:
         raise CircuitError(f"{where} does not say which model it is of. Name it with --model.")
-    relation.template(said["template"])  # told before a model is loaded
+    relation.template(said["template"])  # told before a model is loaded, as is the next
+    check_settings(make_task, n=said["facts"], seed=said["seed"])
     return relation, said
 
 

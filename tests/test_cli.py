@@ -169,6 +169,7 @@ def test_the_defaults_are_those_of_the_functions() -> None:
         (["discover", "country_capital", "--template", "99"], ["template=99", "0 to 3"]),
         (["discover", "country_capital", "--ablation", "men"], ["--ablation", "'mean'"]),
         (["discover", "country_capital", "--method", "eap", "--metric", "kl"], ["kl is zero", "eap-ig"]),
+        (["discover", "country_capital", "--facts", "0"], ["n=0"]),
         (["discover", "country_capital", "--select", "gredy"], ["--select", "'greedy'"]),
         (["discover", "country_capital", "--out", "no/such/folder/c.json"], ["--out", "no/such/folder"]),
         (["discover", "country_capital", "--out", "circuit"], ["--out", ".json"]),
@@ -487,7 +488,8 @@ def test_completeness_is_on_the_facts_that_the_circuit_was_found_on(run, file, f
 
 
 @pytest.mark.parametrize(
-    ("option", "said"), [(["--draws", -1], "draws=-1"), (["--k", 0], "k=0"), (["--ablation", "men"], "'mean'")]
+    ("option", "said"),
+    [(["--draws", -1], "draws=-1"), (["--k", 0], "k=0"), (["--ablation", "men"], "'mean'"), (["--facts", 0], "n=0")],
 )
 def test_completeness_refuses_what_cannot_be_meant_before_a_model_is_loaded(
     run, found, file, monkeypatch, option, said

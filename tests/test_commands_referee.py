@@ -61,6 +61,12 @@ def test_options_override_what_a_file_says(run, asked, found, file, words) -> No
     assert call.task.template == words.prompt_templates_zs[1]
 
 
+def test_what_cannot_be_meant_is_told_before_a_model_is_loaded(run, found, file, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setattr("kcwb.models.loading.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    for files in ([found], [found, "--compare", file]):
+        assert refused(run("referee", *files, "--facts", 0, "--relation", file, "--quiet"), "referee: facts=0")
+
+
 def test_json_is_the_whole_judgement(run, asked, found, file) -> None:  # noqa: F811
     data = json.loads(run("referee", found, "--relation", file, "--json", "--quiet").out)
     assert data["output"] is None and data["format"] == "kcwb-judgement/1"

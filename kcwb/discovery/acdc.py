@@ -316,7 +316,7 @@ class _Receiver:
 
 @torch.no_grad()
 def acdc(search: Search, *, progress: Progress = False, checkpoint: Path | None = None) -> Pruned:
-    """Prune exactly as `acdc_sequential` does, much faster.
+    """Prune exactly as the definition does (`kcwb.discovery.sequential`), much faster.
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
-from kcwb.circuits.provenance import origin, record
+from kcwb.circuits.provenance import record
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.acdc import acdc
 from kcwb.discovery.methods import Pruning, check_method, check_size, scoring
@@ -240,11 +240,6 @@ def _pruned(model: Model, task: Task, settled: Settled, loss: Loss, started: flo
 
 
 def _provenance(model: Model, task: Task, settled: Settled, loss: Loss, started: float) -> dict[str, Any]:
-    """All that determined a circuit; of a circuit among the settings, where it comes from."""
-    parameters = {
-        name: origin(value) if isinstance(value, Circuit) else value
-        for name, value in settled.settings.items()
-        if name not in settled.method.unrecorded
-    }
-    how = {"method": settled.method.name, "metric": loss.metric, "ablation": settled.ablation, "parameters": parameters}
-    return record(model, task, loss.prompts.facts, seconds=round(time.perf_counter() - started, 3), **how)
+    """All that determined a circuit."""
+    seconds = round(time.perf_counter() - started, 3)
+    return record(model, task, loss.prompts.facts, seconds=seconds, **settled.recorded(loss.metric))

@@ -219,9 +219,10 @@ def compose(
         )
     kept, dropped = drop_copies(found)
     counts = {f"facts of {first.name}": len(first.facts), f"go on in {second.name}": len(found), **dropped}
-    return Composition(
-        first, second, tuple(chosen), require_chains(kept, f"{first.name} > {second.name}", counts), counts
-    )
+    if not kept:
+        said = ", ".join(f"{what}: {count}" for what, count in counts.items())
+        raise DataError(f"{first.name} > {second.name}: no chain is left whose answer cannot be copied ({said}).")
+    return Composition(first, second, tuple(chosen), tuple(kept), counts)
 
 
 @verb
@@ -325,14 +326,6 @@ def drop_copies(chains: Iterable[Chain]) -> tuple[list[Chain], dict[str, int]]:
         else:
             dropped[copied] += 1
     return kept, dropped
-
-
-def require_chains(chains: Sequence[Chain], name: str, counts: Mapping[str, int]) -> tuple[Chain, ...]:
-    """The chains, or DataError with the counts if there is none."""
-    if not chains:
-        said = ", ".join(f"{what}: {count}" for what, count in counts.items())
-        raise DataError(f"{name}: no chain is left whose answer cannot be copied ({said}).")
-    return tuple(chains)
 
 
 def _usual_wordings(first: Relation, second: Relation) -> list[Wording]:

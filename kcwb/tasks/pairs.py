@@ -190,6 +190,8 @@ def _columns(table: pd.DataFrame, renamed: dict[str, str], where: str) -> dict[s
             raise DataError(f"columns: {key!r:.60} is no column that is read. {nearest(key, COLUMNS)}")
         if name not in known:
             raise DataError(f"{where} has no column {name!r:.60} for {key!r}. {nearest(name, there)}")
+        if there.count(name) > 1:
+            raise DataError(f"{where} has {there.count(name)} columns {name!r:.60}, for {key!r}. Leave one.")
     given = dict(renamed)
     for name in there:
         key = _ALIASES.get(name, name)
@@ -289,7 +291,10 @@ def read_table(path: Path) -> pd.DataFrame:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
         between = "\t" if path.suffix == ".tsv" else ","
-        return pd.read_csv(path, sep=between, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        table = pd.read_csv(path, sep=between, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for names of rows
+            raise ValueError(f"rows have more cells than there are columns; put text with {between!r} in it in quotes")
+        return table
     except ImportError as error:
         raise DataError(
             f"{path}: pandas reads a .parquet file with pyarrow, which is not installed: pip install pyarrow. Or write "

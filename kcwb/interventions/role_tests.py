@@ -32,7 +32,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
 from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.errors import CircuitError, DataError, SettingError
-from kcwb.interventions.at_end import at_end, logits_without, patched_answers
+from kcwb.interventions.at_end import logits_without, patched_answers
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -41,7 +41,7 @@ from kcwb.reading.positions import check_prompts, split_of, token_text, told_at_
 from kcwb.reading.roles import TOO_FEW, circuit_heads, sureness
 from kcwb.settings import Count, Seed
 from kcwb.statistics import chance_range, matched_head_sets, mean_interval, p_value, proportion_interval
-from kcwb.tasks.metrics import answer_ranks, make_loss
+from kcwb.tasks.metrics import answer_ranks, at_end, make_loss, together
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.tasks.tokens import object_tokens
@@ -295,7 +295,7 @@ def _effects(
     own = known[None] == prompts.answers[:, :1]
 
     def measure(logp: Float[Tensor, "*c N V"]) -> Float[Tensor, "m *c N"]:
-        answer = logp.gather(-1, prompts.answers[:, :1].expand(*logp.shape[:-1], 1))[..., 0]
+        answer = together(logp, prompts.answers[:, :1])
         others = logp[..., known].masked_fill(own, -math.inf).logsumexp(-1)
         return torch.stack([answer, others, logp[..., generic].logsumexp(-1)])
 

@@ -32,6 +32,7 @@ from kcwb.models.network import Network
 from kcwb.reading.dla import final_scale
 from kcwb.reading.positions import token_text
 from kcwb.settings import Count
+from kcwb.tasks.metrics import at_end
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
@@ -77,19 +78,14 @@ def attention_pattern(
         If there is no such prompt, or an ablation needs the task.
     """
     run = planned_run(model, task, circuit, ablation, prompt)
-    pattern = _patterns(model, run, head)[0]
+    place = model.graph.node(head)
+    if place.kind != "head":
+        raise CircuitError(f"{head} does not attend: only heads do, a<layer>.h<head>.")
+    pattern = layer_patterns(model, run, place.layer, [place.head])[0, 0]
     tokens = run.prompts.tokens[0, : int(run.prompts.lengths[0])].tolist()
     labels = [f"{i}:{token_text(model, token)}" for i, token in enumerate(tokens)]
     shown = pattern[: len(tokens), : len(tokens)].float().cpu().numpy()
     return pd.DataFrame(shown, index=labels, columns=labels)
-
-
-def _patterns(model: Model, run: PlannedRun, head: str) -> Float[Tensor, "N T T"]:
-    """A head's attention on all prompts of a run."""
-    place = model.graph.node(head)
-    if place.kind != "head":
-        raise CircuitError(f"{head} does not attend: only heads do, a<layer>.h<head>.")
-    return layer_patterns(model, run, place.layer, [place.head])[0]
 
 
 @torch.no_grad()
@@ -158,12 +154,11 @@ def written_logits(model: Model, run: PlannedRun, node: str) -> Float[Tensor, "N
     def written(rows: slice) -> Tensor:
         part = run.prompts.select(rows)
         passed = run.forward(part, senders=not whole)
-        at = torch.arange(len(part), device=part.tokens.device), part.ends
-        residual = passed.residual[at]
+        residual = at_end(passed.residual, part)
         if whole:
             return network.logits(residual).float()
         # the node's summand, by the final norm held at the stream's scale
-        share = network.logit_shares(passed.senders[graph.sender_index(node)][at]).float()
+        share = network.logit_shares(at_end(passed.senders[graph.sender_index(node)], part)).float()
         return share / final_scale(network, residual)[:, None]
 
     return torch.cat([*by_prompts(network, run.prompts.tokens, written)])
@@ -202,7 +197,8 @@ def component_logits(
     prompts = task.val if isinstance(task, Task) else task
     logits = node_logits(model, task, node, prompt=prompt, circuit=circuit, ablation=ablation).mean(0)
     asked = prompts if prompt is None else prompts.select([prompt])
-    answers = set(asked.answers[asked.told_at_end, 0].tolist())
+    told = zip(asked.firsts, asked.told_at_end.tolist(), strict=True)
+    answers = sorted({token for firsts, at_end in told if at_end for token in firsts})
     order = logits.argsort(descending=True, stable=True)
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(1, len(order) + 1, device=order.device)
@@ -249,12 +245,13 @@ def node_edges(circuit: Circuit, node: str) -> pd.DataFrame:
 
 
 class PlannedRun(NamedTuple):
-    """What is to be run, and how."""
+    """What is to be run, and how; `rows` are the prompts' numbers among those that were given."""
 
     network: Network
     prompts: Prompts
     kept: Bool[Tensor, "S R"] | None
     cuts: Ablation | None
+    rows: Sequence[int]
 
     def forward(self, prompts: Prompts, *, senders: bool = False, receivers: bool = False) -> Pass:
         """One pass over some of the prompts."""
@@ -281,18 +278,14 @@ def planned_run(
         raise SettingError(f"prompt={prompt}: there are {len(prompts)}, 0 to {len(prompts) - 1}.")
     if isinstance(task, Task):
         check_same_weights(model, task)
-    cuts = None
+    kept = cuts = None
     if circuit is not None:
         check_same_model(model, circuit)
-        cuts = _cuts(model, task, ablation or circuit.ablation)
-        if prompt is None:
-            prompts = cuts.usable(prompts)
+        kept, cuts = circuit.kept, ablation or circuit.ablation
+        if not isinstance(cuts, Ablation):
+            cuts = make_ablation(model, task if isinstance(task, Task) else None, cuts)
     if prompt is not None:
-        prompts = prompts.select([prompt])
-    return PlannedRun(model.network, prompts, None if circuit is None else circuit.kept, cuts)
-
-
-def _cuts(model: Model, task: Task | Prompts, ablation: str | AblationKind | Ablation) -> Ablation:
-    if isinstance(ablation, Ablation):
-        return ablation
-    return make_ablation(model, task if isinstance(task, Task) else None, ablation)
+        return PlannedRun(model.network, prompts.select([prompt]), kept, cuts, [prompt])
+    usable = prompts if cuts is None else cuts.usable(prompts)
+    rows = range(len(prompts)) if usable is prompts else prompts.paired.nonzero()[:, 0].tolist()
+    return PlannedRun(model.network, usable, kept, cuts, rows)

@@ -16,18 +16,11 @@ from kcwb.discovery.discover import discover
 from kcwb.errors import CircuitError, SettingError
 from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
-from kcwb.reading.nodes import (
-    attention_pattern,
-    component_logits,
-    node_edges,
-    node_logits,
-)
+from kcwb.reading.nodes import attention_pattern, component_logits, node_edges, node_logits
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.task import make_task
 from tests.handmade import copying_head, key_value_lookup
-from tests.tasks import (
-    known_relation,
-    unpadded_tokens,
-)
+from tests.tasks import TEMPLATE, known_relation, unpadded_tokens
 
 ARCHITECTURES = ["llama", "gpt2", "neox", "qwen2", "opt", "mistral-window", "llama-biases"]
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -221,6 +214,13 @@ def test_top_tokens_are_ranked_and_the_answer_follows(llama):
     assert table.set_index("token_id")["answer"].to_dict() == {
         token: token == answer for token in table["token_id"].tolist()
     }
+
+
+def test_every_right_answer_is_an_answer(llama):
+    facts = [replace(fact, also=("w70", "w71")) for fact in known_relation(llama, 9).facts if " " not in fact.object]
+    prompts = encode(llama, facts, TEMPLATE, [fact.object for fact in facts])
+    table = component_logits(llama, prompts, "m1", k=llama.network.d_vocab, prompt=0)
+    assert set(table.loc[table["answer"], "token"]) == set(facts[0].right)
 
 
 def test_over_all_prompts_it_is_the_mean(llama):

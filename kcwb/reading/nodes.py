@@ -30,7 +30,7 @@ from kcwb.models.loading import Model
 from kcwb.models.memory import by_prompts
 from kcwb.models.network import Network
 from kcwb.reading.dla import final_scale
-from kcwb.reading.positions import token_text
+from kcwb.reading.positions import check_any, token_text
 from kcwb.settings import Count
 from kcwb.tasks.metrics import at_end
 from kcwb.tasks.prompts import Prompts
@@ -274,6 +274,7 @@ def planned_run(
 ) -> PlannedRun:
     """The run of a model or of a circuit on one of some prompts, or on all; parameters of `attention_pattern`."""
     prompts = task.val if isinstance(task, Task) else task
+    check_any(prompts)
     if prompt is not None and not 0 <= prompt < len(prompts):
         raise SettingError(f"prompt={prompt}: there are {len(prompts)}, 0 to {len(prompts) - 1}.")
     if isinstance(task, Task):

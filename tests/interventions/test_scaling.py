@@ -118,7 +118,8 @@ def test_what_cannot_be_meant_is_refused(tiny):
         scale_heads(model, task, HEADS, factors=[-1.0], progress=False)
     model, relation, *_ = copying_head()
     task, seen = make_task(model, relation, n=4), []
-    for one in (task, replace(task, test=task.test.select([]))):
-        with pytest.raises(DataError, match="nothing is left to improve"):
+    empty = replace(task, test=task.test.select([]))
+    for one, words in ((task, "nothing is left to improve"), (empty, "no prompts to look at")):
+        with pytest.raises(DataError, match=words):
             scale_heads(model, one, ["a1.h2"], progress=lambda *step: seen.append(step))
     assert not seen  # before anything is run

@@ -13,9 +13,11 @@ from kcwb.circuits.ablation import ABLATIONS, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery.discover import discover
-from kcwb.errors import CircuitError, SettingError
+from kcwb.errors import CircuitError, DataError, SettingError
+from kcwb.interventions.together import heads_together
 from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
+from kcwb.reading.attending import why_attends
 from kcwb.reading.nodes import attention_pattern, component_logits, node_edges, node_logits
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.task import make_task
@@ -214,6 +216,18 @@ def test_top_tokens_are_ranked_and_the_answer_follows(llama):
     assert table.set_index("token_id")["answer"].to_dict() == {
         token: token == answer for token in table["token_id"].tolist()
     }
+
+
+def test_no_prompts_are_refused(llama):
+    none = task_of(llama).val.select([])
+    for ask in (
+        lambda: component_logits(llama, none, "m0"),
+        lambda: attention_pattern(llama, none, "a0.h0"),
+        lambda: why_attends(llama, none),
+        lambda: heads_together(llama, none, ["a0.h0", "a0.h1"], progress=False),
+    ):
+        with pytest.raises(DataError, match="no prompts to look at"):
+            ask()
 
 
 def test_every_right_answer_is_an_answer(llama):

@@ -169,7 +169,7 @@ def read_pairs(
     rows: dict[str, int] = {}
     for row, cells in enumerate(zip(*(table[given[key]] for key in given), strict=True), start=1):
         place = f"{where}, row {row}"
-        found = {key: cell for key, cell in zip(given, cells, strict=True) if not _empty(cell)}
+        found = {key: cell for key, cell in zip(given, cells, strict=True) if not is_empty(cell)}
         fact = _fact(found, place, space)
         if rows.setdefault(fact.subject, row) != row:
             raise DataError(
@@ -272,7 +272,7 @@ def _listed(cell: Any) -> bool:
     return isinstance(cell, (list, tuple, np.ndarray))
 
 
-def _empty(cell: Any) -> bool:
+def is_empty(cell: Any) -> bool:
     """Whether a cell is None, NaN, no text or an empty list."""
     if _listed(cell):
         return len(cell) == 0

@@ -15,9 +15,9 @@ from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.provenance import record
 from kcwb.circuits.run import check_same_model
-from kcwb.discovery.acdc import acdc
+from kcwb.discovery.acdc import Search, acdc
 from kcwb.discovery.methods import Pruning, check_method, check_size, scoring
-from kcwb.discovery.methods.acdc import pruning, search_within
+from kcwb.discovery.methods.acdc import pruning
 from kcwb.discovery.registry import DEFAULT, Settled, read_within
 from kcwb.discovery.selection import select_edges, sure_signs
 from kcwb.discovery.tuning import Tuning
@@ -164,13 +164,14 @@ def tau_path(
     """
     same = {"absolute": absolute, "within": within}
     settled, cuts, loss, _ = _begin(model, task, "acdc", metric, ablation, same, progress)
-    search = search_within(model, loss, cuts, absolute=absolute, within=settled.settings["within"])
+    known = settled.settings
+    search = Search(model, loss, cuts, tau=known["tau"], absolute=absolute, within=known["within"])
     circuits = {}
     for tau in taus:
         started = time.perf_counter()
         again = search.again(tau)
         found = pruning(again, acdc(again, progress=progress))
-        at_tau = settled._replace(settings=settled.settings | {"tau": tau})
+        at_tau = settled._replace(settings=known | {"tau": tau})
         circuits[tau] = _pruned(model, task, at_tau, loss, started, found)
     return circuits
 

@@ -108,45 +108,11 @@ def layer_patterns(
     return torch.cat([*by_prompts(network, run.prompts.tokens, work)], dim=1)
 
 
-def node_logits(
-    model: Model,
-    task: Task | Prompts,
-    node: str,
-    *,
-    prompt: int | None = None,
-    circuit: Circuit | None = None,
-    ablation: str | AblationKind | Ablation | None = None,
-) -> Float[Tensor, "N V"]:
-    """What a node's output at END adds to the logits there, with the final norm's scale of the same run.
-
-    Parameters
-    ----------
-    node
-        Any node; for `logits` it is the whole of the run's logits. A node whose edge to `logits` a circuit has cut
-        is shown as if it had one: what it would say, could it be heard.
-    prompt
-        Which of the prompts, from 0; None for all.
-
-    Other parameters are those of `attention_pattern`.
-
-    Returns
-    -------
-    Tensor
-        `[N, V]` float32, on the model's device; before the final softcap, where the model has one (Gemma 2): parts add
-        up to what is capped, not to the logits.
-
-    Raises
-    ------
-    CircuitError
-        If the model has no such node, or the circuit belongs to another model.
-    SettingError
-        If there is no such prompt, or an ablation needs the task.
-    """
-    return written_logits(model, planned_run(model, task, circuit, ablation, prompt), node)
-
-
 def written_logits(model: Model, run: PlannedRun, node: str) -> Float[Tensor, "N V"]:
-    """`node_logits` on every prompt of a run."""
+    """What a node's output at END adds to the logits there, with the final norm's scale of the same run; float32.
+
+    See `component_logits`.
+    """
     graph, network = model.graph, model.network
     whole = graph.node(node).kind == "logits"
 
@@ -179,10 +145,15 @@ def component_logits(
 
     Parameters
     ----------
+    node
+        Any node; for `logits` it is the whole of the run's logits. A node whose edge to `logits` a circuit has cut
+        is shown as if it had one: what it would say, could it be heard.
     k
         How many tokens.
+    prompt
+        Which of the prompts, from 0; None for all.
 
-    Other parameters are those of `node_logits`.
+    Other parameters are those of `attention_pattern`.
 
     Returns
     -------
@@ -190,14 +161,21 @@ def component_logits(
         `rank`, `token` (its text), `token_id`, `logit` (what the node adds to it, the mean over prompts),
         `above_mean` (the same without the mean over the vocabulary, which no probability depends on) and `answer`
         (whether an answer to the prompts starts with it, and no other object of the relation does). With one `prompt`,
-        whose answer is not among the first k, the answer follows with its own rank.
+        whose answer is not among the first k, the answer follows with its own rank. Before the final softcap, where
+        the model has one (Gemma 2): parts add up to what is capped, not to the logits.
+
+    Raises
+    ------
+    CircuitError
+        If the model has no such node, or the circuit belongs to another model.
+    SettingError
+        If there is no such prompt, an ablation needs the task, or the vocabulary has no `k` tokens.
     """
     if k > model.network.d_vocab:
         raise SettingError(f"k={k}: the vocabulary has {model.network.d_vocab:,} tokens; ask for 1 to that many.")
-    prompts = task.val if isinstance(task, Task) else task
-    logits = node_logits(model, task, node, prompt=prompt, circuit=circuit, ablation=ablation).mean(0)
-    asked = prompts if prompt is None else prompts.select([prompt])
-    told = zip(asked.firsts, asked.told_at_end.tolist(), strict=True)
+    run = planned_run(model, task, circuit, ablation, prompt)
+    logits = written_logits(model, run, node).mean(0)
+    told = zip(run.prompts.firsts, run.prompts.told_at_end.tolist(), strict=True)
     answers = sorted({token for firsts, at_end in told if at_end for token in firsts})
     order = logits.argsort(descending=True, stable=True)
     ranks = torch.empty_like(order)

@@ -18,7 +18,7 @@ from kcwb.interventions.together import heads_together
 from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
 from kcwb.reading.attending import why_attends
-from kcwb.reading.nodes import attention_pattern, component_logits, node_edges, node_logits
+from kcwb.reading.nodes import attention_pattern, component_logits, node_edges, planned_run, written_logits
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.task import make_task
 from tests.handmade import copying_head, key_value_lookup
@@ -40,6 +40,11 @@ def llama(tiny):
 
 def task_of(model):
     return make_task(model, known_relation(model, 9), n=4)
+
+
+def node_logits(model, task, node, prompt=None, circuit=None, ablation=None):
+    """`[N, V]`: what `component_logits` takes the mean of."""
+    return written_logits(model, planned_run(model, task, circuit, ablation, prompt), node)
 
 
 def half(model, ablation: str, seed: int = 0) -> Circuit:

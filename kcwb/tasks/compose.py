@@ -203,7 +203,7 @@ def compose(
     >>> compose("landmark_country", "country_capital").wordings[0].template
     'The capital of the country where the landmark {} is located is'
     """
-    first, second = _loaded(first), _loaded(second)
+    first, second = load_relation(first), load_relation(second)
     for relation in (first, second):
         require_subjects(relation, "A chain")
     chosen = [Wording(*pair) for pair in wordings] if wordings is not None else _usual_wordings(first, second)
@@ -278,7 +278,7 @@ def reverse(relation: Relation | str, *, templates: Sequence[str] | None = None)
     SettingError
         If there are no templates for it.
     """
-    relation = _loaded(relation)
+    relation = load_relation(relation)
     require_subjects(relation, "A question backwards")
     usual = relation.prompt_templates_zs if relation.symmetric else BACKWARDS.get(relation.name)
     texts = usual if templates is None else tuple(templates)
@@ -337,10 +337,6 @@ def _usual_wordings(first: Relation, second: Relation) -> list[Wording]:
                 f"{nearest(relation.name, words)}"
             )
     return [Wording(about, asked) for asked in QUESTIONS[second.name] for about in DESCRIPTIONS[first.name]]
-
-
-def _loaded(relation: Relation | str) -> Relation:
-    return relation if isinstance(relation, Relation) else load_relation(relation)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -144,8 +144,7 @@ def make_masked_task(
     SettingError
         If `n` or `template` make no sense.
     """
-    if isinstance(relation, str):
-        relation = load_relation(relation)
+    relation = load_relation(relation)
     require_subjects(relation, "A masked-token prompt")
     text = relation.template(template)
     found = [_row(encoder, fact, text, ending) for fact in relation.facts]

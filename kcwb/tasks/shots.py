@@ -182,7 +182,7 @@ def shot_tasks(
     dict
         (k, kind) -> task, in the order of `wanted`.
     """
-    relation = load_relation(relation) if isinstance(relation, str) else relation
+    relation = load_relation(relation)
     require_subjects(relation, "A prompt with demonstrations")
     for _, kind in wanted:
         choose("The kind of context", kind, KINDS)

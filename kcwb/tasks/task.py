@@ -116,8 +116,7 @@ def make_task(
     SettingError
         If `n` or `template` make no sense.
     """
-    if isinstance(relation, str):
-        relation = load_relation(relation)
+    relation = load_relation(relation)
     text = relation.template(template)
     facts = told_apart(model, relation.facts, text, relation)
     everything = encode(model, facts, text, relation.objects, seed, foil, progress)

@@ -16,7 +16,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.provenance import record
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.acdc import Search, acdc
-from kcwb.discovery.methods import Pruning, check_method, check_size, scoring
+from kcwb.discovery.methods import METHODS, Pruning, check_method, check_size, scoring
 from kcwb.discovery.methods.acdc import pruning
 from kcwb.discovery.registry import DEFAULT, Settled, read_within
 from kcwb.discovery.selection import select_edges, sure_signs
@@ -197,10 +197,11 @@ def predict(
     **settings: Any,
 ) -> float:
     """Roughly how many seconds `discover` will take, for acdc from timing a few candidates; parameters as there."""
-    settled, cuts, loss, _ = _begin(model, task, method, metric, ablation, settings)
-    if settled.method.seconds is None:
+    seconds = METHODS[choose("The method", method, METHODS)].seconds
+    if seconds is None:
         raise SettingError(f"{method} does not say how long it takes; its progress does.")
-    return settled.method.seconds(model, loss, cuts, **settled.settings)
+    settled, cuts, loss, _ = _begin(model, task, method, metric, ablation, settings)
+    return seconds(model, loss, cuts, **settled.settings)
 
 
 def _begin(

@@ -291,10 +291,9 @@ def read_table(path: Path) -> pd.DataFrame:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
         between = "\t" if path.suffix == ".tsv" else ","
-        table = pd.read_csv(path, sep=between, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for names of rows
-            raise ValueError(f"rows have more cells than there are columns; put text with {between!r} in it in quotes")
-        return table
+        # names read as a row: else pandas takes what a row has too many of for its index, and renames what comes twice
+        rows = pd.read_csv(path, sep=between, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        return rows.iloc[1:].set_axis(rows.iloc[0].tolist(), axis=1)
     except ImportError as error:
         raise DataError(
             f"{path}: pandas reads a .parquet file with pyarrow, which is not installed: pip install pyarrow. Or write "

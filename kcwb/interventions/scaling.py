@@ -5,8 +5,8 @@ too softly. So their outputs are multiplied by a factor at every position of the
 
 1. the factor is the one of some that brings the lowest loss on D_val, 1 (nothing changed) among them;
 2. with it the facts of D_test are asked again: of those that the model got wrong, how many are right now (`righted`),
-   and of those that it got right, how many still are (`kept`). Right means that the answer's first token is the
-   likeliest;
+   and of those that it got right, how many still are (`kept`). Right means that the first token of a right answer is
+   the likeliest;
 3. beside it, random sets of as many heads of the same layers by the same factor, and p, the share of sets, its own
    among them, that right as many.
 

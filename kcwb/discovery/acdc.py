@@ -38,6 +38,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation
+from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.propagate import Current, Need, Plan
 from kcwb.discovery.checkpoint import Checkpoint
 from kcwb.discovery.sequential import NEAR_TIE, Pruned, receiver_order, sender_order
@@ -67,7 +68,7 @@ class Search:
     tau, absolute
         The increase of M (nats) below which an edge is cut, and whether its absolute value counts.
     within
-        The edges to start from; None for all.
+        The edges to start from, a circuit or a mask; None for all.
     order
         The seed that the order of a layer's heads is drawn from; None for the last to the first.
     """
@@ -80,12 +81,13 @@ class Search:
         *,
         tau: float,
         absolute: bool = False,
-        within: Bool[Tensor, "S R"] | None = None,
+        within: Circuit | Bool[Tensor, "S R"] | None = None,
         order: int | None = None,
     ) -> None:
         self.model, self.loss, self.ablation, self.tau, self.absolute = model, loss, ablation, tau, absolute
         self.drawn_from = order
-        self.start = (model.graph.exists if within is None else within).clone()
+        start = within.kept if isinstance(within, Circuit) else within
+        self.start = (model.graph.exists if start is None else start).clone()
         self.kept = self.start.clone()
         self.increases = torch.full(self.kept.shape, torch.nan)
         self.order, self.senders = receiver_order(model.graph, order), sender_order(model.graph, order)
@@ -316,7 +318,7 @@ class _Receiver:
 
 @torch.no_grad()
 def acdc(search: Search, *, progress: Progress = False, checkpoint: Path | None = None) -> Pruned:
-    """Prune exactly as `acdc_sequential` does, much faster.
+    """Prune exactly as the definition does (`kcwb.discovery.sequential`), much faster.
 
     Parameters
     ----------

@@ -40,7 +40,7 @@ the first layer vanish one by one. So `mean` is attribution's default.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -64,10 +64,8 @@ from kcwb.verbs import verb
 _COPIES_PER_STEP = 24
 #: Points of an integral where nothing else is said.
 STEPS = 5
-
-
 #: The scores of a chunk of prompts together `[S, R]`, or of each of them alone `[N, S, R]`.
-_Chunk = Callable[..., Float[Tensor, "... S R"]]
+_Chunk = Callable[[Loss, bool], Float[Tensor, "... S R"]]
 
 
 @verb
@@ -97,7 +95,7 @@ def attribution_scores(
         `[S, R]` float32 on the CPU, in the loss's units; 0 where there is no edge.
     """
     chunk = partial(_chunk_scores, model.network.under(rules), ablation=ablation, steps=steps)
-    return _together(model, loss, chunk, steps, progress)
+    return _scores(model, loss, chunk, steps, progress)
 
 
 def scores_by_fact(
@@ -105,7 +103,7 @@ def scores_by_fact(
 ) -> Float[Tensor, "N S R"]:
     """What `attribution_scores` gives for each prompt alone, in one run: their mean is the score of them all."""
     chunk = partial(_chunk_scores, model.network.under(rules), ablation=ablation, steps=steps)
-    return _each(model, loss, chunk, steps, progress)
+    return _scores(model, loss, chunk, steps, progress, by_fact=True)
 
 
 def conductance_scores(
@@ -113,7 +111,7 @@ def conductance_scores(
 ) -> Float[Tensor, "S R"]:
     """Score every edge by conductance; parameters as in `attribution_scores`, progress per chunk of prompts."""
     chunk = partial(_conductance_chunk, model.network, ablation=ablation, steps=steps)
-    return _together(model, loss, chunk, steps + 1, progress)
+    return _scores(model, loss, chunk, steps + 1, progress)
 
 
 def conductance_by_fact(
@@ -121,33 +119,23 @@ def conductance_by_fact(
 ) -> Float[Tensor, "N S R"]:
     """What `conductance_scores` gives for each prompt alone, in one run."""
     chunk = partial(_conductance_chunk, model.network, ablation=ablation, steps=steps)
-    return _each(model, loss, chunk, steps + 1, progress)
+    return _scores(model, loss, chunk, steps + 1, progress, by_fact=True)
 
 
-def _together(model: Model, loss: Loss, chunk: _Chunk, points: int, progress: Progress) -> Float[Tensor, "S R"]:
-    scores = torch.zeros(model.graph.exists.shape, device=model.device)
-    for found in _pieces(model, loss, points, lambda part: chunk(part) * (part.total / loss.total), progress):
-        scores += found
-    return scores.cpu()
-
-
-def _each(model: Model, loss: Loss, chunk: _Chunk, points: int, progress: Progress) -> Float[Tensor, "N S R"]:
-    return torch.cat([*_pieces(model, loss, points, lambda part: chunk(part, by_fact=True).cpu(), progress)])
-
-
-def _pieces(
-    model: Model, loss: Loss, points: int, chunk: Callable[[Loss], Tensor], progress: Progress
-) -> Iterator[Tensor]:
-    """What is made of the metric on as many of the prompts at once as fit into memory at so many points."""
+def _scores(
+    model: Model, loss: Loss, chunk: _Chunk, points: int, progress: Progress, by_fact: bool = False
+) -> Float[Tensor, "... S R"]:
+    """The scores of all prompts, as many at once as fit into memory at so many points."""
 
     def work(rows: slice) -> Tensor:
         part = loss.select(rows)
-        found = chunk(part)
+        found = chunk(part, by_fact)
         step(len(part.prompts))
-        return found
+        return found.cpu() if by_fact else found * (part.total / loss.total)
 
     with track(progress, len(loss.prompts), "attribution") as step:
-        yield from by_prompts(model.network, loss.prompts.tokens, work, _COPIES_PER_STEP * points, "attribution")
+        pieces = by_prompts(model.network, loss.prompts.tokens, work, _COPIES_PER_STEP * points, "attribution")
+        return torch.cat([*pieces]) if by_fact else sum(pieces, torch.zeros(())).cpu()
 
 
 def activation_scores(
@@ -199,7 +187,7 @@ def _behind(graph: Graph, sender: int, clean: Pass) -> tuple[int, bool, Float[Te
 
 
 def _chunk_scores(
-    network: Network, loss: Loss, ablation: Ablation, steps: int, by_fact: bool = False
+    network: Network, loss: Loss, by_fact: bool, *, ablation: Ablation, steps: int
 ) -> Float[Tensor, "... S R"]:
     """Differences between the clean and the ablated outputs, times the gradients averaged over the points."""
     prompts, ablated = loss.prompts, ablation.values(loss.prompts)
@@ -213,7 +201,7 @@ def _chunk_scores(
 
 
 def _conductance_chunk(
-    network: Network, loss: Loss, ablation: Ablation, steps: int, by_fact: bool = False
+    network: Network, loss: Loss, by_fact: bool, *, ablation: Ablation, steps: int
 ) -> Float[Tensor, "... S R"]:
     """Differences between the outputs at neighbouring points, times the mean gradient of the two."""
     prompts, ablated = loss.prompts, ablation.values(loss.prompts)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,18 +49,9 @@ def fingerprint(search: Search) -> str:
         **({} if search.loss.counts is None else {"counts": search.loss.counts}),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for tensor in (
-        prompts.tokens,
-        prompts.lengths,
-        prompts.answers,
-        prompts.answer_mask,
-        prompts.foils,
-        *prompts.further,
-    ):
-        add_tensor(digest, tensor)
-    if search.ablation.kind.paired:
-        add_tensor(digest, prompts.corrupted)
-    add_tensor(digest, search.start)
+    asked = [prompts.tokens, prompts.lengths, prompts.answers, prompts.answer_mask, prompts.foils, *prompts.further]
+    paired = [prompts.corrupted] if search.ablation.kind.paired else []
+    add_tensors(digest, [*asked, *paired, search.start])
     return digest.hexdigest()
 
 
@@ -144,14 +135,14 @@ class Checkpoint:
         return tensors["kept"].bool(), tensors["increases"], counters
 
 
-def add_tensor(digest: Any, tensor: Tensor) -> None:
-    """Take a tensor into a digest: its shape, its type and its values."""
-    digest.update(str((tuple(tensor.shape), str(tensor.dtype))).encode())
-    digest.update(tensor.cpu().contiguous().numpy().tobytes())
+def add_tensors(digest: Any, tensors: Iterable[Tensor]) -> None:
+    """Take tensors into a digest: the shape of each, its type and its values."""
+    for tensor in tensors:
+        digest.update(str((tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
 
 
 def _state_digest(state: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(state.encode())
-    for tensor in tensors.values():
-        add_tensor(digest, tensor)
+    add_tensors(digest, tensors.values())
     return digest.hexdigest()

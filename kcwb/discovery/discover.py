@@ -13,11 +13,11 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
-from kcwb.circuits.provenance import origin, record
+from kcwb.circuits.provenance import record
 from kcwb.circuits.run import check_same_model
-from kcwb.discovery.acdc import acdc
-from kcwb.discovery.methods import Pruning, check_method, check_size, scoring
-from kcwb.discovery.methods.acdc import pruning, search_within
+from kcwb.discovery.acdc import Search, acdc
+from kcwb.discovery.methods import METHODS, Pruning, check_method, check_size, scoring
+from kcwb.discovery.methods.acdc import pruning
 from kcwb.discovery.registry import DEFAULT, Settled, read_within
 from kcwb.discovery.selection import select_edges, sure_signs
 from kcwb.discovery.tuning import Tuning
@@ -164,13 +164,14 @@ def tau_path(
     """
     same = {"absolute": absolute, "within": within}
     settled, cuts, loss, _ = _begin(model, task, "acdc", metric, ablation, same, progress)
-    search = search_within(model, loss, cuts, absolute=absolute, within=settled.settings["within"])
+    known = settled.settings
+    search = Search(model, loss, cuts, tau=known["tau"], absolute=absolute, within=known["within"])
     circuits = {}
     for tau in taus:
         started = time.perf_counter()
         again = search.again(tau)
         found = pruning(again, acdc(again, progress=progress))
-        at_tau = settled._replace(settings=settled.settings | {"tau": tau})
+        at_tau = settled._replace(settings=known | {"tau": tau})
         circuits[tau] = _pruned(model, task, at_tau, loss, started, found)
     return circuits
 
@@ -196,10 +197,11 @@ def predict(
     **settings: Any,
 ) -> float:
     """Roughly how many seconds `discover` will take, for acdc from timing a few candidates; parameters as there."""
-    settled, cuts, loss, _ = _begin(model, task, method, metric, ablation, settings)
-    if settled.method.seconds is None:
+    seconds = METHODS[choose("The method", method, METHODS)].seconds
+    if seconds is None:
         raise SettingError(f"{method} does not say how long it takes; its progress does.")
-    return settled.method.seconds(model, loss, cuts, **settled.settings)
+    settled, cuts, loss, _ = _begin(model, task, method, metric, ablation, settings)
+    return seconds(model, loss, cuts, **settled.settings)
 
 
 def _begin(
@@ -240,11 +242,6 @@ def _pruned(model: Model, task: Task, settled: Settled, loss: Loss, started: flo
 
 
 def _provenance(model: Model, task: Task, settled: Settled, loss: Loss, started: float) -> dict[str, Any]:
-    """All that determined a circuit; of a circuit among the settings, where it comes from."""
-    parameters = {
-        name: origin(value) if isinstance(value, Circuit) else value
-        for name, value in settled.settings.items()
-        if name not in settled.method.unrecorded
-    }
-    how = {"method": settled.method.name, "metric": loss.metric, "ablation": settled.ablation, "parameters": parameters}
-    return record(model, task, loss.prompts.facts, seconds=round(time.perf_counter() - started, 3), **how)
+    """All that determined a circuit."""
+    seconds = round(time.perf_counter() - started, 3)
+    return record(model, task, loss.prompts.facts, seconds=seconds, **settled.recorded(loss.metric))

@@ -24,7 +24,7 @@ from torch import Tensor
 from kcwb.circuits.ablation import AblationKind
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
-from kcwb.circuits.provenance import origin, record
+from kcwb.circuits.provenance import record
 from kcwb.discovery.discover import discover, find_circuits
 from kcwb.discovery.draws import Draw, Plan, make_plan, shares
 from kcwb.discovery.methods import check_method, check_size
@@ -205,13 +205,7 @@ def _provenance(
     model: Model, task: Task, settled: Settled, metric: str, plan: Plan, how: dict[str, Any], started: float
 ) -> dict[str, Any]:
     """All that determined the ensemble; `drawn` and `halves` number the facts in the order in which they stand."""
-    parameters = {
-        name: origin(value) if isinstance(value, Circuit) else value
-        for name, value in settled.settings.items()
-        if name not in settled.method.unrecorded
-    }
-    found = {"method": settled.method.name, "metric": metric, "ablation": settled.ablation, "parameters": parameters}
     halves = [[i for i, used in enumerate(half.facts) if used] for half in plan.halves]
     drawn = {"drawn": plan.drawn, "left_out": plan.left_out, "halves": halves}
-    seconds = round(time.perf_counter() - started, 3)
-    return record(model, task, plan.conditions[0].task.val.facts, seconds=seconds, **found, **how, **drawn)
+    found = {"seconds": round(time.perf_counter() - started, 3), **settled.recorded(metric)}
+    return record(model, task, plan.conditions[0].task.val.facts, **found, **how, **drawn)

@@ -12,7 +12,7 @@ defaults the method's. A further method is one file and one line, `register_meth
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import MappingProxyType
@@ -23,6 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation, AblationKind, ablation_kind
+from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.provenance import origin
 from kcwb.errors import SettingError, choose
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
@@ -196,6 +198,20 @@ class Settled(NamedTuple):
     @property
     def _own(self) -> dict[str, Any]:
         return {name: self.settings[name] for name in self.method.own}
+
+    def recorded(self, metric: str) -> dict[str, Any]:
+        """How it is found, for a provenance."""
+        parameters = recorded(self.settings, self.method.unrecorded)
+        return {"method": self.method.name, "metric": metric, "ablation": self.ablation, "parameters": parameters}
+
+
+def recorded(settings: Mapping[str, Any], unrecorded: Sequence[str]) -> dict[str, Any]:
+    """Settings but some, ready for JSON: of a circuit among them, where it comes from."""
+    return {
+        name: origin(value) if isinstance(value, Circuit) else value
+        for name, value in settings.items()
+        if name not in unrecorded
+    }
 
 
 def check_method(method: str, metric: str, ablation: str | AblationKind | None = None, **settings: Any) -> Settled:

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from kcwb.circuits.ablation import AblationKind, ablation_kind, make_ablation, register_ablation
-from kcwb.circuits.circuit import Circuit
-from kcwb.circuits.provenance import origin
-from kcwb.discovery.checkpoint import add_tensor, checkpoint_folder
+from kcwb.discovery.checkpoint import add_tensors, checkpoint_folder
 from kcwb.discovery.draws import Condition, Draw, Plan
 from kcwb.discovery.methods import METHODS, check_method
-from kcwb.discovery.registry import Method, Settled, register_method
+from kcwb.discovery.registry import Method, Settled, recorded, register_method
 from kcwb.errors import SettingError
 from kcwb.files import write_tensors
 from kcwb.models.loading import Model
@@ -76,20 +74,15 @@ class Run:
     def key(self, model: Model) -> str:
         """SHA-256 of all that determines what it computes."""
         prompts, reference = self.condition.task.val, self.condition.task.reference
-        settings = {
-            name: origin(one) if isinstance(one, Circuit) else one
-            for name, one in self.settings.items()
-            if name != "checkpoint"
-        }
         said = {
             "version": _VERSION, "weights": model.digest, "dtype": str(model.dtype), "metric": self.metric,
-            "method": self.method, "settings": settings, "ablation": self.condition.ablation, "counts": self.counts,
+            "method": self.method, "settings": recorded(self.settings, ["checkpoint"]),
+            "ablation": self.condition.ablation, "counts": self.counts,
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
         for one in (prompts, reference):
-            tensors = (one.tokens, one.lengths, one.answers, one.answer_mask, one.foils, one.corrupted, *one.further)
-            for tensor in tensors:
-                add_tensor(digest, tensor)
+            asked = (one.tokens, one.lengths, one.answers, one.answer_mask, one.foils, one.corrupted, *one.further)
+            add_tensors(digest, asked)
         return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""ACDC by its definition: cut one edge at a time and run the whole circuit each time.
+"""ACDC's definition: which edges it visits, in which order, and what it finds.
 
 Source: ACDC (arXiv 2304.14997), as Knowledge Circuits uses it (arXiv 2405.17969).
 
@@ -10,7 +10,8 @@ Source: ACDC (arXiv 2304.14997), as Knowledge Circuits uses it (arXiv 2405.17969
    absolute value), cut e and set M_cur = M_new; else keep e.
 
 The order is part of the result: another order gives another circuit. The heads of a layer have no order by nature, so
-that it can be drawn (`layer_order`). This is the oracle for faster versions.
+that it can be drawn (`layer_order`). The definition as it stands, with a run of the whole circuit for every edge, is
+the oracle of the tests (`tests/discovery/sequential.py`); what finds the same faster is `kcwb.discovery.acdc`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation
-from kcwb.circuits.run import run_circuit
 from kcwb.models.graph import Graph
-from kcwb.models.loading import Model
-from kcwb.progress import Progress, track
-from kcwb.tasks.metrics import Loss
 
 #: An increase this close to tau may fall on either side in another order of summation.
 NEAR_TIE = 1e-5
@@ -81,66 +77,3 @@ def sender_order(graph: Graph, seed: int | None = None) -> Int[Tensor, " S"]:
         where = graph.n_senders - first - graph.n_heads
         order[where : where + graph.n_heads] = first + heads[layer]
     return order
-
-
-def acdc_sequential(
-    model: Model,
-    loss: Loss,
-    ablation: Ablation,
-    *,
-    tau: float,
-    absolute: bool = False,
-    within: Bool[Tensor, "S R"] | None = None,
-    order: int | None = None,
-    progress: Progress = False,
-) -> Pruned:
-    """Prune by the definition above: one run of the whole circuit per edge, so for tiny models.
-
-    Parameters
-    ----------
-    model
-        The model.
-    loss
-        The metric M, on prompts that the ablation is defined on.
-    ablation
-        What a cut edge delivers.
-    tau
-        The increase of M, in the metric's units (nats), below which an edge is cut.
-    absolute
-        Compare the increase's absolute value.
-    within
-        The edges to start from; None for all.
-    order
-        The seed that the order of a layer's heads is drawn from; None for the last to the first.
-    progress
-        Reported per receiver.
-    """
-    graph = model.graph
-    kept = (graph.exists if within is None else within).clone()
-    increases = torch.full(kept.shape, torch.nan)
-    senders = sender_order(graph, order)
-
-    def measure() -> float:
-        return float(loss(run_circuit(model, kept, loss.prompts, ablation)))
-
-    current, evaluations = measure(), 1
-    with track(progress, graph.n_receivers, "ACDC") as step:
-        for column in receiver_order(graph, order):
-            node = int(graph.receiver_node[column])
-            if node < graph.n_senders and not kept[model.network.together(node)].any():
-                kept[:, column] = False
-            else:
-                for row in senders[kept[senders, column]].tolist():
-                    kept[row, column] = False
-                    changed = measure()
-                    evaluations += 1
-                    increase = changed - current
-                    increases[row, column] = increase
-                    if (abs(increase) if absolute else increase) < tau:
-                        current = changed
-                    else:
-                        kept[row, column] = True
-            step(1, f"{int(kept.sum()):,} edges")
-    measured = increases.abs() if absolute else increases
-    near = int(((measured - tau).abs() < NEAR_TIE).sum())
-    return Pruned(kept, increases, current, evaluations, near)

@@ -18,15 +18,9 @@ from torch import Tensor
 from kcwb.errors import DataError
 from kcwb.models.loading import Model
 from kcwb.models.memory import in_pieces
-from kcwb.tasks.tokens import padded
+from kcwb.tasks.tokens import padded, text_tokens
 
 _TOGETHER = 32  # texts that are continued at once
-
-
-def text_tokens(model: Model, text: str) -> list[int]:
-    """The tokens of a text, after BOS where the model's prompts have one."""
-    bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
-    return bos + list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def continuations(model: Model, texts: Sequence[str], new: int, stops: Sequence[str] = ()) -> list[str]:

@@ -15,15 +15,11 @@ from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.models.memory import in_pieces
 from kcwb.reading.dla import attribute, head_outputs
+from kcwb.tasks.metrics import at_end, together
 from kcwb.tasks.prompts import Prompts
 
 #: Rows (heads x prompts x positions) that a batch of ablated heads may take, and bytes of logits.
 _ROWS, _LOGIT_BYTES = 2**15, 2**27
-
-
-def at_end(x: Float[Tensor, "*any N T D"], prompts: Prompts) -> Float[Tensor, "*any N D"]:
-    """What is at each prompt's END."""
-    return x[..., torch.arange(len(prompts), device=x.device), prompts.ends, :]
 
 
 def logits_without(
@@ -33,8 +29,7 @@ def logits_without(
     graph, network = model.graph, model.network
     nothing = torch.zeros(1, dtype=network.dtype, device=model.device)
     sets = torch.zeros(len(heads), graph.n_layers, graph.n_heads, dtype=torch.bool)
-    for i, (layer, head) in enumerate(heads):
-        sets[i, layer, head] = True
+    sets[torch.arange(len(heads)), *torch.tensor(heads).T] = True
     outputs = nothing.expand(graph.n_layers, graph.n_heads, len(prompts), network.d_model)
     return logits_with(model, prompts, outputs, sets)
 
@@ -98,11 +93,10 @@ def patched_answers(model: Model, prompts: Prompts, heads: Sequence[tuple[int, i
     other = attribute(model, replace(prompts, tokens=prompts.corrupted))
     change = head_outputs(network, other) - head_outputs(network, clean)
     residual = at_end(forward(network, prompts.tokens).residual, prompts)
-    answers = prompts.answers[:, :1]
 
     def log_probability(x: Float[Tensor, "*c N D"]) -> Float[Tensor, "*c N"]:
         logp = network.logits(x.to(network.dtype)).float().log_softmax(-1)
-        return logp.gather(-1, answers.expand(*logp.shape[:-1], 1))[..., 0]
+        return together(logp, prompts.answers[:, :1])
 
     before, found = log_probability(residual), []
     step = max(1, _LOGIT_BYTES // (len(prompts) * network.d_vocab * 4))

@@ -21,16 +21,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kcwb.errors import CircuitError
 from kcwb.interventions.block import run_block
-from kcwb.models.forward import forward
-from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.models.memory import in_pieces
 from kcwb.models.network import Network
 from kcwb.progress import Progress, track
+from kcwb.reading.dla import named_heads
+from kcwb.reading.trajectories import layer_streams
+from kcwb.tasks.metrics import together
 from kcwb.tasks.prompts import Prompts
-from kcwb.tasks.ranks import rank_of
+from kcwb.tasks.ranks import rank_of_best
 
 _ROWS, _LOGITS = 2**12, 2**24  # tokens, and logits, of a batch of ablated runs
 
@@ -67,9 +67,10 @@ def answers_without(
     Returns
     -------
     tuple
-        `[sets, N]`: the rank of the answer's first token, from 1; and minus its log-probability (nats).
+        `[sets, N]`: the rank of the answer's first token, from 1; and minus its log-probability (nats). Of several
+        right answers the best rank, against which the others do not count, and that of their summed probability.
     """
-    places = [[head_place(model.graph, name) for name in heads] for heads in sets]
+    places = [[(one.layer, one.head) for one in named_heads(model, heads)] for heads in sets]
     late = model.graph.n_layers
     order = sorted(range(len(sets)), key=lambda i: min((layer for layer, _ in places[i]), default=late))
     by = [0.0] * len(sets) if factors is None else list(factors)
@@ -86,10 +87,9 @@ def answers_without(
                 some = order[part]
                 residual = _scaled(model.network, group, [places[i] for i in some], [by[i] for i in some])
                 logits = model.network.logits(residual).float()
-                answers = group.prompts.answers[:, 0].expand(len(some), -1)
-                ranks[np.ix_(some, rows)] = rank_of(logits, answers).cpu().numpy()
-                own = logits.gather(-1, answers[..., None])[..., 0]
-                losses[np.ix_(some, rows)] = (logits.logsumexp(-1) - own).cpu().numpy()
+                right = group.prompts.right[:, 0].expand(len(some), -1, -1)
+                ranks[np.ix_(some, rows)] = rank_of_best(logits, right).cpu().numpy()
+                losses[np.ix_(some, rows)] = (logits.logsumexp(-1) - together(logits, right)).cpu().numpy()
                 step(len(some))
 
             for _ in in_pieces(len(order), group.batch, work):
@@ -111,7 +111,7 @@ def _group(network: Network, prompts: Prompts) -> _Group:
     tokens = prompts.tokens[:, :longest]
     alike = (tokens == tokens[:1]).all(0).int().cumprod(0)
     n_prefix = min(int(alike.sum()), int(prompts.lengths.min()) - 1)
-    streams = [x[0] for x, _ in forward(network, tokens, receivers=True).receivers]
+    streams = layer_streams(network, tokens)[:-1]
     n_rows = n_prefix + len(prompts) * (longest - n_prefix)
     batch = max(1, min(_ROWS // n_rows, _LOGITS // (len(prompts) * network.d_vocab)))
     return _Group(prompts, [x[0, :n_prefix] for x in streams], [x[:, n_prefix:] for x in streams], batch)
@@ -139,11 +139,3 @@ def _scaled(
         x = early.after
     ends = group.prompts.ends - n_prefix
     return y[:, torch.arange(n_prompts, device=y.device), ends]
-
-
-def head_place(graph: Graph, name: str) -> tuple[int, int]:
-    """The layer and number of a head; CircuitError if that is not what the name means."""
-    place = graph.node(name)
-    if place.kind != "head":
-        raise CircuitError(f"{name} is not an attention head, a<layer>.h<head>.")
-    return place.layer, place.head

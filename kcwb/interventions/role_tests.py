@@ -32,7 +32,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
 from kcwb.circuits.run import check_same_model, run_circuit
 from kcwb.errors import CircuitError, DataError, SettingError
-from kcwb.interventions.at_end import at_end, logits_without, patched_answers
+from kcwb.interventions.at_end import logits_without, patched_answers
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -41,10 +41,10 @@ from kcwb.reading.positions import check_prompts, split_of, token_text, told_at_
 from kcwb.reading.roles import TOO_FEW, circuit_heads, sureness
 from kcwb.settings import Count, Seed
 from kcwb.statistics import chance_range, matched_head_sets, mean_interval, p_value, proportion_interval
-from kcwb.tasks.metrics import answer_ranks, make_loss
+from kcwb.tasks.metrics import answer_ranks, at_end, make_loss, together
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task, check_same_weights
-from kcwb.tasks.tokens import object_tokens
+from kcwb.tasks.tokens import objects_after
 from kcwb.verbs import verb
 
 #: Role -> what its ablation should do: (effect, sign).
@@ -285,18 +285,19 @@ def _effects(
     places = [(head.layer, head.head) for head in named_heads(model, nodes)]
     residual = at_end(forward(model.network, prompts.tokens).residual, prompts)
     full = model.network.logits(residual).float().log_softmax(-1)
-    some = task.relation.facts[0]
-    tokens = object_tokens(model, task.template, some.subject, task.relation.objects, some.space)
-    objects = {answer[0] for answer in tokens.values()}
-    if len(objects) < 2:
+    after = objects_after(model, task.template, prompts.facts, task.relation.objects)
+    firsts = {space: {answer[0] for answer in some.values()} for space, some in after.items()}
+    if any(len(some) < 2 for some in firsts.values()):
         raise DataError(f"All objects of {task.relation.name} begin alike: there is no other object that could gain.")
-    generic = _generic_tokens(model, prompts, full, objects)
-    known = torch.tensor(sorted(objects), device=model.device)
-    own = known[None] == prompts.answers[:, :1]
+    objects = sorted(set().union(*firsts.values()))
+    generic = _generic_tokens(model, prompts, full, set(objects))
+    known = torch.tensor(objects, device=model.device)
+    apart = [[token not in firsts[fact.space] for token in objects] for fact in prompts.facts]
+    no_other = (known[None] == prompts.answers[:, :1]) | torch.tensor(apart, device=model.device)
 
     def measure(logp: Float[Tensor, "*c N V"]) -> Float[Tensor, "m *c N"]:
-        answer = logp.gather(-1, prompts.answers[:, :1].expand(*logp.shape[:-1], 1))[..., 0]
-        others = logp[..., known].masked_fill(own, -math.inf).logsumexp(-1)
+        answer = together(logp, prompts.answers[:, :1])
+        others = logp[..., known].masked_fill(no_other, -math.inf).logsumexp(-1)
         return torch.stack([answer, others, logp[..., generic].logsumexp(-1)])
 
     before = measure(full)

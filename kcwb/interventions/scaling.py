@@ -5,8 +5,8 @@ too softly. So their outputs are multiplied by a factor at every position of the
 
 1. the factor is the one of some that brings the lowest loss on D_val, 1 (nothing changed) among them;
 2. with it the facts of D_test are asked again: of those that the model got wrong, how many are right now (`righted`),
-   and of those that it got right, how many still are (`kept`). Right means that the answer's first token is the
-   likeliest;
+   and of those that it got right, how many still are (`kept`). Right means that the first token of a right answer is
+   the likeliest;
 3. beside it, random sets of as many heads of the same layers by the same factor, and p, the share of sets, its own
    among them, that right as many.
 
@@ -22,9 +22,10 @@ import numpy as np
 import pandas as pd
 
 from kcwb.errors import DataError, SettingError
-from kcwb.interventions.head_sets import answers_without, head_place
+from kcwb.interventions.head_sets import answers_without
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
+from kcwb.reading.dla import named_heads
 from kcwb.reading.positions import told_at_end
 from kcwb.settings import Natural, Positive, Seed
 from kcwb.statistics import chance_range, matched_head_sets, p_value, proportion_interval
@@ -98,14 +99,18 @@ def scale_heads(
     DataError
         If the model gets none of D_test's facts wrong.
     """
-    for name in heads:
-        head_place(model.graph, name)
+    named_heads(model, heads)
     chosen = tuple(dict.fromkeys(heads))
     if not chosen:
         raise SettingError("heads=[]: name at least one head, such as those of a circuit.")
     check_same_weights(model, task)
     tried = sorted({1.0, *map(float, factors)})
     val, test = told_at_end(task.val), told_at_end(task.test)
+    if bool((test.ranks == 1).all()):
+        raise DataError(
+            f"{model.name} gets all {len(test)} facts of D_test right: nothing is left to improve. Make the task with "
+            "a larger n_test, or of a relation that the model knows less well."
+        )
     _, losses = answers_without(model, val, [chosen] * len(tried), factors=tried, progress=progress)
     curve = pd.DataFrame({"factor": tried, "loss": losses.mean(1)})
     nearest = np.lexsort((np.abs(np.log(tried)), curve["loss"]))[0]  # of equally good ones the smallest change
@@ -115,11 +120,6 @@ def scale_heads(
     ranks, _ = answers_without(model, test, sets, factors=[factor] * len(sets), progress=progress)
     right = ranks == 1
     wrong = ~right[0]
-    if not wrong.any():
-        raise DataError(
-            f"{model.name} gets all {len(test)} facts of D_test right: nothing is left to improve. Make the task with "
-            "a larger n_test, or of a relation that the model knows less well."
-        )
     righted, kept, hits = (right[:, some].mean(1) if some.any() else np.full(len(sets), np.nan)
                            for some in (wrong, ~wrong, np.ones_like(wrong)))  # fmt: skip
     mean, low, high = chance_range(righted[2:])

@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 
 from kcwb.errors import SettingError
-from kcwb.interventions.head_sets import answers_without, head_place
+from kcwb.interventions.head_sets import answers_without
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
+from kcwb.reading.dla import named_heads
 from kcwb.reading.positions import told_at_end
 from kcwb.settings import Natural, Seed
 from kcwb.statistics import chance_range, matched_head_sets, mean_interval, p_value
@@ -73,8 +74,7 @@ def heads_together(
     DataError
         If no fact is left.
     """
-    for name in heads:
-        head_place(model.graph, name)
+    named_heads(model, heads)
     heads = list(dict.fromkeys(heads))
     if len(heads) < 2:
         raise SettingError(f"heads={heads}: name at least two different heads.")

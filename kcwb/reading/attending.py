@@ -89,9 +89,10 @@ def why_attends(
     DataFrame
         One row per head, side and sender: `head`, `side` (`q` or `k`), `sender`, `score` (what is added to q . k times
         the scale, before a softcap where the family has one) and, with `other`, `contrast` (`score` minus that of the
-        other prompts). On each side the scores of a head sum to its score. Rows `biases` (of norms, queries, keys and
-        the attention's b_O) and, in a circuit, `cut edges` are no node's. Each side is in the order of |contrast|, or
-        |score|. With several heads, one whose window keeps the key out of sight in all prompts is left out.
+        other prompts) or, with `each`, `prompt` (its number). On each side the scores of a head sum to its score. Rows
+        `biases` (of norms, queries, keys and the attention's b_O) and, in a circuit, `cut edges` are no node's. Each
+        side is in the order of |contrast|, or |score|. With several heads, one whose window keeps the key out of sight
+        in all prompts is left out.
 
     Raises
     ------
@@ -243,7 +244,8 @@ def _split(
         senders = graph.sender_names[: graph.senders_before(graph.attention_receivers(places[names[0]].layer).start)]
         rows = (*senders, *([] if run.kept is None else [CUT]), BIASES)
         for name, scores in zip(names, torch.cat(parts, -1), strict=True):
-            split[name] = _Split(rows, scores[..., seen[name]].double(), seen[name].nonzero()[:, 0].tolist())
+            numbers = [number for number, there in zip(run.rows, seen[name].tolist(), strict=True) if there]
+            split[name] = _Split(rows, scores[..., seen[name]].double(), numbers)
     return split
 
 

@@ -36,6 +36,7 @@ from kcwb.models.memory import by_prompts
 from kcwb.models.network import Network
 from kcwb.reading.positions import GROUPS, check_prompts, position_groups, token_text, told_at_end
 from kcwb.reading.trajectories import layer_streams
+from kcwb.tasks.metrics import at_end
 from kcwb.tasks.prompts import Prompts
 from kcwb.verbs import verb
 
@@ -101,14 +102,12 @@ def attribute(model: Model, prompts: Prompts, targets: Int[Tensor, "N t"] | None
     return Attribution(by_source, bias, attention, mixed, torch.cat(scale))
 
 
-def _attribute_chunk(
-    network: Network, prompts: Prompts, targets: Int[Tensor, "N t"], width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _attribute_chunk(network: Network, prompts: Prompts, targets: Int[Tensor, "N t"], width: int) -> tuple[Tensor, ...]:
     """The fields of an Attribution, its source axis padded to `width`."""
     *streams, final = layer_streams(network, prompts.tokens)
-    scale = final_scale(network, final[torch.arange(len(prompts), device=network.device), prompts.ends])
+    scale = final_scale(network, at_end(final, prompts))
     directions = token_directions(network, targets) / scale[:, None, None]
-    fields: tuple[list[Tensor], ...] = ([], [], [], [])
+    fields = []
     for layer, x in enumerate(streams):
         attention = _wide(attention_at_end(network, layer, x, prompts))
         values = _wide(network.values(layer, x[None]))
@@ -117,20 +116,18 @@ def _attribute_chunk(
         written = torch.einsum("ntd,hkd->hntk", directions, _wide(network.layers[layer].W_O))
         along = torch.einsum("hnsk,hntk->hnst", values - bias[:, None, None], written)
         pad = width - attention.shape[-1]
-        fields[0].append(torch.nn.functional.pad(attention[..., None] * along, (0, 0, 0, pad)))
-        fields[1].append(torch.einsum("hk,hntk->hnt", bias, written))
-        fields[2].append(torch.nn.functional.pad(attention, (0, pad)))
-        fields[3].append(mixed)
-    by_source, bias, attention, mixed = (torch.stack(field) for field in fields)
-    return by_source, bias, attention, mixed, scale
+        by_source = torch.nn.functional.pad(attention[..., None] * along, (0, 0, 0, pad))
+        of_bias = torch.einsum("hk,hntk->hnt", bias, written)
+        fields.append((by_source, of_bias, torch.nn.functional.pad(attention, (0, pad)), mixed))
+    return *map(torch.stack, zip(*fields, strict=True)), scale
 
 
 def attention_at_end(
     network: Network, layer: int, x: Float[Tensor, "N T D"], prompts: Prompts
 ) -> Float[Tensor, "H N T"]:
     """Every head's attention from END, from the residual stream before its layer."""
-    rows, places = torch.arange(len(prompts), device=x.device), prompts.ends[:, None]
-    queries = network.queries(layer, x[None, rows, prompts.ends][:, :, None], positions=places)
+    places = prompts.ends[:, None]
+    queries = network.queries(layer, at_end(x, prompts)[None, :, None], positions=places)
     return network.pattern(layer, queries, network.keys(layer, x[None]), places)[:, :, 0]
 
 

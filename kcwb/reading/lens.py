@@ -108,8 +108,8 @@ def lens_by_fact(
 
     def work(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         part = prompts.select(rows)
-        firsts = [answer_tokens(model, task.template, fact.subject, fact.named)[0] for fact in part.facts]
-        tokens = torch.stack([part.answers[:, 0], torch.tensor(firsts, device=model.device)], -1)
+        subjects = [answer_tokens(model, task.template, fact.subject, fact.named, fact.space) for fact in part.facts]
+        tokens = torch.stack([part.answers[:, 0], torch.tensor([one[0] for one in subjects], device=model.device)], -1)
         at = torch.arange(part.tokens.shape[1], device=model.device)
         subject = (at >= part.subject_start[:, None]) & (at < part.subject_stop[:, None])
         streams = layer_streams(model.network, part.tokens)
@@ -141,6 +141,7 @@ def arrival(
     """
     table = lens_by_fact(model, task, fact=fact, split=split, progress=progress)
     rows = []
+    table = table.drop_duplicates(["subject", "object", "layer", "who"])  # facts may stand in a task more than once
     for (subject, obj), some in table.groupby(["subject", "object"], sort=False):
         ranks = some.pivot(index="layer", columns="who", values="rank")
         at_end, at_subject = ranks[WHO[0]] <= KNOWN_RANK, ranks[WHO[2]] <= KNOWN_RANK

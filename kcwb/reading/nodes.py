@@ -30,8 +30,9 @@ from kcwb.models.loading import Model
 from kcwb.models.memory import by_prompts
 from kcwb.models.network import Network
 from kcwb.reading.dla import final_scale
-from kcwb.reading.positions import token_text
+from kcwb.reading.positions import check_any, token_text
 from kcwb.settings import Count
+from kcwb.tasks.metrics import at_end
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
@@ -77,19 +78,14 @@ def attention_pattern(
         If there is no such prompt, or an ablation needs the task.
     """
     run = planned_run(model, task, circuit, ablation, prompt)
-    pattern = _patterns(model, run, head)[0]
+    place = model.graph.node(head)
+    if place.kind != "head":
+        raise CircuitError(f"{head} does not attend: only heads do, a<layer>.h<head>.")
+    pattern = layer_patterns(model, run, place.layer, [place.head])[0, 0]
     tokens = run.prompts.tokens[0, : int(run.prompts.lengths[0])].tolist()
     labels = [f"{i}:{token_text(model, token)}" for i, token in enumerate(tokens)]
     shown = pattern[: len(tokens), : len(tokens)].float().cpu().numpy()
     return pd.DataFrame(shown, index=labels, columns=labels)
-
-
-def _patterns(model: Model, run: PlannedRun, head: str) -> Float[Tensor, "N T T"]:
-    """A head's attention on all prompts of a run."""
-    place = model.graph.node(head)
-    if place.kind != "head":
-        raise CircuitError(f"{head} does not attend: only heads do, a<layer>.h<head>.")
-    return layer_patterns(model, run, place.layer, [place.head])[0]
 
 
 @torch.no_grad()
@@ -112,45 +108,11 @@ def layer_patterns(
     return torch.cat([*by_prompts(network, run.prompts.tokens, work)], dim=1)
 
 
-def node_logits(
-    model: Model,
-    task: Task | Prompts,
-    node: str,
-    *,
-    prompt: int | None = None,
-    circuit: Circuit | None = None,
-    ablation: str | AblationKind | Ablation | None = None,
-) -> Float[Tensor, "N V"]:
-    """What a node's output at END adds to the logits there, with the final norm's scale of the same run.
-
-    Parameters
-    ----------
-    node
-        Any node; for `logits` it is the whole of the run's logits. A node whose edge to `logits` a circuit has cut
-        is shown as if it had one: what it would say, could it be heard.
-    prompt
-        Which of the prompts, from 0; None for all.
-
-    Other parameters are those of `attention_pattern`.
-
-    Returns
-    -------
-    Tensor
-        `[N, V]` float32, on the model's device; before the final softcap, where the model has one (Gemma 2): parts add
-        up to what is capped, not to the logits.
-
-    Raises
-    ------
-    CircuitError
-        If the model has no such node, or the circuit belongs to another model.
-    SettingError
-        If there is no such prompt, or an ablation needs the task.
-    """
-    return written_logits(model, planned_run(model, task, circuit, ablation, prompt), node)
-
-
 def written_logits(model: Model, run: PlannedRun, node: str) -> Float[Tensor, "N V"]:
-    """`node_logits` on every prompt of a run."""
+    """What a node's output at END adds to the logits there, with the final norm's scale of the same run; float32.
+
+    See `component_logits`.
+    """
     graph, network = model.graph, model.network
     whole = graph.node(node).kind == "logits"
 
@@ -158,12 +120,11 @@ def written_logits(model: Model, run: PlannedRun, node: str) -> Float[Tensor, "N
     def written(rows: slice) -> Tensor:
         part = run.prompts.select(rows)
         passed = run.forward(part, senders=not whole)
-        at = torch.arange(len(part), device=part.tokens.device), part.ends
-        residual = passed.residual[at]
+        residual = at_end(passed.residual, part)
         if whole:
             return network.logits(residual).float()
         # the node's summand, by the final norm held at the stream's scale
-        share = network.logit_shares(passed.senders[graph.sender_index(node)][at]).float()
+        share = network.logit_shares(at_end(passed.senders[graph.sender_index(node)], part)).float()
         return share / final_scale(network, residual)[:, None]
 
     return torch.cat([*by_prompts(network, run.prompts.tokens, written)])
@@ -184,10 +145,15 @@ def component_logits(
 
     Parameters
     ----------
+    node
+        Any node; for `logits` it is the whole of the run's logits. A node whose edge to `logits` a circuit has cut
+        is shown as if it had one: what it would say, could it be heard.
     k
         How many tokens.
+    prompt
+        Which of the prompts, from 0; None for all.
 
-    Other parameters are those of `node_logits`.
+    Other parameters are those of `attention_pattern`.
 
     Returns
     -------
@@ -195,14 +161,22 @@ def component_logits(
         `rank`, `token` (its text), `token_id`, `logit` (what the node adds to it, the mean over prompts),
         `above_mean` (the same without the mean over the vocabulary, which no probability depends on) and `answer`
         (whether an answer to the prompts starts with it, and no other object of the relation does). With one `prompt`,
-        whose answer is not among the first k, the answer follows with its own rank.
+        whose answer is not among the first k, the answer follows with its own rank. Before the final softcap, where
+        the model has one (Gemma 2): parts add up to what is capped, not to the logits.
+
+    Raises
+    ------
+    CircuitError
+        If the model has no such node, or the circuit belongs to another model.
+    SettingError
+        If there is no such prompt, an ablation needs the task, or the vocabulary has no `k` tokens.
     """
     if k > model.network.d_vocab:
         raise SettingError(f"k={k}: the vocabulary has {model.network.d_vocab:,} tokens; ask for 1 to that many.")
-    prompts = task.val if isinstance(task, Task) else task
-    logits = node_logits(model, task, node, prompt=prompt, circuit=circuit, ablation=ablation).mean(0)
-    asked = prompts if prompt is None else prompts.select([prompt])
-    answers = set(asked.answers[asked.told_at_end, 0].tolist())
+    run = planned_run(model, task, circuit, ablation, prompt)
+    logits = written_logits(model, run, node).mean(0)
+    told = zip(run.prompts.firsts, run.prompts.told_at_end.tolist(), strict=True)
+    answers = sorted({token for firsts, at_end in told if at_end for token in firsts})
     order = logits.argsort(descending=True, stable=True)
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(1, len(order) + 1, device=order.device)
@@ -249,12 +223,13 @@ def node_edges(circuit: Circuit, node: str) -> pd.DataFrame:
 
 
 class PlannedRun(NamedTuple):
-    """What is to be run, and how."""
+    """What is to be run, and how; `rows` are the prompts' numbers among those that were given."""
 
     network: Network
     prompts: Prompts
     kept: Bool[Tensor, "S R"] | None
     cuts: Ablation | None
+    rows: Sequence[int]
 
     def forward(self, prompts: Prompts, *, senders: bool = False, receivers: bool = False) -> Pass:
         """One pass over some of the prompts."""
@@ -277,22 +252,19 @@ def planned_run(
 ) -> PlannedRun:
     """The run of a model or of a circuit on one of some prompts, or on all; parameters of `attention_pattern`."""
     prompts = task.val if isinstance(task, Task) else task
+    check_any(prompts)
     if prompt is not None and not 0 <= prompt < len(prompts):
         raise SettingError(f"prompt={prompt}: there are {len(prompts)}, 0 to {len(prompts) - 1}.")
     if isinstance(task, Task):
         check_same_weights(model, task)
-    cuts = None
+    kept = cuts = None
     if circuit is not None:
         check_same_model(model, circuit)
-        cuts = _cuts(model, task, ablation or circuit.ablation)
-        if prompt is None:
-            prompts = cuts.usable(prompts)
+        kept, cuts = circuit.kept, ablation or circuit.ablation
+        if not isinstance(cuts, Ablation):
+            cuts = make_ablation(model, task if isinstance(task, Task) else None, cuts)
     if prompt is not None:
-        prompts = prompts.select([prompt])
-    return PlannedRun(model.network, prompts, None if circuit is None else circuit.kept, cuts)
-
-
-def _cuts(model: Model, task: Task | Prompts, ablation: str | AblationKind | Ablation) -> Ablation:
-    if isinstance(ablation, Ablation):
-        return ablation
-    return make_ablation(model, task if isinstance(task, Task) else None, ablation)
+        return PlannedRun(model.network, prompts.select([prompt]), kept, cuts, [prompt])
+    usable = prompts if cuts is None else cuts.usable(prompts)
+    rows = range(len(prompts)) if usable is prompts else prompts.paired.nonzero()[:, 0].tolist()
+    return PlannedRun(model.network, usable, kept, cuts, rows)

@@ -40,8 +40,7 @@ def check_prompts(prompts: Prompts) -> None:
     DataError
         If there are none, a prompt is a single token, or its subject is not known or has no token before END.
     """
-    if not len(prompts):
-        raise DataError("There are no prompts to look at: the task's split is empty. Use a relation with more facts.")
+    check_any(prompts)
     check_subjects(prompts)
     subject = position_groups(prompts)[0].any(-1)
     for i, (length, found) in enumerate(zip(prompts.lengths.tolist(), subject.tolist(), strict=True)):
@@ -55,6 +54,12 @@ def check_prompts(prompts: Prompts) -> None:
                 f"The subject {prompts.facts[i].named!r:.60} has no token before the last one of "
                 f"{prompts.texts[i]!r:.120}. Use a template in which words follow the subject."
             )
+
+
+def check_any(prompts: Prompts) -> None:
+    """Refuse no prompts at all; DataError."""
+    if not len(prompts):
+        raise DataError("There are no prompts to look at: the task's split is empty. Use a relation with more facts.")
 
 
 def check_subjects(prompts: Prompts) -> None:
@@ -92,8 +97,9 @@ def rows_told_at_end(*asked: Prompts, stacklevel: int = 3) -> list[int]:
     Raises
     ------
     DataError
-        If none is left.
+        If none is left, or there were none.
     """
+    check_any(asked[0])
     told = torch.stack([prompts.told_at_end for prompts in asked]).all(0).tolist()
     shared = dict.fromkeys(
         prompts.facts[i].object for prompts in asked for i in (~prompts.told_at_end).nonzero()[:, 0].tolist()

@@ -253,7 +253,7 @@ def _contributions(
     column, fact = column.cpu(), torch.arange(n_facts)
     own = every[:, :, fact, column]
     even = torch.full((1, n_facts), 1 / n_facts, dtype=own.dtype)
-    d = _means(own, even)[..., 0]
+    d = (own @ even.T)[..., 0]
     table = pd.DataFrame({"D_S": d[0], "D_R": d[1], "D_rest": whole[:, fact, column].mean(-1) - d.sum(0)}).astype(float)
     size = d.abs().sum(0)
     table["share"] = (d[0].abs() / size).tolist()
@@ -265,7 +265,7 @@ def _contributions(
     draw = np.random.default_rng(seed)
     given = torch.from_numpy(draw.integers(n_facts, size=(shuffles, n_facts)))
     shuffled = every[:, :, fact, column[given]]  # [2, h, shuffles, N]
-    null = _means(shuffled, even)[..., 0].abs().sum(0)
+    null = (shuffled @ even.T)[..., 0].abs().sum(0)
     error = null.std(-1).clamp_min(_LEAST_ERROR)
     table["z"] = (size / error).tolist()
     table["z_fact"] = ((size - null.mean(-1)) / error).tolist()
@@ -275,11 +275,6 @@ def _contributions(
     again = torch.from_numpy(counts).to(own.dtype) / n_facts
     table["stability"] = _stability(own, shuffled, again, table["role"].to_numpy())
     return table
-
-
-def _means(values: Float[Tensor, "*any N"], weights: Float[Tensor, "b N"]) -> Float[Tensor, "*any b"]:
-    """Weighted means over facts."""
-    return values @ weights.T
 
 
 def role_labels(d: Float[Tensor, "2 h"], counts: Bool[Tensor, " h"], ratio: float = RATIO) -> np.ndarray:
@@ -299,8 +294,8 @@ def _stability(
     """The share of resamples of the facts, shuffles included, in which a head has its role."""
     same = []
     for i, role in enumerate(roles):
-        d = _means(own[:, i], again)
-        error = _means(shuffled[:, i], again).abs().sum(0).std(0).clamp_min(_LEAST_ERROR)
+        d = own[:, i] @ again.T
+        error = (shuffled[:, i] @ again.T).abs().sum(0).std(0).clamp_min(_LEAST_ERROR)
         same.append(float((role_labels(d, d.abs().sum(0) / error > LEAST_Z) == role).mean()))
     return same
 

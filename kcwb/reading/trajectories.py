@@ -23,6 +23,7 @@ from kcwb.models.loading import Model
 from kcwb.models.memory import by_prompts
 from kcwb.models.network import Network
 from kcwb.reading.positions import check_prompts, position_groups
+from kcwb.tasks.metrics import at_end
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts
 from kcwb.tasks.ranks import rank_of
 
@@ -58,12 +59,11 @@ def follow(
 
     `subject` are the subject's positions; `step` is called after each layer.
     """
-    rows = torch.arange(len(prompts), device=tokens.device)
     owner, positions = subject.nonzero().unbind(-1)
     last = torch.cat([owner[1:] != owner[:-1], owner.new_ones(1, dtype=torch.bool)])
     found = []
     for residual in streams:
-        end = standing(network.logits(residual[rows, prompts.ends]), tokens)
+        end = standing(network.logits(at_end(residual, prompts)), tokens)
         there = standing(network.logits(residual[owner, positions]), tokens[owner])
         best = [_best(values, owner, len(prompts), how) for values, how in zip(there, ("amin", "amax"), strict=True)]
         found.append([torch.stack([e, t[last], b]) for e, t, b in zip(end, there, best, strict=True)])
@@ -146,7 +146,7 @@ def read_trajectories(model: Model, prompts: Prompts, step: Callable[[int], None
 def _read_chunk(network: Network, prompts: Prompts) -> tuple[Tensor, ...]:
     """The fields of Trajectories."""
     streams = layer_streams(network, prompts.tokens)
-    final = network.logits(streams[-1][torch.arange(len(prompts), device=network.device), prompts.ends]).float()
+    final = network.logits(at_end(streams[-1], prompts)).float()
     gold = prompts.answers[:, 0]
     tokens = torch.stack([gold, final.scatter(-1, gold[:, None], -math.inf).argmax(-1)], -1)
     logp = final.log_softmax(-1)

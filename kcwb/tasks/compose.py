@@ -203,7 +203,7 @@ def compose(
     >>> compose("landmark_country", "country_capital").wordings[0].template
     'The capital of the country where the landmark {} is located is'
     """
-    first, second = _loaded(first), _loaded(second)
+    first, second = load_relation(first), load_relation(second)
     for relation in (first, second):
         require_subjects(relation, "A chain")
     chosen = [Wording(*pair) for pair in wordings] if wordings is not None else _usual_wordings(first, second)
@@ -219,9 +219,10 @@ def compose(
         )
     kept, dropped = drop_copies(found)
     counts = {f"facts of {first.name}": len(first.facts), f"go on in {second.name}": len(found), **dropped}
-    return Composition(
-        first, second, tuple(chosen), require_chains(kept, f"{first.name} > {second.name}", counts), counts
-    )
+    if not kept:
+        said = ", ".join(f"{what}: {count}" for what, count in counts.items())
+        raise DataError(f"{first.name} > {second.name}: no chain is left whose answer cannot be copied ({said}).")
+    return Composition(first, second, tuple(chosen), tuple(kept), counts)
 
 
 @verb
@@ -277,7 +278,7 @@ def reverse(relation: Relation | str, *, templates: Sequence[str] | None = None)
     SettingError
         If there are no templates for it.
     """
-    relation = _loaded(relation)
+    relation = load_relation(relation)
     require_subjects(relation, "A question backwards")
     usual = relation.prompt_templates_zs if relation.symmetric else BACKWARDS.get(relation.name)
     texts = usual if templates is None else tuple(templates)
@@ -327,14 +328,6 @@ def drop_copies(chains: Iterable[Chain]) -> tuple[list[Chain], dict[str, int]]:
     return kept, dropped
 
 
-def require_chains(chains: Sequence[Chain], name: str, counts: Mapping[str, int]) -> tuple[Chain, ...]:
-    """The chains, or DataError with the counts if there is none."""
-    if not chains:
-        said = ", ".join(f"{what}: {count}" for what, count in counts.items())
-        raise DataError(f"{name}: no chain is left whose answer cannot be copied ({said}).")
-    return tuple(chains)
-
-
 def _usual_wordings(first: Relation, second: Relation) -> list[Wording]:
     for relation, words, what in ((first, DESCRIPTIONS, "describe the object"), (second, QUESTIONS, "ask")):
         if relation.name not in words:
@@ -344,10 +337,6 @@ def _usual_wordings(first: Relation, second: Relation) -> list[Wording]:
                 f"{nearest(relation.name, words)}"
             )
     return [Wording(about, asked) for asked in QUESTIONS[second.name] for about in DESCRIPTIONS[first.name]]
-
-
-def _loaded(relation: Relation | str) -> Relation:
-    return relation if isinstance(relation, Relation) else load_relation(relation)
 
 
 def _some(names: Iterable[str]) -> str:

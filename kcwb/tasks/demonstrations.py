@@ -64,7 +64,7 @@ class Context:
 
 
 def _line(fact: Fact, template: str) -> str:
-    return f"{template.replace('{}', fact.subject)} {fact.object}"
+    return f"{template.replace('{}', fact.subject)}{' ' if fact.space else ''}{fact.object}"
 
 
 def deranged(facts: Sequence[Fact], relation: Relation, draw: random.Random) -> list[Fact]:
@@ -83,7 +83,8 @@ def deranged(facts: Sequence[Fact], relation: Relation, draw: random.Random) -> 
                 f"All {len(relation.facts)} facts of {relation.name} have the object {fact.object!r:.60}: its labels "
                 "cannot be shuffled."
             )
-        wrong.append(Fact(fact.subject, draw.choice(others) if name == fact.object else name))
+        chosen = draw.choice(others) if name == fact.object else name
+        wrong.append(Fact(fact.subject, chosen, space=fact.space))
     return wrong
 
 

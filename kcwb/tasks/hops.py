@@ -28,14 +28,13 @@ from kcwb.settings import Count, Seed
 from kcwb.tasks.compose import Composition, Wording
 from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.relations import Fact, Relation
-from kcwb.tasks.task import Task
+from kcwb.tasks.task import REFERENCE_SIZE, Split, Task
 from kcwb.verbs import verb
 
 #: What is asked about each chain: both hops, both together, and what would do without them.
 ASKED = ("hop 1", "hop 2", "two-hop", "entity alone", "relation alone")
 #: The three that have a task and a circuit of their own.
 HOPS = ASKED[:3]
-_REFERENCE_SIZE = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,10 +282,12 @@ def _task(
 ) -> Task:
     """The task of one kind of question; rows are those of chains."""
     asked = answers.asked[name]
-    prompts = asked.prompts
-    first = list(dict.fromkeys(asked.of_chain[row] for row in val))
+    prompts, of_chain = asked.prompts, asked.of_chain
+    in_val, in_test = ([of_chain[row] for row in some] for some in (val, test))
+    first = list(dict.fromkeys(in_val))
     rest = [i for i in range(len(prompts)) if i not in set(first)]
     random.Random(seed).shuffle(rest)
+    rows = Split(in_val, in_test, sorted([*first, *rest][:REFERENCE_SIZE]))
     return Task(
         model_name=answers.model_name,
         model_digest=answers.model_digest,
@@ -294,9 +295,7 @@ def _task(
         template=asked.template,
         n=n,
         seed=seed,
-        val=prompts.select([asked.of_chain[row] for row in val]),
-        test=prompts.select([asked.of_chain[row] for row in test]),
-        reference=prompts.select(sorted([*first, *rest][:_REFERENCE_SIZE])),
+        **rows.of(prompts),
         n_known=int(prompts.known.sum()),
         n_facts=len(prompts),
     )

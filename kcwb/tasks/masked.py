@@ -22,7 +22,7 @@ from torch import Tensor
 from kcwb.errors import DataError
 from kcwb.models.encoder import Encoder, run_encoder
 from kcwb.settings import Count, Seed
-from kcwb.tasks.prompts import KNOWN_RANK, draw_partners, select_rows
+from kcwb.tasks.prompts import draw_partners, known_rows, select_rows
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Fact, Relation, load_relation, require_subjects
 from kcwb.tasks.task import split
@@ -144,8 +144,7 @@ def make_masked_task(
     SettingError
         If `n` or `template` make no sense.
     """
-    if isinstance(relation, str):
-        relation = load_relation(relation)
+    relation = load_relation(relation)
     require_subjects(relation, "A masked-token prompt")
     text = relation.template(template)
     found = [_row(encoder, fact, text, ending) for fact in relation.facts]
@@ -158,12 +157,7 @@ def make_masked_task(
             f"{text!r}, and a mask stands for one. Try another template, or a relation with shorter objects."
         )
     everything = _prompts(encoder, rows, seed)
-    known = [i for i, rank in enumerate(everything.ranks.tolist()) if rank <= KNOWN_RANK]
-    if not known:
-        raise DataError(
-            f"{encoder.name} knows none of the {len(rows)} facts of {relation.name} in {text!r} (Hit@{KNOWN_RANK}); "
-            f"the best rank is {int(everything.ranks.min())}. Try another template or relation."
-        )
+    known = known_rows(encoder, everything.ranks, f"{relation.name} in {text!r}")
     return MaskedTask(
         model_name=encoder.name,
         model_digest=encoder.digest,

@@ -142,6 +142,11 @@ def at_answers(residual: Float[Tensor, "... N T D"], prompts: Prompts) -> Float[
     return residual[..., rows, prompts.positions, :]
 
 
+def at_end(x: Float[Tensor, "*any N T D"], prompts: Prompts) -> Float[Tensor, "*any N D"]:
+    """What is at each prompt's END."""
+    return x[..., torch.arange(len(prompts), device=x.device), prompts.ends, :]
+
+
 @verb
 def hit_at_k(logits: Float[Tensor, "... N A V"], prompts: Prompts, k: Count = 10) -> Bool[Tensor, "... N"]:
     """Whether the answer's rank is at most k; ties count against it."""

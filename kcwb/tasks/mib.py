@@ -25,7 +25,7 @@ import pandas as pd
 
 from kcwb.errors import DataError, choose
 from kcwb.settings import Count
-from kcwb.tasks.pairs import read_pairs, read_table
+from kcwb.tasks.pairs import is_empty, read_pairs, read_table
 from kcwb.tasks.relations import Relation
 from kcwb.verbs import verb
 
@@ -131,7 +131,7 @@ def _asked(record: Mapping[Any, Any], name: str, operator: str) -> bool:
 
 
 def _get(record: Any, key: str, where: str) -> Any:
-    if not isinstance(record, Mapping) or record.get(key) is None:
+    if not isinstance(record, Mapping) or is_empty(record.get(key)):
         there = ", ".join(map(str, record)) if isinstance(record, Mapping) else f"{record!r:.60}"
         raise DataError(f"{where}: there is no {key!r} (found: {there:.200}). Is it a file of this task of MIB?")
     return record[key]

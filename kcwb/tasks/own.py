@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.tasks.prompts import Prompts, assemble
 from kcwb.tasks.relations import Fact
-from kcwb.tasks.tokens import PromptTokens, object_tokens
+from kcwb.tasks.tokens import PromptTokens, answer_tokens, located_tokens, text_tokens
 
 
 def own_prompt(
@@ -44,9 +43,9 @@ def own_prompt(
     start = text.rfind(subject) if subject else 0
     if start < 0:
         raise SettingError(f"The subject {shown(subject)} does not stand in the prompt in these letters.")
-    tokens, (first, stop) = _tokens(model, text), _span(model, text, start, start + len(subject))
+    tokens, first, stop = located_tokens(model, text, start, start + len(subject))
     space = not text[-1].isspace()
-    wanted = object_tokens(model, "{}", text, [answer], space)[answer] if answer else []
+    wanted = answer_tokens(model, "{}", text, answer, space) if answer else []
     width = len(tokens) + max(0, len(wanted) - 1)
     if width > model.network.n_ctx:
         raise DataError(f"The prompt has {width:,} tokens; {model.name} reads {model.network.n_ctx:,}.")
@@ -54,27 +53,15 @@ def own_prompt(
     corrupted, partner = "", None
     for other in others if subject else ():
         changed = text[:start] + other.named + text[start + len(subject) :]
-        if other.named in ("", subject) or len(row := _tokens(model, changed)) != len(tokens):
+        if other.named in ("", subject) or len(row := text_tokens(model, changed)) != len(tokens):
             continue
-        if object_tokens(model, "{}", text, [other.object], space)[other.object][0] != answers[0]:
+        if answer_tokens(model, "{}", text, other.object, space)[0] != answers[0]:
             corrupted, partner = changed, row
             break
     said = answer or str(model.tokenizer.decode(answers)).strip() or repr(model.tokenizer.decode(answers))
     fact = Fact(text, said, corrupted=corrupted, span=(start, start + len(subject)), space=space)
     row = PromptTokens(tokens, answers, first, stop)
-    return assemble(model, [fact], [text], [row], {said: answers}, [-1], [partner])
-
-
-def _tokens(model: Model, text: str) -> list[int]:
-    bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
-    return [*bos, *model.tokenizer(text, add_special_tokens=False).input_ids]
-
-
-def _span(model: Model, text: str, start: int, stop: int) -> tuple[int, int]:
-    """From and to which token a part of the text stands; (0, 0) if it is empty."""
-    offsets = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    inside = [i + model.prepend_bos for i, (a, b) in enumerate(offsets) if a < stop and b > start]
-    return (inside[0], inside[-1] + 1) if inside and stop > start else (0, 0)
+    return assemble(model, [fact], [text], [row], {space: {said: answers}}, [-1], [partner])
 
 
 @torch.no_grad()

@@ -169,7 +169,7 @@ def read_pairs(
     rows: dict[str, int] = {}
     for row, cells in enumerate(zip(*(table[given[key]] for key in given), strict=True), start=1):
         place = f"{where}, row {row}"
-        found = {key: cell for key, cell in zip(given, cells, strict=True) if not _empty(cell)}
+        found = {key: cell for key, cell in zip(given, cells, strict=True) if not is_empty(cell)}
         fact = _fact(found, place, space)
         if rows.setdefault(fact.subject, row) != row:
             raise DataError(
@@ -190,6 +190,8 @@ def _columns(table: pd.DataFrame, renamed: dict[str, str], where: str) -> dict[s
             raise DataError(f"columns: {key!r:.60} is no column that is read. {nearest(key, COLUMNS)}")
         if name not in known:
             raise DataError(f"{where} has no column {name!r:.60} for {key!r}. {nearest(name, there)}")
+        if there.count(name) > 1:
+            raise DataError(f"{where} has {there.count(name)} columns {name!r:.60}, for {key!r}. Leave one.")
     given = dict(renamed)
     for name in there:
         key = _ALIASES.get(name, name)
@@ -270,7 +272,7 @@ def _listed(cell: Any) -> bool:
     return isinstance(cell, (list, tuple, np.ndarray))
 
 
-def _empty(cell: Any) -> bool:
+def is_empty(cell: Any) -> bool:
     """Whether a cell is None, NaN, no text or an empty list."""
     if _listed(cell):
         return len(cell) == 0
@@ -289,7 +291,9 @@ def read_table(path: Path) -> pd.DataFrame:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
         between = "\t" if path.suffix == ".tsv" else ","
-        return pd.read_csv(path, sep=between, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        # names read as a row: else pandas takes what a row has too many of for its index, and renames what comes twice
+        rows = pd.read_csv(path, sep=between, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        return rows.iloc[1:].set_axis(rows.iloc[0].tolist(), axis=1)
     except ImportError as error:
         raise DataError(
             f"{path}: pandas reads a .parquet file with pyarrow, which is not installed: pip install pyarrow. Or write "

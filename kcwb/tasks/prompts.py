@@ -8,7 +8,7 @@ last (teacher forcing), so that each answer token is predicted at its own positi
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from kcwb.models.memory import in_pieces
 from kcwb.progress import Progress, track
 from kcwb.tasks.ranks import rank_of_best, rank_product
 from kcwb.tasks.relations import Fact
-from kcwb.tasks.tokens import PromptTokens, deciding_places, encode_one, object_tokens, padded
+from kcwb.tasks.tokens import Objects, PromptTokens, deciding_places, encode_one, objects_after, padded
 from kcwb.verbs import verb
 
 #: A fact is known when the model gives its answer at most this rank (`kcwb.tasks.ranks`).
@@ -177,11 +177,11 @@ def encode(
     """
     rows = [encode_one(model, fact, template) for fact in facts]
     draw = random.Random(seed)
-    tokens = object_tokens(model, template, facts[0].subject, objects, facts[0].space)
-    named = object_tokens(model, template, facts[0].subject, [foil], facts[0].space) if foil else tokens
-    first = [answer[0] for answer in named.values()]
+    tokens = objects_after(model, template, facts, objects)
+    named = objects_after(model, template, facts, [foil]) if foil else tokens
+    firsts = {space: [answer[0] for answer in some.values()] for space, some in named.items()}
     foils = [
-        None if fact.wrong and foil is None else _foil(row, fact, first, foil, draw)
+        None if fact.wrong and foil is None else _foil(row, fact, firsts[fact.space], foil, draw)
         for row, fact in zip(rows, facts, strict=True)
     ]
     partners = draw_partners([len(row.prompt) for row in rows], [row.firsts for row in rows], draw)
@@ -201,15 +201,15 @@ def assemble(
     facts: Sequence[Fact],
     texts: Sequence[str],
     rows: Sequence[PromptTokens],
-    objects: Mapping[str, Sequence[int]],
+    objects: Objects,
     foils: Sequence[int | None],
     partners: Sequence[list[int] | None],
     progress: Progress = False,
 ) -> Prompts:
     """Prompts out of the tokens of each (`encode_one`), with the full model's ranks.
 
-    `objects` are the tokens of all objects of the relation; `partners` the tokens of the prompts, each as long as its
-    own, that are to be the corrupted ones. A foil of None: the prompt's own wrong answers are its foils.
+    `objects` are all objects of the relation (`objects_after`); `partners` the tokens of the prompts, each as long as
+    its own, that are to be the corrupted ones. A foil of None: the prompt's own wrong answers are its foils.
     """
     pad, column = partial(padded, device=model.device), partial(torch.tensor, device=model.device)
     answers = [row.answer for row in rows]
@@ -270,6 +270,17 @@ def _even(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """Rows made as long as the longest by -1."""
     width = max(map(len, rows))
     return [[*row, *[-1] * (width - len(row))] for row in rows]
+
+
+def known_rows(model: Any, ranks: Int[Tensor, " N"], asked: str, how: str = "") -> list[int]:
+    """The rows of facts that a model knows; DataError if there are none, with what was asked and how."""
+    rows = (ranks <= KNOWN_RANK).nonzero()[:, 0].tolist()
+    if not rows:
+        raise DataError(
+            f"{model.name} knows none of the {len(ranks)} facts of {asked} (Hit@{KNOWN_RANK}{how}); the best rank is "
+            f"{int(ranks.min())}. Try another template or relation."
+        )
+    return rows
 
 
 @torch.no_grad()

@@ -43,18 +43,22 @@ def deciding_tokens(
     objects
         The tokens of every object of the relation, by name, as they follow the prompt.
     """
-    beginnings: dict[tuple[int, ...], set[str]] = {}
+    known = beginnings(objects)
+    return [decides(tokens, known, {name}) for name, tokens in zip(names, answers, strict=True)]
+
+
+def beginnings(objects: Mapping[str, Sequence[int]]) -> dict[tuple[int, ...], set[str]]:
+    """All that objects begin with, and which of them do."""
+    found: dict[tuple[int, ...], set[str]] = {}
     for name, tokens in objects.items():
         for stop in range(1, len(tokens) + 1):
-            beginnings.setdefault(tuple(tokens[:stop]), set()).add(name)
+            found.setdefault(tuple(tokens[:stop]), set()).add(name)
+    return found
 
-    def begins_another(name: str, tokens: Sequence[int]) -> bool:
-        return bool(beginnings.get(tuple(tokens), set()) - {name})
 
-    return [
-        next((i for i in range(len(tokens)) if not begins_another(name, tokens[: i + 1])), NEVER)
-        for name, tokens in zip(names, answers, strict=True)
-    ]
+def decides(answer: Sequence[int], others: Mapping[tuple[int, ...], set[str]], own: set[str]) -> int:
+    """The first token that tells an answer apart from others (their `beginnings`) but its own names; or `NEVER`."""
+    return next((i for i in range(len(answer)) if not others.get(tuple(answer[: i + 1]), set()) - own), NEVER)
 
 
 def rank_of(logits: Float[Tensor, "... V"], token: Int[Tensor, "..."]) -> Int[Tensor, "..."]:

@@ -208,20 +208,22 @@ def relation_files(folder: str | Path | None = None) -> dict[str, Path]:
 
 
 @verb
-def load_relation(name: str | Path) -> Relation:
+def load_relation(name: str | Path | Relation) -> Relation:
     """Read and validate one relation.
 
     Parameters
     ----------
     name
         The name of a relation that comes with the package, or the path of a file: in the LRE format, or a table of
-        prompts as `kcwb.tasks.read_pairs` reads it.
+        prompts as `kcwb.tasks.read_pairs` reads it. A Relation is returned as it is.
 
     Raises
     ------
     DataError
         If there is no such relation, or its file is malformed; names the file and the place in it.
     """
+    if isinstance(name, Relation):
+        return name
     path = Path(name)
     if path.suffix in TABLES:
         from kcwb.tasks.pairs import read_pairs  # which makes relations

@@ -35,10 +35,10 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Count, Natural, Seed
 from kcwb.tasks.demonstrations import GROUPS, Context, UnrelatedText, deranged
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, assemble, draw_partners, encode
+from kcwb.tasks.prompts import Prompts, assemble, draw_partners, encode, known_rows
 from kcwb.tasks.relations import Relation, load_relation, require_subjects
 from kcwb.tasks.task import Task, split
-from kcwb.tasks.tokens import encode_one, object_tokens, told_apart
+from kcwb.tasks.tokens import encode_one, objects_after, told_apart
 from kcwb.verbs import verb
 
 KINDS = ("shots", "shuffled", "unrelated")
@@ -182,7 +182,7 @@ def shot_tasks(
     dict
         (k, kind) -> task, in the order of `wanted`.
     """
-    relation = load_relation(relation) if isinstance(relation, str) else relation
+    relation = load_relation(relation)
     require_subjects(relation, "A prompt with demonstrations")
     for _, kind in wanted:
         choose("The kind of context", kind, KINDS)
@@ -193,12 +193,7 @@ def shot_tasks(
     contexts = {(k, kind): deal.contexts(k, kind) for k, kind in dict.fromkeys(wanted)}
 
     zero = encode(model, deal.asked, text, relation.objects, seed, progress=progress)
-    known = [i for i, hit in enumerate(zero.known.tolist()) if hit]
-    if not known:
-        raise DataError(
-            f"{model.name} knows none of the {len(zero)} facts of {relation.name} that are asked in {text!r:.120} "
-            f"(Hit@{KNOWN_RANK}, no shot); the best rank is {int(zero.ranks.min())}. Try another template or relation."
-        )
+    known = known_rows(model, zero.ranks, f"{relation.name} that are asked in {text!r:.120}", ", no shot")
     rows = split(known, len(zero), n, seed, n_test)
     partners = draw_partners(zero.lengths.tolist(), zero.firsts, random.Random(seed))
     reference_rows = rows.reference[:_REFERENCE_SIZE]
@@ -310,7 +305,8 @@ class _Deal:
             other = partners[i]
             prompt = [] if other is None else encode_one(self.model, self.asked[other], before[i] + self.text).prompt
             swapped.append(prompt if len(prompt) == len(row.prompt) else None)
-        first, alone = rows[0], zero.select(rows)
-        objects = object_tokens(self.model, before[first] + self.text, self.asked[first].subject, self.relation.objects)
+        alone = zero.select(rows)
+        objects = objects_after(self.model, before[rows[0]] + self.text, alone.facts, self.relation.objects)
         texts = [before[i] + text for i, text in zip(rows, alone.texts, strict=True)]
-        return assemble(self.model, alone.facts, texts, made, objects, alone.foils.tolist(), swapped)
+        foils = [None if fact.wrong else foil for fact, foil in zip(alone.facts, alone.foils.tolist(), strict=True)]
+        return assemble(self.model, alone.facts, texts, made, objects, foils, swapped)

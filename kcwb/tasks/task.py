@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Count, Natural, Seed
-from kcwb.tasks.prompts import KNOWN_RANK, Prompts, encode, full_ranks
+from kcwb.tasks.prompts import Prompts, encode, full_ranks, known_rows
 from kcwb.tasks.relations import Relation, load_relation
-from kcwb.tasks.tokens import encode_one, told_apart
+from kcwb.tasks.tokens import text_tokens, told_apart
 from kcwb.verbs import noun, verb
 
-_REFERENCE_SIZE = 32
+#: Prompts that mean ablation averages over, at most.
+REFERENCE_SIZE = 32
 
 
 @noun
@@ -115,17 +116,11 @@ def make_task(
     SettingError
         If `n` or `template` make no sense.
     """
-    if isinstance(relation, str):
-        relation = load_relation(relation)
+    relation = load_relation(relation)
     text = relation.template(template)
     facts = told_apart(model, relation.facts, text, relation)
     everything = encode(model, facts, text, relation.objects, seed, foil, progress)
-    known = [i for i, hit in enumerate(everything.known.tolist()) if hit]
-    if not known:
-        raise DataError(
-            f"{model.name} knows none of the {len(facts)} facts of {relation.name} in {text!r} "
-            f"(Hit@{KNOWN_RANK}); the best rank is {int(everything.ranks.min())}. Try another template or relation."
-        )
+    known = known_rows(model, everything.ranks, f"{relation.name} in {text!r}")
     lonely = [fact for i, fact in enumerate(facts) if fact.corrupted and not everything.paired[i]]
     if lonely:
         warnings.warn(
@@ -164,7 +159,7 @@ def ask_again(model: Model, task: Task) -> Task:
     parts = {}
     for name in Split._fields:
         prompts = getattr(task, name)
-        ids = [encode_one(model, fact, task.template).prompt for fact in prompts.facts]
+        ids = [text_tokens(model, text) for text in prompts.texts]
         own = [row[:length] for row, length in zip(prompts.tokens.tolist(), prompts.lengths.tolist(), strict=True)]
         if ids != own or prompts.tokens.device != model.device:
             raise SettingError(
@@ -200,7 +195,7 @@ def split(known: Sequence[int], total: int, n: int, seed: int, n_test: int | Non
     rest = [i for i in range(total) if i not in set(val)]
     draw.shuffle(rest)
     test = rest[: len(val) if n_test is None else n_test]
-    return Split(val, sorted(test), sorted([*val, *rest][:_REFERENCE_SIZE]))
+    return Split(val, sorted(test), sorted([*val, *rest][:REFERENCE_SIZE]))
 
 
 def check_same_weights(model: Any, task: Any, again: str = "") -> None:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kcwb.errors import DataError
 from kcwb.models.loading import Model
-from kcwb.tasks.ranks import NEVER, deciding_tokens
+from kcwb.tasks.ranks import NEVER, beginnings, decides
 from kcwb.tasks.relations import Fact, Relation
 
 
@@ -49,26 +49,36 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
 
+def text_tokens(model: Model, text: str) -> list[int]:
+    """The tokens of a text, after BOS where the model's prompts have one."""
+    return located_tokens(model, text, 0, 0)[0]
+
+
+def located_tokens(model: Model, text: str, start: int, stop: int) -> tuple[list[int], int, int]:
+    """The `text_tokens`, and from and to which of them some of its characters stand; 0 and 0 if in none."""
+    encoding: Any = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
+    inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"], len(bos)) if a < stop and b > start]
+    first, last = (inside[0], inside[-1]) if inside else (0, -1)
+    return bos + list(encoding["input_ids"]), first, last + 1
+
+
 def encode_one(model: Model, fact: Fact, template: str) -> PromptTokens:
     """Tokens of one prompt and answer, and the subject's span among them by character offsets."""
-    text = template.replace("{}", fact.subject)
-    encoding: Any = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    text, at = template.replace("{}", fact.subject), template.index("{}")
     before, after = fact.span or (0, len(fact.subject))
-    start, stop = template.index("{}") + before, template.index("{}") + after
-    inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < stop and b > start]
-    if not inside and fact.named:
+    prompt, start, stop = located_tokens(model, text, at + before, at + after)
+    if not stop and fact.named:
         raise DataError(f"The subject {fact.named!r:.60} has no token of its own in {text!r:.120}.")
-    bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
     answers = object_tokens(model, template, fact.subject, (*fact.right, *fact.wrong), fact.space)
-    corrupted = template.replace("{}", fact.corrupted)
     return PromptTokens(
-        prompt=bos + list(encoding["input_ids"]),
+        prompt=prompt,
         answer=answers[fact.object],
-        start=inside[0] + len(bos) if inside else 0,
-        stop=inside[-1] + 1 + len(bos) if inside else 0,
+        start=start,
+        stop=stop,
         also=_last_tokens(fact, answers, text),
         wrong={name: answers[name] for name in fact.wrong},
-        corrupted=bos + model.tokenizer(corrupted, add_special_tokens=False).input_ids if fact.corrupted else None,
+        corrupted=text_tokens(model, template.replace("{}", fact.corrupted)) if fact.corrupted else None,
     )
 
 
@@ -85,9 +95,9 @@ def _last_tokens(fact: Fact, answers: Mapping[str, list[int]], text: str) -> tup
     return tuple(dict.fromkeys(answers[name][-1] for name in fact.also if answers[name] != first))
 
 
-def answer_tokens(model: Model, template: str, subject: str, answer: str) -> list[int]:
+def answer_tokens(model: Model, template: str, subject: str, answer: str, space: bool = True) -> list[int]:
     """Tokens of " answer" as they follow the prompt, which must keep its own tokens before them."""
-    return object_tokens(model, template, subject, [answer])[answer]
+    return object_tokens(model, template, subject, [answer], space)[answer]
 
 
 def object_tokens(
@@ -108,17 +118,25 @@ def object_tokens(
     return {name: list(whole[len(prompt) :]) for name, whole in zip(names, wholes, strict=True)}
 
 
-def deciding_places(
-    facts: Sequence[Fact], rows: Sequence[PromptTokens], objects: Mapping[str, Sequence[int]]
-) -> list[int]:
+#: Objects' tokens by name, as they follow prompts with a space before them (True), and as they do without.
+Objects = Mapping[bool, Mapping[str, Sequence[int]]]
+
+
+def objects_after(model: Model, template: str, facts: Sequence[Fact], objects: Iterable[str]) -> Objects:
+    """The `object_tokens` of a relation as they follow the prompts of some facts; the first of each kind serves all."""
+    first, names = {fact.space: fact.subject for fact in reversed(facts)}, list(objects)
+    return {space: object_tokens(model, template, subject, names, space) for space, subject in first.items()}
+
+
+def deciding_places(facts: Sequence[Fact], rows: Sequence[PromptTokens], objects: Objects) -> list[int]:
     """For each fact the index of the first token that tells its answer apart (`kcwb.tasks.ranks`), or `NEVER`.
 
     It is told apart from its own wrong answers where it has some, else from the relation's other objects.
     """
-    places = []
+    known, places = {space: beginnings(some) for space, some in objects.items()}, []
     for fact, row in zip(facts, rows, strict=True):
-        others = row.wrong or {name: tokens for name, tokens in objects.items() if name not in fact.also}
-        found = deciding_tokens([fact.object] * len(row.right), row.right, others)
+        others, own = (beginnings(row.wrong), {fact.object}) if row.wrong else (known[fact.space], set(fact.right))
+        found = [decides(answer, others, own) for answer in row.right]
         places.append(NEVER if NEVER in found else max(found))
     return places
 
@@ -131,17 +149,12 @@ def told_apart(model: Model, facts: Sequence[Fact], template: str, relation: Rel
     DataError
         If none is left.
     """
-    tokens = object_tokens(model, template, facts[0].subject, relation.objects, facts[0].space)
-    if any(fact.wrong or fact.also for fact in facts):
-        places = deciding_places(facts, [encode_one(model, fact, template) for fact in facts], tokens)
-        names = dict.fromkeys(fact.object for fact, place in zip(facts, places, strict=True) if place == NEVER)
-    else:
-        decides = dict(zip(tokens, deciding_tokens([*tokens], [*tokens.values()], tokens), strict=True))
-        places = [decides[fact.object] for fact in facts]
-        names = [name for name, place in decides.items() if place == NEVER]
+    tokens = objects_after(model, template, facts, relation.objects)
+    places = deciding_places(facts, [encode_one(model, fact, template) for fact in facts], tokens)
     kept = [fact for fact, place in zip(facts, places, strict=True) if place != NEVER]
     if len(kept) == len(facts):
         return kept
+    names = dict.fromkeys(fact.object for fact, place in zip(facts, places, strict=True) if place == NEVER)
     alike = ", ".join(f"{name!r:.60}" for name in names)
     words = (
         f"{len(facts) - len(kept)} of {len(facts)} facts of {relation.name} have an object whose tokens all begin "

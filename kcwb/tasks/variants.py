@@ -31,7 +31,7 @@ def in_other_words(model: Model, task: Task, template: str) -> Task:
         If the task's prompts are not its template's alone (they begin with demonstrations, say), or the facts do not go
         into this one.
     """
-    if any(text != task.template.replace("{}", fact.subject) for text, fact in _asked(task.val)):
+    if any(a != task.template.replace("{}", b.subject) for a, b in zip(task.val.texts, task.val.facts, strict=True)):
         raise DataError(f"The prompts of this task are not {task.template!r} alone, so that they have no other words.")
     parts = {name: getattr(task, name) for name in ("val", "test", "reference")}
     rows: dict[Fact, int] = {}
@@ -39,10 +39,10 @@ def in_other_words(model: Model, task: Task, template: str) -> Task:
         for fact in prompts.facts:
             rows.setdefault(fact, len(rows))
     everything = encode(model, list(rows), template, task.relation.objects, task.seed)
-    asked = {
-        name: replace(everything.select([rows[fact] for fact in prompts.facts]), foils=prompts.foils)
-        for name, prompts in parts.items()
-    }
+    asked = {}
+    for name, prompts in parts.items():
+        same = {field: getattr(prompts, field) for field in ("foils", "more_foils", "compared")}
+        asked[name] = replace(everything.select([rows[fact] for fact in prompts.facts]), **same)
     return replace(task, template=template, **asked)
 
 
@@ -82,13 +82,14 @@ def with_shuffled_answers(model: Model, task: Task, seed: int) -> Task:
     order = _derangement(val.firsts, random.Random(seed), task)
     prompts, answers = _tokens(val)
     dealt = [answers[i] for i in order]
-    pad = partial(padded, device=val.tokens.device)
+    device = val.tokens.device
+    pad = partial(padded, device=device)
     partners = [other or prompt for other, prompt in zip(_corrupted(val), prompts, strict=True)]
     facts = [
         replace(fact, **{name: getattr(val.facts[i], name) for name in ("object", "also", "wrong")})
         for fact, i in zip(val.facts, order, strict=True)
     ]
-    bring = torch.tensor([bool(fact.wrong) for fact in facts], device=val.tokens.device)
+    bring = torch.tensor([bool(a.wrong or b.wrong) for a, b in zip(facts, val.facts, strict=True)], device=device)
     taken = (val.foils[:, None] == val.right[order, 0]).any(-1)
     new = replace(
         val,
@@ -126,10 +127,6 @@ def _derangement(firsts: Sequence[set[int]], draw: random.Random, task: Task) ->
             j = draw.choice(swaps)
             order[i], order[j] = order[j], order[i]
     return order
-
-
-def _asked(prompts: Prompts) -> list[tuple[str, Fact]]:
-    return list(zip(prompts.texts, prompts.facts, strict=True))
 
 
 def _tokens(prompts: Prompts) -> tuple[list[list[int]], list[list[int]]]:

@@ -20,7 +20,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.acdc import Search, acdc, predict_seconds
 from kcwb.discovery.checkpoint import Checkpoint, _state_digest
 from kcwb.discovery.discover import discover, tau_path
-from kcwb.discovery.sequential import NEAR_TIE, Pruned, acdc_sequential
+from kcwb.discovery.sequential import NEAR_TIE, Pruned
 from kcwb.errors import CircuitError, SettingError
 from kcwb.files import write_tensors
 from kcwb.models.loading import Model, load_model
@@ -28,6 +28,7 @@ from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Relation, load_relation
 from kcwb.tasks.task import make_task
+from tests.discovery.sequential import acdc_sequential
 from tests.full_disk import full_disk
 from tests.tiny import ARCHITECTURES, tiny_model
 

@@ -20,11 +20,12 @@ from kcwb.circuits.ablation import Ablation, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery.discover import discover, score_edges
-from kcwb.discovery.sequential import Pruned, acdc_sequential
+from kcwb.discovery.sequential import Pruned
 from kcwb.models.graph import Graph
 from kcwb.tasks.metrics import Loss, answer_ranks, make_loss
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.task import Task, make_task
+from tests.discovery.sequential import acdc_sequential
 from tests.handmade import Handmade, copying_head, induction, key_value_lookup
 
 MAKERS = {

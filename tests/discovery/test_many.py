@@ -20,11 +20,11 @@ from kcwb.discovery.discover import discover
 from kcwb.discovery.draws import GRID, make_plan
 from kcwb.discovery.many import discover_many
 from kcwb.discovery.methods import check_method
-from kcwb.discovery.sequential import acdc_sequential
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import load_model
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.task import make_task
+from tests.discovery.sequential import acdc_sequential
 from tests.handmade import copying_head, induction, key_value_lookup
 from tests.tasks import TEMPLATE, known_relation, relation_of
 from tests.tiny import tiny_hf, tokenizer

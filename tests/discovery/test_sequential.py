@@ -7,11 +7,12 @@ import torch
 
 from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.run import run_circuit
-from kcwb.discovery.sequential import acdc_sequential, layer_order, receiver_order, sender_order
+from kcwb.discovery.sequential import layer_order, receiver_order, sender_order
 from kcwb.models.graph import Graph
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import make_task
+from tests.discovery.sequential import acdc_sequential
 
 
 def test_receivers_are_visited_from_the_output_to_the_input() -> None:

@@ -20,14 +20,17 @@ from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.interventions.at_end import logits_without, patched_answers
 from kcwb.interventions.role_tests import RoleCheck, check_roles, faithful_story
 from kcwb.models.forward import forward
-from kcwb.models.loading import Model
+from kcwb.models.loading import Model, load_model
 from kcwb.reading.roles import TOO_FEW, head_roles
 from kcwb.statistics import matched_head_sets
-from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.pairs import read_pairs
+from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.relations import Fact, Relation, load_relation
 from kcwb.tasks.task import Task, make_task
 from tests.ensembles import certain, drawn
 from tests.handmade import Handmade, additive, copying_head, key_value_lookup
+from tests.tasks import prompt_ids, relation_of, spaced_tokenizer
+from tests.tiny import tiny_hf
 
 
 @cache
@@ -136,6 +139,26 @@ def test_a_role_that_another_head_backs_up_fails():
     heads = checked("capital").heads.set_index("node")
     assert heads.loc["a1.h2", "answer"] > -0.1 and heads.loc["a1.h2", "verdict"] == "fails"
     assert heads.loc["a1.h1", "verdict"] == "holds"
+
+
+def test_other_objects_are_those_that_follow_a_prompt_as_its_answer_does():
+    """After a line break without a space, after a word with one."""
+    model = load_model(tiny_hf("llama"), spaced_tokenizer(), device="cpu")
+    rows = {"clean": ["w1 w2 w3", "w4 w5\n", "w6 w7 w8", "w9 w3\n"], "subject": ["w1", "w4", "w6", "w9"]}
+    facts = read_pairs(pd.DataFrame(rows | {"answer": ["w10", "w11", "w12", "w13"]})).facts
+    prompts = encode(model, facts, "{}", [fact.object for fact in facts])
+    parts = {"val": prompts, "test": prompts.select([]), "reference": prompts}
+    task = Task(model.name, model.digest, relation_of(facts, "{}"), "{}", 4, 0, **parts, n_known=4, n_facts=4)
+    roles = pd.DataFrame({"node": ["a1.h1"], "layer": [1], "head": [1], "role": ["mover"]})
+    found = check_roles(model, roles, task, progress=False).every.set_index("node").loc["a1.h1", "others"]
+    change = []
+    for number, logits in enumerate(next(logits_without(model, prompts, [(1, 1)]))[0]):
+        fact, before = facts[number], model.logits(torch.tensor([prompt_ids(model, facts[number].subject)]))[0, -1]
+        others = [f"{' ' * fact.space}{one.object}" for one in facts if one is not fact]
+        tokens = model.tokenizer.convert_tokens_to_ids(others)
+        own = [float(one.softmax(-1)[tokens].sum().log()) for one in (logits, before)]
+        change.append(own[0] - own[1])
+    assert found == pytest.approx(np.mean(change), abs=1e-5)
 
 
 def test_effects_are_log_probabilities_of_the_ablated_run():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,11 @@ from kcwb.interventions import scaling as module
 from kcwb.interventions.head_sets import answers_without
 from kcwb.interventions.scaling import scale_heads
 from kcwb.statistics import proportion_interval
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.task import make_task
 from tests.handmade import copying_head
-from tests.tasks import known_relation
+from tests.tasks import TEMPLATE, known_relation, unpadded_logits
 from tests.tiny import tiny_hf, tiny_model
 
 HEADS = ["a0.h1", "a1.h2", "a1.h0"]
@@ -48,6 +51,24 @@ def test_scaled_heads_answer_as_the_model_with_scaled_weights(name):
     for i, (heads, factor) in enumerate(zip(sets, factors, strict=True)):
         rank, loss = answers_scaled(name, prompts, heads, factor)
         assert losses[i] == pytest.approx(loss, abs=1e-4) and (ranks[i] == rank).all()
+
+
+def test_of_several_right_answers_any_is_right(tiny):
+    """Against a plain run: minus the logarithm of the summed probability, and the best rank among what is wrong."""
+    model = tiny("llama")
+    facts = [replace(fact, also=("w70", "w71")) for fact in known_relation(model, 9).facts if " " not in fact.object]
+    prompts = encode(model, facts, TEMPLATE, [fact.object for fact in facts])
+    (ranks, _), (losses, _) = answers_without(model, prompts, [[], HEADS], progress=False)
+    assert ranks.tolist() == prompts.ranks.tolist()
+    for fact, loss in zip(facts, losses, strict=True):
+        p = unpadded_logits(model, fact)[0].float().softmax(-1)
+        right = [model.tokenizer(name, add_special_tokens=False).input_ids[0] for name in set(fact.right)]
+        assert loss == pytest.approx(-float(p[right].sum().log()), abs=1e-5)
+    again = [replace(fact, object=fact.also[0], also=(fact.object, *fact.also[1:])) for fact in facts]
+    swapped = encode(model, again, TEMPLATE, [fact.object for fact in facts])
+    assert answers_without(model, swapped, [HEADS], progress=False)[0].tolist() == [
+        answers_without(model, prompts, [HEADS], progress=False)[0][0].tolist()
+    ]
 
 
 def test_the_factor_is_that_of_the_lowest_loss_on_the_facts_of_d_val_and_what_it_does_is_counted(monkeypatch):
@@ -96,5 +117,9 @@ def test_what_cannot_be_meant_is_refused(tiny):
     with pytest.raises(SettingError, match="factors"):
         scale_heads(model, task, HEADS, factors=[-1.0], progress=False)
     model, relation, *_ = copying_head()
-    with pytest.raises(DataError, match="nothing is left to improve"):
-        scale_heads(model, make_task(model, relation, n=4), ["a1.h2"], progress=False)
+    task, seen = make_task(model, relation, n=4), []
+    empty = replace(task, test=task.test.select([]))
+    for one, words in ((task, "nothing is left to improve"), (empty, "no prompts to look at")):
+        with pytest.raises(DataError, match=words):
+            scale_heads(model, one, ["a1.h2"], progress=lambda *step: seen.append(step))
+    assert not seen  # before anything is run

@@ -81,5 +81,5 @@ def test_too_few_heads_and_what_is_none_are_refused(tiny):
     prompts = make_task(model, known_relation(model, 9), n=4).val
     with pytest.raises(SettingError, match="at least two different heads"):
         heads_together(model, prompts, ["a0.h1", "a0.h1"])
-    with pytest.raises(CircuitError, match="m0 is not an attention head"):
+    with pytest.raises(CircuitError, match="'m0' is not an attention head"):
         heads_together(model, prompts, ["a0.h1", "m0"])

@@ -26,7 +26,7 @@ from kcwb.models.memory import HeldPieces, by_prompts, halving, in_pieces, noted
 from kcwb.models.network import Network
 from kcwb.reading.dla import attribute
 from kcwb.reading.lens import lens_by_fact
-from kcwb.reading.nodes import node_logits
+from kcwb.reading.nodes import planned_run, written_logits
 from kcwb.reading.trajectories import read_trajectories
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import full_ranks
@@ -246,7 +246,7 @@ WORKS = {
     "attribute": lambda model, task: [attribute(model, task.reference).by_source],
     "trajectories": _trajectories,
     "lens": lambda model, task: _table(lens_by_fact(model, task, progress=False)),
-    "node": lambda model, task: [node_logits(model, task, "a1.h0")],
+    "node": lambda model, task: [written_logits(model, planned_run(model, task, None, None, None), "a1.h0")],
     "completeness": _completeness,
     "edit scores": _edited,
     "heads taken out": lambda model, task: [

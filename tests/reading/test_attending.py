@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -152,6 +154,20 @@ def test_prompts_are_averaged_and_another_relations_are_taken_away(llama):
     assert both["contrast"].to_dict() == pytest.approx((mean - there).to_dict(), **CLOSE)
     order = both.loc["q"]["contrast"].abs().tolist()
     assert order == sorted(order, reverse=True)
+
+
+def test_each_prompt_has_its_own_number_where_others_are_left_out(llama):
+    """Under resampling, of the prompts the second has no partner."""
+    task = task_of(llama)
+    val = replace(task.val, paired=torch.tensor([True, False, True, True]))
+    circuit, where = Circuit(llama.graph, llama.graph.exists), {"ablation": make_ablation(llama, task, "resample")}
+    with pytest.warns(UserWarning, match="left out"):
+        table = why_attends(llama, val, "a1.h1", circuit=circuit, each=True, **where)
+    assert list(dict.fromkeys(table["prompt"])) == [0, 2, 3]
+    for number, some in table.groupby("prompt"):
+        alone = why_attends(llama, val, "a1.h1", circuit=circuit, prompt=number, each=True, **where)
+        assert alone["prompt"].eq(number).all()
+        assert some["score"].tolist() == pytest.approx(alone["score"].tolist(), abs=1e-5)
 
 
 def test_prompts_in_parts_give_the_same(llama, monkeypatch):

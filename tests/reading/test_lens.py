@@ -9,15 +9,19 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from transformer_lens.tools.analysis.logit_lens import logit_lens
 
 from kcwb.errors import DataError, SettingError
-from kcwb.models.loading import Model
+from kcwb.models.loading import Model, load_model
 from kcwb.reading.lens import WHO, arrival, lens, lens_by_fact
+from kcwb.tasks.pairs import read_pairs
 from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.relations import Fact, load_relation
 from kcwb.tasks.task import Task, make_task
 from tests.handmade import Handmade, copying_head, key_value_lookup
+from tests.tasks import prompt_ids, relation_of, spaced_tokenizer
+from tests.tiny import tiny_hf
 
 OBJECT, SUBJECT, AT_SUBJECT = WHO
 made = cache(lambda make: make())
@@ -68,6 +72,28 @@ def test_the_subjects_own_rank_is_that_of_its_first_token(tiny, words):
         token = int(task.val.tokens[row, task.val.subject_start[row]])
         mine = table[(table["subject"] == fact.subject) & (table["who"] == SUBJECT)].sort_values("layer")
         assert mine["rank"].tolist() == bridge_standing(model, task.val, row, token, int(task.val.ends[row]))[0]
+
+
+def test_the_subject_is_looked_for_as_it_would_follow_the_prompt_with_a_space_or_without():
+    model = load_model(tiny_hf("llama"), spaced_tokenizer(), device="cpu")
+    rows = {"clean": ["w1 w2 w3", "w4 w5\n"], "answer": ["w10", "w11"], "subject": ["w1", "w4"]}
+    facts = read_pairs(pd.DataFrame(rows)).facts
+    prompts = encode(model, facts, "{}", ["w10", "w11"])
+    parts = {"val": prompts, "test": prompts.select([]), "reference": prompts}
+    task = Task(model.name, model.digest, relation_of(facts, "{}"), "{}", 2, 0, **parts, n_known=2, n_facts=2)
+    last = lens_by_fact(model, task, progress=False).query("layer == 1 and who == @SUBJECT")
+    for fact, rank, word in zip(facts, last["rank"], (" w1", "w4"), strict=True):
+        logits = model.logits(torch.tensor([prompt_ids(model, fact.subject)]))[0, -1]
+        token = model.tokenizer.convert_tokens_to_ids(word)
+        assert rank == int((logits >= logits[token]).sum())
+
+
+def test_a_fact_that_stands_twice_arrives_once(tiny, words):
+    """As in the second hop of two chains."""
+    task = make_task(tiny("llama"), words, n=8)
+    twice = replace(task, val=task.val.select([0, 1, 1]))
+    once = arrival(tiny("llama"), replace(task, val=task.val.select([0, 1])), progress=False)
+    pd.testing.assert_frame_equal(arrival(tiny("llama"), twice, progress=False), once)
 
 
 def test_the_last_layer_is_the_models_own_answer(tiny, words):

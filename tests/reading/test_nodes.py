@@ -13,21 +13,16 @@ from kcwb.circuits.ablation import ABLATIONS, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery.discover import discover
-from kcwb.errors import CircuitError, SettingError
+from kcwb.errors import CircuitError, DataError, SettingError
+from kcwb.interventions.together import heads_together
 from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
-from kcwb.reading.nodes import (
-    attention_pattern,
-    component_logits,
-    node_edges,
-    node_logits,
-)
+from kcwb.reading.attending import why_attends
+from kcwb.reading.nodes import attention_pattern, component_logits, node_edges, planned_run, written_logits
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.task import make_task
 from tests.handmade import copying_head, key_value_lookup
-from tests.tasks import (
-    known_relation,
-    unpadded_tokens,
-)
+from tests.tasks import TEMPLATE, known_relation, unpadded_tokens
 
 ARCHITECTURES = ["llama", "gpt2", "neox", "qwen2", "opt", "mistral-window", "llama-biases"]
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -45,6 +40,11 @@ def llama(tiny):
 
 def task_of(model):
     return make_task(model, known_relation(model, 9), n=4)
+
+
+def node_logits(model, task, node, prompt=None, circuit=None, ablation=None):
+    """`[N, V]`: what `component_logits` takes the mean of."""
+    return written_logits(model, planned_run(model, task, circuit, ablation, prompt), node)
 
 
 def half(model, ablation: str, seed: int = 0) -> Circuit:
@@ -221,6 +221,25 @@ def test_top_tokens_are_ranked_and_the_answer_follows(llama):
     assert table.set_index("token_id")["answer"].to_dict() == {
         token: token == answer for token in table["token_id"].tolist()
     }
+
+
+def test_no_prompts_are_refused(llama):
+    none = task_of(llama).val.select([])
+    for ask in (
+        lambda: component_logits(llama, none, "m0"),
+        lambda: attention_pattern(llama, none, "a0.h0"),
+        lambda: why_attends(llama, none),
+        lambda: heads_together(llama, none, ["a0.h0", "a0.h1"], progress=False),
+    ):
+        with pytest.raises(DataError, match="no prompts to look at"):
+            ask()
+
+
+def test_every_right_answer_is_an_answer(llama):
+    facts = [replace(fact, also=("w70", "w71")) for fact in known_relation(llama, 9).facts if " " not in fact.object]
+    prompts = encode(llama, facts, TEMPLATE, [fact.object for fact in facts])
+    table = component_logits(llama, prompts, "m1", k=llama.network.d_vocab, prompt=0)
+    assert set(table.loc[table["answer"], "token"]) == set(facts[0].right)
 
 
 def test_over_all_prompts_it_is_the_mean(llama):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 
+import tokenizers
+import transformers
 from torch import Tensor, tensor
 
 from kcwb.models.loading import Model
@@ -82,3 +84,14 @@ def slow_rank(model: Model, fact: Fact, objects: Iterable[str], template: str = 
         if not any(other[: i + 1] == answer[: i + 1] for other in others):
             return min(rank, WORST)
     return WORST
+
+
+def spaced_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Every word is a token, and another one after a space, as with the tokenizers of most models."""
+    names = [*(f"w{i}" for i in range(44)), *(f" w{i}" for i in range(44)), "\n"]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *names])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r" ?w\d+|\n"), "isolated")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )

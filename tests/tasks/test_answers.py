@@ -208,6 +208,19 @@ def test_shuffled_answers_bring_all_their_right_and_wrong_ones(model, task):
     assert all(not set(a.right) & set(b.right) for a, b in zip(dealt.facts, task.val.facts, strict=True))
 
 
+def test_shuffled_answers_without_wrong_ones_are_compared_with_another_answer(model):
+    """Never with what was wrong of the fact that they are dealt to."""
+    facts = [replace(fact, wrong=fact.wrong if i % 2 else ()) for i, fact in enumerate(some_facts())]
+    made = make_task(model, relation(facts), n=6, seed=1)
+    task = replace(made, val=encode(model, facts, "{}", made.relation.objects))
+    firsts = {id_of(fact.object) for fact in facts}
+    for seed in range(5):
+        dealt = with_shuffled_answers(model, task, seed).val
+        for fact, foil in zip(dealt.facts, dealt.foils.tolist(), strict=True):
+            wrong = {id_of(word) for word in fact.wrong} or firsts - {id_of(word) for word in fact.right}
+            assert foil in wrong
+
+
 def test_answers_that_have_too_much_in_common_are_not_shuffled(model):
     facts = [replace(fact, also=("w39",), wrong=()) for fact in some_facts()]
     task = make_task(model, relation(facts), n=6)

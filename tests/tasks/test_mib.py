@@ -117,6 +117,13 @@ def test_a_row_of_another_form_is_refused_with_its_place(tmp_path, task, change,
         load_mib_task(path, task)
 
 
+def test_a_row_without_its_label_is_refused_with_its_place(tmp_path):
+    """Where another row has one, the table has NaN there."""
+    without = {key: value for key, value in SUM.items() if key != "label"} | {"prompt": "Q: How much is 1 plus 1? A: "}
+    with pytest.raises(DataError, match="row 2: there is no 'label'"):
+        load_mib_task(written(tmp_path / "test.jsonl", SUM, without), "arithmetic_addition")
+
+
 def test_a_file_of_no_such_task_is_refused(tmp_path):
     path = written(tmp_path / "test.jsonl", SUM)
     with pytest.raises(SettingError, match="'iou' is not known"):

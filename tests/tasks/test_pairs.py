@@ -20,10 +20,11 @@ from kcwb.editing.cases import edit_cases
 from kcwb.errors import DataError, SettingError
 from kcwb.evaluation.referee import hypotheses
 from kcwb.tasks.pairs import make_task_from_pairs, read_pairs
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact, load_relation
 from kcwb.tasks.shots import make_shots
 from kcwb.workbench.panels.discovery import DiscoveryPanel
-from tests.tasks import known_relation
+from tests.tasks import known_relation, spaced_tokenizer
 from tests.tiny import WORDS, tiny_encoder, tiny_hf, tokenizer
 
 ROWS: list[dict[str, Any]] = [
@@ -154,6 +155,11 @@ def test_a_bad_cell_is_one_line_with_its_row(cells, words):
         (pd.DataFrame({"clean": ["w1"], "answer": ["w2"]}), {"clean": "clear"}, "no column 'clear'.*'clean'"),
         (pd.DataFrame({"clean": ["w1"], "answer": ["w2"]}), {"cleen": "clean"}, "'cleen' is no column.*'clean'"),
         (pd.DataFrame({"clean": [], "answer": []}), None, "has no rows"),
+        (
+            pd.DataFrame([["w1", "w2", "w3"], ["w4", "w5", "w6"]], columns=["text", "text", "answer"]),
+            {"clean": "text"},
+            "2 columns 'text', for 'clean'",
+        ),
     ],
 )
 def test_a_bad_table_is_refused(table, columns, words):
@@ -168,6 +174,9 @@ def test_a_bad_table_is_refused(table, columns, words):
         ("own.jsonl", b"[1]", "line 1: expected an object"),
         ("own.csv", b"clean,answer\nw1,w2,w3,w4\nw\xff,2", "not UTF-8|cannot be read"),
         ("own.csv", b"", "cannot be read as a table"),
+        ("own.csv", b"clean,answer\nw1, w2,w3\nw4, w5,w6", "Expected 2 fields in line 2, saw 3"),
+        ("own.tsv", b"clean\tanswer\nw1\tw2\t\n", "Expected 2 fields in line 2, saw 3"),
+        ("own.csv", b"clean,answer,clean\nw1,w2,w3", "two columns for 'clean': 'clean' and 'clean'"),
         ("own.parquet", b"w1", "cannot be read as a table"),
         ("own.txt", b"w1", r"ends in \.csv"),
         ("other/own.csv", None, "no file"),
@@ -183,6 +192,20 @@ def test_a_bad_file_is_refused_with_its_name(tmp_path, name, content, words):
 
 
 # --- a task ---
+
+
+def test_answers_after_a_space_and_without_one_are_told_apart_each_from_its_own_kind():
+    """Of four answers two begin with the same word; two prompts end in a line break, after which no space stands."""
+    model = kcwb.load_model(tiny_hf("llama"), spaced_tokenizer(), device="cpu")
+    table = pd.DataFrame({"clean": ["w1 w2", "w3\n", "w4 w5", "w6\n"], "answer": ["w10 w11", "w10 w12", "w20", "w21"]})
+    facts = read_pairs(table).facts
+    prompts = encode(model, facts, "{}", [fact.object for fact in facts])
+    assert [fact.space for fact in facts] == [True, False, True, False]
+    assert prompts.decides.tolist() == [1, 1, 0, 0]
+    texts = [model.tokenizer.decode([token]) for token in prompts.foils.tolist()]
+    assert [text.startswith(" ") for text in texts] == [True, False, True, False]
+    named = encode(model, facts[2:], "{}", [fact.object for fact in facts], foil="w30").foils.tolist()
+    assert [model.tokenizer.decode([token]) for token in named] == [" w30", "w30"]
 
 
 def test_an_answer_that_runs_into_the_prompt_is_told_with_its_row(model):

@@ -11,10 +11,10 @@ import torch
 
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import load_model
-from kcwb.tasks.demonstrations import deranged
+from kcwb.tasks.demonstrations import Context, deranged
 from kcwb.tasks.relations import Fact
 from kcwb.tasks.shots import GROUPS, KINDS, ShotTask, make_shots, shot_tasks
-from kcwb.tasks.task import make_task
+from kcwb.tasks.task import ask_again, make_task
 from tests.tasks import known_relation, prompt_ids, relation_of
 from tests.tiny import tiny_hf, tokenizer
 
@@ -105,6 +105,32 @@ def test_a_k_shot_task_is_a_task_in_a_longer_template(model, relation):
             assert int(task.val.ranks[i]) == int(plain.val.ranks[j])
     shown = "\n".join(f"w1 {one.subject} w2 {one.object}" for one in task.contexts[0].shown)
     assert task.template == f"{shown}\n{TEMPLATE}"
+
+
+def test_wrong_answers_of_the_facts_own_are_the_foils_of_every_context(model, relation):
+    """Of answers of two tokens with the first in common the second is compared, as with no shot."""
+    wrong = [[f"{fact.object.split()[0]} {word}" if " " in fact.object else word for word in ("w88", "w87")] for fact in
+             relation.facts]  # fmt: skip
+    some = [replace(fact, wrong=tuple(words)) for fact, words in zip(relation.facts, wrong, strict=True)]
+    wanted = [(0, "shots"), (2, "shots")]
+    none, two = shot_tasks(model, replace(relation, facts=tuple(some)), wanted, n=4, n_test=12, seed=3).values()
+    assert none.test.compared.unique().tolist() == [0, 1] and bool((none.val.more_foils >= 0).all())
+    for (_, before), (_, after) in zip(halves(none), halves(two), strict=True):
+        for name in ("foils", "more_foils", "compared", "decides"):
+            assert getattr(after, name).equal(getattr(before, name)), name
+
+
+def test_the_same_prompts_are_asked_again_of_a_model(model, tasks):
+    """Whichever set of demonstrations they begin with."""
+    task = tasks[3, "shots"]
+    again = ask_again(model, task)
+    assert again.val.ranks.equal(task.val.ranks) and again.test.tokens.equal(task.test.tokens)
+
+
+def test_where_no_space_stands_before_an_answer_none_is_shown(relation):
+    facts = [replace(fact, space=False) for fact in relation.facts[:3]]
+    assert Context.of(facts, TEMPLATE).text.splitlines() == [f"w1 {one.subject} w2{one.object}" for one in facts]
+    assert all(not one.space for one in deranged(facts, relation, random.Random(0)))
 
 
 def test_corrupted_prompts_have_the_same_context_and_another_subject(model, tasks):

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from kcwb.errors import DataError
+from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
 from kcwb.tasks.shots import make_shots
 from kcwb.tasks.task import make_task
 from kcwb.tasks.variants import in_other_words, with_other_partners, with_shuffled_answers
-from tests.tasks import answer_ids, known_relation, prompt_ids, relation_of
+from tests.tasks import answer_ids, known_relation, prompt_ids, relation_of, unpadded_logits
+from tests.tiny import WORDS
 
 OTHER = "w1 w1 {} w2"
 
@@ -38,6 +40,22 @@ def test_other_words_ask_the_same_facts(model, task):
             alone = encode(model, [fact], OTHER, task.relation.objects)
             assert (int(after.ranks[i]), int(after.decides[i])) == (int(alone.ranks[0]), int(alone.decides[0]))
     assert other.template == OTHER and in_other_words(model, other, task.template).val.texts == task.val.texts
+
+
+def test_other_words_keep_a_foil_that_was_named_though_the_facts_bring_wrong_answers(model):
+    """By logits at END: the named foil's minus the answer's."""
+    base = known_relation(model, 24)
+    wrong = [f"{fact.object.split()[0]} w88" if " " in fact.object else "w88" for fact in base.facts]
+    facts = [replace(fact, wrong=(word, "w87")) for fact, word in zip(base.facts, wrong, strict=True)]
+    foil = next(word for word in WORDS[4:] if all(word not in fact.object.split() for fact in facts))
+    task = make_task(model, relation_of(facts, base.prompt_templates_zs[0]), n=6, n_test=12, foil=foil)
+    test = in_other_words(model, task, OTHER).test
+    logits = torch.stack([unpadded_logits(model, fact, OTHER)[0].float() for fact in test.facts])
+    found = make_loss(model, test, "logit_diff").per_prompt(torch.stack([logits, -logits], 1))
+    own = [answer_ids(model, fact)[0] for fact in test.facts]
+    expected = logits[:, WORDS.index(foil)] - logits[range(len(own)), own]
+    assert any(" " in fact.object for fact in test.facts)
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_a_prompt_that_holds_more_than_its_template_has_no_other_words(model):

@@ -17,15 +17,6 @@ from kcwb.settings import Positive, Seed
 from kcwb.tasks.metrics import Loss, kc_scale
 
 
-def search_within(
-    model: Model, loss: Loss, ablation: Ablation, *, tau: float = 0.01, absolute: bool = False,
-    within: Circuit | None = None, order: Seed | None = None,
-) -> Search:  # fmt: skip
-    """A search that is about to begin, among a circuit's edges."""
-    start = None if within is None else within.kept
-    return Search(model, loss, ablation, tau=tau, absolute=absolute, within=start, order=order)
-
-
 def pruning(search: Search, pruned: Pruned) -> Pruning:
     """What a search found, for a circuit and its provenance."""
     report = {"loss": pruned.loss, "evaluations": pruned.evaluations, "near_ties": pruned.near_ties}
@@ -50,7 +41,7 @@ def prune(
 ) -> Pruning:
     """The method; settings as in `kcwb.discover`, which has made a circuit of a `within` that is a text."""
     assert not isinstance(within, str)
-    search = search_within(model, loss, ablation, tau=tau, absolute=absolute, within=within, order=order)
+    search = Search(model, loss, ablation, tau=tau, absolute=absolute, within=within, order=order)
     if isinstance(checkpoint, bool):
         path = checkpoint_folder() / f"{fingerprint(search)}.safetensors" if checkpoint else None
     else:
@@ -59,7 +50,7 @@ def prune(
 
 
 def _seconds(model: Model, loss: Loss, ablation: Ablation, *, checkpoint: Any, **settings: Any) -> float:
-    return predict_seconds(search_within(model, loss, ablation, **settings))
+    return predict_seconds(Search(model, loss, ablation, **settings))
 
 
 ACDC = Method(

@@ -103,7 +103,7 @@ def test_a_split_without_facts_and_what_is_no_head_are_refused(made):
         ablate_new(model, empty, ["a0.h0"], progress=False)
     with pytest.raises(DataError, match="D_test of tiny has no facts"):
         demonstration_attention(model, empty)
-    with pytest.raises(CircuitError, match="m0 is not an attention head"):
+    with pytest.raises(CircuitError, match="'m0' is not an attention head"):
         answers_without(model, task.test, [["m0"]], progress=False)
 
 

@@ -269,7 +269,8 @@ def test_a_table_of_roles_is_read_by_node_or_by_layer_and_head() -> None:
     head = circuit.nodes[circuit.nodes.kind == "head"].iloc[4]
     by_node = pd.DataFrame({"node": [head.node, "a1.h1"], "role": ["relation", None]})
     by_place = pd.DataFrame({"layer": [head.layer], "head": [head["head"]], "role": ["relation"]})
-    for roles in (by_node, by_place, {head.node: "relation"}):
+    floats = by_place.astype({"layer": float, "head": float})  # as after a merge
+    for roles in (by_node, by_place, floats, {head.node: "relation"}):
         tones = {node["name"]: node["tone"] for node in drawn(graph_view(circuit, roles=roles), "nodes")}
         assert [name for name, tone in tones.items() if tone in ROLES] == [head.node] and tones[head.node] == "relation"
         assert about(graph_view(circuit, roles=roles))["withRoles"]

@@ -70,13 +70,9 @@ def policy(*, graphs: bool = False) -> str:
 
 
 def make_harmless(page: BeautifulSoup) -> None:
-    """Take out of a page's cells what acts, or would be fetched; a note stands for what is missed.
+    """Take out of a page's cells, as nbconvert writes them, what acts or would be fetched; notes stand for it.
 
-    Parameters
-    ----------
-    page
-        The cells, as nbconvert writes them; it is changed. Links in prose open a new tab, if a person clicks them;
-        those in outputs are only told.
+    Links in prose open a new tab, if a person clicks them; those in outputs are only told.
     """
     for number, cell in enumerate(page.find_all(True, recursive=False)):
         cell["data-cell"] = str(number)
@@ -127,7 +123,8 @@ def _clean_tag(tag: Tag, scope: str, links: bool) -> None:
     address = _CONTROLS.sub("", given.get("href") or given.get("xlink:href") or "").strip()
     if tag.name == "style":
         css = tag.get_text()
-        tag.string = "" if css.strip() == tables.CSS else "\n".join(_scoped(css, scope))
+        rules = tinycss2.parse_stylesheet(css, skip_comments=True, skip_whitespace=True)
+        tag.string = "" if css.strip() == tables.CSS else "\n".join(_rules(rules, scope))
     elif tag.name == "a":
         tag.attrs |= _link(address, links) | ({"id": given["name"]} if "name" in given else {})
     elif tag.name == "iframe":
@@ -183,12 +180,8 @@ def _replace(tag: Tag, words: str) -> None:
         tag.decompose()
 
 
-def _scoped(css: str, scope: str) -> Iterator[str]:
-    """The rules of a style sheet, for what stands under `scope` only, and without what would be fetched."""
-    yield from _rules(tinycss2.parse_stylesheet(css, skip_comments=True, skip_whitespace=True), scope)
-
-
 def _rules(rules: Iterable[Any], scope: str) -> Iterator[str]:
+    """The rules of a style sheet, for what stands under `scope` only, and without what would be fetched."""
     for rule in rules:
         if rule.type == "qualified-rule":
             yield f"{', '.join(_selectors(rule.prelude, scope))} {{{_css(rule.content)}}}"
@@ -220,9 +213,7 @@ def _keep_inside(tokens: list[Any]) -> None:
     for i, token in enumerate(tokens):
         inner = getattr(token, "arguments", None) or getattr(token, "content", None) or []
         if token.type == "url" or (token.type == "function" and token.lower_name in _LOADS):
-            named = (
-                [token.value] if token.type == "url" else [one.value for one in inner if one.type in ("string", "url")]
-            )
+            named = [one.value for one in [token, *inner] if one.type in ("string", "url")]
             if not all(re.match("data:|#", address) for address in named):
                 tokens[i] = IdentToken(token.source_line, token.source_column, "none")
         _keep_inside(inner)

@@ -55,21 +55,9 @@ class Body(NamedTuple):
 
 
 def notebook_body(notebook: NotebookNode, folder: Path, *, hide_code: bool = False) -> Body:
-    """Turn an executed notebook's cells into HTML that needs nothing else.
+    """Turn an executed notebook's cells into HTML that needs nothing else; its widgets become HTML in place.
 
-    Parameters
-    ----------
-    notebook
-        The executed notebook; it is changed (widgets become HTML).
-    folder
-        Where the pictures that its prose names are found; they are embedded.
-    hide_code
-        Leave the code out.
-
-    Warns
-    -----
-    UserWarning
-        If pictures are missing; in their places notes say so.
+    The pictures that its prose names are embedded from `folder`; those that are missing are warned of, and noted.
     """
     _widgets_to_html(notebook)
     lacking: list[str] = []

@@ -28,15 +28,7 @@ _SVG = "http://www.w3.org/2000/svg"
 
 
 class Pictures:
-    """Those of one cell.
-
-    Parameters
-    ----------
-    folder
-        The notebook's.
-    attachments
-        The cell's: name -> type -> content in base64.
-    """
+    """Those of one cell: in the notebook's folder, or attached to it (name -> type -> content in base64)."""
 
     def __init__(self, folder: Path, attachments: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._folder, self._attachments = folder, attachments or {}
@@ -138,7 +130,10 @@ def _names(source: str) -> Iterator[str]:
     """What an address may mean as a name of a file, the likeliest first."""
     yield unquote(source)
     yield source
-    path = unquote(urlsplit(source).path)
+    try:
+        path = unquote(urlsplit(source).path)
+    except ValueError:  # brackets that hold no address
+        return
     yield path
     yield path.replace("\\", "/")
 

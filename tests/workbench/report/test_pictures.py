@@ -165,6 +165,8 @@ def test_what_is_no_picture_is_not_embedded(tmp_path: Path) -> None:
         "",
         ".",
         "n/../..",
+        "http://[host/a.png",
+        "//a]b/c.png",
     ):
         with pytest.raises(DataError):
             pictures.embedded(name)

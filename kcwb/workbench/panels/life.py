@@ -170,24 +170,31 @@ class Living:
         self._press(made, work)
         return made
 
-    def _start(self, name: str, job: Job, on_done: Callable[[Any], None] | None = None) -> None:
-        """Run a job on the worker; the latest wins. Its warnings are told as notes."""
+    def _start(self, name: str, job: Job, on_done: Callable[[Any], None] | None = None, stage: str = "") -> None:
+        """Run a job on the worker; the latest wins. Its warnings are told as notes, and its end with all locked."""
         if self.closed:
             raise SettingError("This panel is closed. Make another one.")
 
         def noting(progress: ProgressCallback) -> Any:
+            if stage:
+                self._enter(stage, progress)
             with notes() as texts:
                 result = job(progress)
             if texts:
                 self._say("kc-note", "\n".join(dict.fromkeys(texts)))
             return result
 
-        self._runner.submit(name, noting, on_done, self._report)
+        def done(result: Any) -> None:
+            with self._lock:
+                if on_done is not None:
+                    on_done(result)
 
-    def _begin(self, name: str, job: Job, on_done: Callable[[Any], None] | None = None) -> None:
+        self._runner.submit(name, noting, done, self._report)
+
+    def _begin(self, name: str, job: Job, on_done: Callable[[Any], None] | None = None, stage: str = "") -> None:
         """Start what a person asks for: what was said before goes."""
         self._message.value = ""
-        self._start(name, job, on_done)
+        self._start(name, job, on_done, stage)
 
     def _enter(self, stage: str, progress: ProgressCallback) -> None:
         """Name what a job does next."""

@@ -19,6 +19,7 @@ from typing import Any
 import tinycss2
 from bs4 import BeautifulSoup, Tag
 from bs4.element import PreformattedString
+from bs4.exceptions import ParserRejectedMarkup
 from tinycss2.ast import IdentToken
 
 from kcwb.workbench import tables
@@ -82,7 +83,10 @@ def make_harmless(page: BeautifulSoup) -> None:
 def parsed(source: str) -> BeautifulSoup:
     """HTML as a tree, without remarks on what it looks like."""
     with warnings.catch_warnings(action="ignore"):
-        return BeautifulSoup(source, "html.parser")
+        try:
+            return BeautifulSoup(source, "html.parser")
+        except ParserRejectedMarkup:  # as of <![x
+            return BeautifulSoup(source.replace("<![", "&lt;!["), "html.parser")
 
 
 def missing(words: str) -> Tag:
@@ -96,9 +100,11 @@ def _clean(root: Tag, scope: str, *, links: bool) -> None:
     """The rules for all that a cell, or a page in a frame, holds; its style sheets are confined to `scope`."""
     told: set[str] = set()
     for node in list(root.descendants):
-        if isinstance(node, PreformattedString) and node.parent is not None:
+        if node.decomposed:
+            continue
+        if isinstance(node, PreformattedString):
             node.extract()
-        if not isinstance(node, Tag) or node.decomposed:
+        if not isinstance(node, Tag):
             continue
         name = node.name
         if name in _GONE:
@@ -175,9 +181,8 @@ def _clean_frame(tag: Tag, given: dict[str, str]) -> None:
 
 def _replace(tag: Tag, words: str) -> None:
     if words:
-        tag.replace_with(missing(words))
-    else:
-        tag.decompose()
+        tag.insert_before(missing(words))
+    tag.decompose()
 
 
 def _rules(rules: Iterable[Any], scope: str) -> Iterator[str]:

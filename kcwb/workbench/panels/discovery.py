@@ -201,9 +201,10 @@ class DiscoveryPanel(SearchPanel):
         found = self._shown
         if found is None:
             return
+        circuit = resize(found.circuit, edges=edges)
         if self._runner.job in _AFTER:
             self._runner.cancel()  # of the size that is left
-        found.circuit, found.completeness, found.judgement = resize(found.circuit, edges=edges), None, None
+        found.circuit, found.completeness, found.judgement = circuit, None, None
         found.label = results.label(found.circuit, self.history.index(found))
         self._draw(found)
         if self._runner.job in (None, *_AFTER):

@@ -338,6 +338,8 @@ def _widget(reference: str, states: Mapping[str, Any]) -> str:
     value = _selected(state) if "_options_labels" in state else state.get("value")
     if value is None:
         return ""
+    if isinstance(value, Mapping) and "month" in value:
+        value = {**value, "month": value["month"] + 1}  # JavaScript's first is 0
     name = f"<span>{escaped(state.get('description') or '', 120)}</span>" if state.get("description") else ""
     return f'<div class="kc-setting">{name}<bdi>{html.escape(_value(value, 600))}</bdi></div>'
 

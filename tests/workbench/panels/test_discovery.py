@@ -176,6 +176,22 @@ def test_the_slider_cuts_anew_without_scoring(found, monkeypatch):
     assert found.error is None
 
 
+def test_a_size_that_is_refused_stops_no_test(found, monkeypatch):
+    go, test = threading.Event(), panels.completeness
+
+    def waiting(*args: Any, **more: Any) -> pd.DataFrame:
+        go.wait(SOON)
+        return test(*args, **more)
+
+    monkeypatch.setattr(panels, "completeness", waiting)
+    found.resize(30)
+    with pytest.raises(SettingError):
+        found.resize(0)
+    go.set()
+    found.wait(SOON)
+    assert found.completeness is not None and found.state == "done"
+
+
 def test_other_sizes_are_tested_when_asked_for_and_the_one_on_screen_is_marked(found, model):
     assert found.sizes.to_html() == ""
     found.sizes.button.click()

@@ -9,7 +9,6 @@ paths and addresses elsewhere are not followed.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import re
 import unicodedata
@@ -122,7 +121,7 @@ def _content(text: str) -> bytes:
     """What base64 holds; SVG may stand in a notebook as it is."""
     try:
         return base64.b64decode(text, validate=False) if "<" not in text else text.encode("utf-8")
-    except binascii.Error as error:
+    except ValueError as error:
         raise DataError("damaged base64") from error
 
 

@@ -132,7 +132,7 @@ def number(value: Any) -> str:
         return f"{int(value):,}".replace("-", "\u2212")
     if 999.5 <= abs(value) < 1e15:
         return f"{value:,.0f}".replace("-", "\u2212")
-    digits, _, power = f"{value:.3g}".partition("e")
+    digits, _, power = f"{value or 0:.3g}".partition("e")
     raised = f"\u00d710{str(int(power)).translate(_RAISED)}" if power else ""
     return digits.replace("-", "\u2212") + raised
 

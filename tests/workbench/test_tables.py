@@ -54,6 +54,7 @@ def test_an_interval_is_written_where_there_is_one() -> None:
         (-999.96, "\u22121,000"),
         (pd.NA, "–"),
         (0.0, "0"),
+        (-0.0, "0"),
         (None, "–"),
         ("a_name", "a_name"),
     ],

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from kcwb.errors import CircuitError, SettingError
@@ -130,7 +131,7 @@ def draw(circuit: Circuit | Ensemble, look: Look) -> Drawing:
     if isinstance(circuit, Ensemble):
         circuit, look = circuit.consensus(), look._replace(ensemble=circuit)
     table = circuit.edges.assign(side=None)
-    table["weight"] = table["score"].abs().fillna(0.0)
+    table["weight"] = _sizes(circuit).fillna(0.0)
     table["words"] = [_score_words(score) for score in table["score"]]
     largest = float(table["weight"].max()) if len(table) else 0.0
     # without any scores all edges are alike; a circuit whose scores are all 0 is drawn thin
@@ -191,8 +192,13 @@ def width_of(label: str) -> float:
 
 def _own_share(circuit: Circuit) -> pd.Series:
     """Each edge's |score| over the circuit's largest, for scores of two methods have no common unit."""
-    sizes = circuit.edges["score"].abs()
+    sizes = _sizes(circuit)
     return sizes.fillna(0.0) / (sizes.max() or 1.0) if sizes.notna().any() else sizes.fillna(0.25)
+
+
+def _sizes(circuit: Circuit) -> pd.Series:
+    """Each edge's |score|; what is infinite, which JSON and widths cannot be, is the largest that there is."""
+    return circuit.edges["score"].abs().clip(upper=float(np.finfo(np.float32).max))
 
 
 def _draw(circuit: Circuit, table: pd.DataFrame, sides: dict[str, str], held: Mapping[str, str], look: Look) -> Drawing:

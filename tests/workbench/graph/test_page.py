@@ -26,6 +26,7 @@ from kcwb.models.graph import Graph
 from kcwb.workbench.graph.drawing import COLOURS, DASHES, ROLES, SIDES, control_points
 from kcwb.workbench.graph.page import GraphView, compare_view, graph_view
 from kcwb.workbench.graph.svg import graph_svg
+from kcwb.workbench.graph.widget import CircuitGraph
 from tests.workbench.pages import (
     HEADS,
     LAYERS,
@@ -262,6 +263,15 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     xyz = to_xyz @ np.clip(rgb, 0, 1) / np.array([0.9505, 1.0, 1.089])
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_an_infinite_score_is_the_strongest(tmp_path: Path) -> None:
+    scores = {"input->m1": -math.inf, "m1->logits": 1.0, "input->logits": math.nan}
+    circuit = Circuit.from_edges(Graph(2, 2), scores)
+    for view in (graph_view(circuit), compare_view(circuit, circuit), CircuitGraph(circuit).as_view()):
+        widths = [edge["width"] for edge in drawn(view, "edges")]
+        assert widths[-1] == max(widths) > 6 and min(widths) < 1.3
+    CircuitGraph(circuit).save(tmp_path / "circuit.pdf")
 
 
 def test_a_table_of_roles_is_read_by_node_or_by_layer_and_head() -> None:

@@ -157,7 +157,6 @@ class _Painter:
             self._arrow(points, link, max(least, link.width), colour, alpha)
 
     def _arrow(self, points: list[Place], link: Link, width: float, colour: str, alpha: float) -> None:
-        """Where the line meets its receiver's box."""
         (x, y), (w, h), low, high = self.at[link.end], self.sizes[link.end], 0.3, 1.0
         for _ in range(9):
             middle = (low + high) / 2
@@ -197,7 +196,6 @@ class _Painter:
 
 
 def _width(text: str, size: float) -> float:
-    """Of a text, in pixels."""
     prop = FontProperties(size=size)
     return float(TextToPath().get_text_width_height_descent(plain(text).replace(r"\$", "$"), prop, ismath=False)[0])
 

@@ -274,7 +274,6 @@ class DiscoveryPanel(SearchPanel):
             self._test(self._shown)  # which gave way to other work
 
     def _test(self, found: Found) -> None:
-        """Compute the completeness of a circuit."""
         task, circuit = found.task, found.circuit
         if task is None:
             return

@@ -252,7 +252,6 @@ class EnsemblePanel(SearchPanel):
             box.disabled = not has.get(name, True)
 
     def _redraw(self) -> None:
-        """Follow the slider."""
         if self.ensemble is not None:
             self.show(self._confidence.value)
 

@@ -157,15 +157,12 @@ class Living:
         self._owned[:] = widgets_in(vars(self), *more)
 
     def _on(self, widget: W.Widget, work: Callable[[Any], None], trait: str = "value") -> None:
-        """Do something when a widget is changed."""
         widget.observe(self._guarded(work), trait)
 
     def _press(self, widget: W.Button, work: Callable[[], None]) -> None:
-        """Do something when a button is pressed."""
         widget.on_click(self._guarded(lambda _: work()))
 
     def _button(self, words: str, icon: str, work: Callable[[], None], **more: Any) -> W.Button:
-        """A button that does something."""
         made = button(words, icon, **more)
         self._press(made, work)
         return made
@@ -207,7 +204,6 @@ class Living:
         self._message.value = f'<div class="kcwb"><div class="{kind}" role="alert">{escaped}</div></div>'
 
     def _tell(self, error: BaseException) -> None:
-        """Say an exception in words."""
         if isinstance(error, (KcwbError, OSError)):
             words = str(error)
         elif isinstance(error, MemoryError):

@@ -293,7 +293,6 @@ class NodePanel(Panel):
         return "".join([tables.summary(" · ".join(said)), *without])
 
     def _role_of(self, node: str) -> list[str]:
-        """Words for a head's role, where it is known."""
         known = None if self.roles is None else self.roles[self.roles["node"] == node]
         if known is None or known.empty:
             return []

@@ -113,7 +113,6 @@ class Search:
         return resize(self._searched.get((task, metric, ablation), search), edges=edges)
 
     def _seconds(self, task: Task, how: Settings, progress: ProgressCallback) -> float:
-        """The predicted time of a run of ACDC."""
         self._enter("Timing a few steps of ACDC", progress)
         return predict(self._model, task, **how)
 

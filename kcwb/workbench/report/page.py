@@ -351,7 +351,6 @@ def _selected(state: Mapping[str, Any]) -> str | None:
 
 
 def _captured(output: Mapping[str, Any]) -> str:
-    """What an Output widget holds."""
     data = output.get("data", {})
     if "text/html" in data:
         return f"<div>{data['text/html']}</div>"

@@ -311,7 +311,6 @@ def _this_interpreter() -> type:
 
 
 def _last_line(cell: Any) -> str:
-    """What a traceback ends with, as a sentence."""
     text = "the cell failed without a message"
     for output in cell.get("outputs", ()):
         if output.output_type == "error":

@@ -54,16 +54,9 @@ def drawn(draw: Callable[[], str]) -> str:
 
 
 def show(widget: DOMWidget, bundle: Mapping[str, Any], places: dict[str, Place]) -> None:
-    """Show a widget and its plain drawing in two outputs.
+    """Show a widget and its plain drawing, of a bundle by types of output, in two outputs.
 
-    Parameters
-    ----------
-    widget
-        What lives.
-    bundle
-        By types of output: the widget, its drawing as ``text/html``, and what else goes with that.
-    places
-        Gets the drawing's place by its display id, for `renew`; those of the cell's earlier runs are no longer.
+    `places` gets the drawing's place by its display id, for `renew`; those of the cell's earlier runs are no longer.
     """
     cell, run = here()
     for key in [key for key, place in places.items() if place.cell == cell and place.run != run]:

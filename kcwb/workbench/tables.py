@@ -68,16 +68,9 @@ def _whole(text: str) -> str:
 
 
 def table(frame: pd.DataFrame, formats: Mapping[str, Format] | None = None, *, scroll: bool = False) -> str:
-    """A DataFrame without its index as an HTML table.
+    """A DataFrame without its index as an HTML table, if it is long in a box of its own to `scroll` in.
 
-    Parameters
-    ----------
-    frame
-        Its column names become the heading.
-    formats
-        Column -> how a value is written; numbers otherwise have three digits.
-    scroll
-        Keep long tables in a box of their own.
+    `formats` says how a column's values are written; numbers otherwise have three digits.
     """
     formats = formats or {}
     numeric = [pd.api.types.is_numeric_dtype(dtype) or name in formats for name, dtype in frame.dtypes.items()]
@@ -107,6 +100,11 @@ def pairs(values: Mapping[str, object]) -> str:
     return table(pd.DataFrame([row], columns=[_whole(name) for name in values]))
 
 
+def beside(*parts: str) -> str:
+    """Pieces side by side, where there is room."""
+    return f'<div style="display:flex;flex-wrap:wrap;gap:4px 32px;align-items:flex-start">{"".join(parts)}</div>'
+
+
 def heading(words: str) -> str:
     """A line above a table."""
     return f'<div class="kc-heading">{text(words)}</div>'
@@ -127,14 +125,14 @@ def number(value: Any) -> str:
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     if not isinstance(value, (int, float)) and not hasattr(value, "dtype"):
-        return "–" if value is None else str(value)
+        return "–" if value is None or value is pd.NA else str(value)
     if not math.isfinite(value):
         return "–"
     if float(value).is_integer() and 1 <= abs(value) < 1e15:
         return f"{int(value):,}".replace("-", "\u2212")
-    if 1000 <= abs(value) < 1e15:
+    if 999.5 <= abs(value) < 1e15:
         return f"{value:,.0f}".replace("-", "\u2212")
-    digits, _, power = f"{value:.3g}".partition("e")
+    digits, _, power = f"{value or 0:.3g}".partition("e")
     raised = f"\u00d710{str(int(power)).translate(_RAISED)}" if power else ""
     return digits.replace("-", "\u2212") + raised
 
@@ -152,6 +150,14 @@ def interval(value: float, low: float, high: float, digits: int = 2) -> str:
     return decimal(value, digits) + ends
 
 
+def estimate(value: float, low: float, high: float) -> str:
+    """The same with the zero before the point: 0.93 [0.88, 0.97]; "–" for nothing."""
+    if pd.isna(value):
+        return "–"
+    ends = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
+    return f"{value:.2f}{ends}".replace("-", "\u2212")
+
+
 def completeness_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """The long table of `kcwb.completeness` with one row per run, as it reads best."""
     known = frame[frame["split"] == "D_test, known"]["n"].max()
@@ -159,16 +165,10 @@ def completeness_rows(frame: pd.DataFrame) -> pd.DataFrame:
         frame = frame[frame["split"] != "D_test, known"]
     rows = []
     for run, part in frame.groupby("run", sort=False):
-        row: dict[str, object] = {
-            "run": run,
-            "edges": int(part["edges"].iloc[0]),
-            "nodes": float(part["nodes"].iloc[0]),
-        }
-        for one in part.itertuples():
-            place = f"{one.split} (n={one.n})"
-            low: Any = one.low
-            ends = "" if pd.isna(low) else f" [{low:.2f}, {one.high:.2f}]"  # all facts are alike
-            row[f"Hit@10, {place}"] = "–" if not one.n else f"{one.hit:.2f}{ends}"
-            row[f"nll, {one.split}"] = "–" if not one.n else f"{one.nll:.2f}"
+        first: Any = part.iloc[0]
+        row: dict[str, object] = {"run": run, "edges": int(first["edges"]), "nodes": float(first["nodes"])}
+        for one in part.to_dict("records"):
+            row[f"Hit@10, {one['split']} (n={one['n']})"] = estimate(one["hit"], one["low"], one["high"])
+            row[f"nll, {one['split']}"] = "–" if not one["n"] else f"{one['nll']:.2f}"
         rows.append(row)
     return pd.DataFrame(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -84,10 +84,8 @@ def title(judgement: Judgement) -> str:
 
 def byline(judgement: Judgement) -> list[str]:
     """On what and how, in a few words each."""
-    said, circuit, settings = (
-        judgement.provenance,
-        *(part(judgement.provenance, key) for key in ("circuit", "settings")),
-    )
+    said = judgement.provenance
+    circuit, settings = (part(said, key) for key in ("circuit", "settings"))
     told = [f"“{shorten(str(said['template']), 160)}”"] if "template" in said else []
     told += [f"{said['judged on']:,} facts"] if isinstance(said.get("judged on"), int) else []
     found = circuit.get("found with")
@@ -138,28 +136,23 @@ def verdict_table(judgement: Judgement) -> str:
         several, differ = len(some) > 1, some["verdict"].nunique() > 1
         shown = [f"{one}: " if several else "" for one in some["metric"]]
         shown = [f"{row.metric}, {row.verdict}: " for row in some.itertuples()] if differ else shown
+        effects = some[["effect", "low", "high"]].itertuples(index=False)
         numbers: list[list[str]] = [
-            [f"{name}{fitting(*ends)}" for name, ends in zip(shown, _ends(some), strict=True)],
+            [f"{name}{fitting(*ends)}" for name, ends in zip(shown, effects, strict=True)],
             [_p(value) for value in some["holm"]],
             [decimal(value) for value in some["power"]],
         ]
-        cells = [
-            f'<strong>{text(question)}</strong> <span class="kc-muted">{text(deciding["claim"], _LONG)}</span>',
-            verdict(answer),
-        ]
-        row = "".join(f"<td>{cell}</td>" for cell in cells)
-        row += "".join(
-            f'<td class="kc-number">{"".join(f"<div>{text(line)}</div>" for line in lines)}</td>' for lines in numbers
-        )
-        rows.append(f'<tr>{row}<td dir="auto">{text(deciding["sentence"], _LONG)}</td></tr>')
+        claim = f'<strong>{text(question)}</strong> <span class="kc-muted">{text(deciding["claim"], _LONG)}</span>'
+        columns = ("".join(f"<div>{text(line)}</div>" for line in lines) for lines in numbers)
+        cells = "".join(f'<td class="kc-number">{column}</td>' for column in columns)
+        found = f'<td dir="auto">{text(deciding["sentence"], _LONG)}</td>'
+        rows.append(f"<tr><td>{claim}</td><td>{verdict(answer)}</td>{cells}{found}</tr>")
     names = ("question", "verdict", "effect [95%]", "p (Holm)", "power", "what was found")
     classes = ("", "", *[' class="kc-number"'] * 3, "")
     head = "".join(f"<th{mark}>{name}</th>" for name, mark in zip(names, classes, strict=True))
-    return (
-        f'<table class="kc-table kc-verdicts"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        if rows
-        else tables.muted("No question was asked.")
-    )
+    if not rows:
+        return tables.muted("No question was asked.")
+    return f'<table class="kc-table kc-verdicts"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
 def pictures(judgement: Judgement) -> list[Section]:
@@ -179,7 +172,7 @@ def pictures(judgement: Judgement) -> list[Section]:
 
 def details(judgement: Judgement) -> list[Section]:
     """All tables of it."""
-    tests = judgement.questions.drop(columns=["claim", "sentence"])
+    tests, every = judgement.questions.drop(columns=["claim", "sentence"]), judgement.questions.itertuples()
     edges = kept_edges(judgement).drop(columns="kept", errors="ignore")
     edges = edges.assign(superfluous=["superfluous" if one else "" for one in edges["superfluous"]])
     return [
@@ -189,7 +182,7 @@ def details(judgement: Judgement) -> list[Section]:
             "of finding a claim wrong that is so as reference says; least, by how much one must be to be found so "
             f"{_PER_CENT}.",
             tables.table(tests, {name: _p for name in ("p_for", "p_against", "holm")})
-            + "".join(tables.muted(f"{row.question}, {row.metric}: {row.sentence}") for row in _rows(judgement)),
+            + "".join(tables.muted(f"{row.question}, {row.metric}: {row.sentence}") for row in every),
         ),
         Section(
             "On other facts, templates and relations",
@@ -240,16 +233,8 @@ def fitting(value: float, low: float, high: float) -> str:
     return interval(value, low, high, digits)
 
 
-def _ends(table: pd.DataFrame) -> list[tuple[float, float, float]]:
-    return list(table[["effect", "low", "high"]].itertuples(index=False, name=None))
-
-
-def _rows(judgement: Judgement) -> Any:
-    return judgement.questions.itertuples()
-
-
 def _p(value: float) -> str:
     """A p-value, never as 0."""
     if not math.isfinite(value):
         return "–"
-    return decimal(value, 3) if value >= 0.001 else f"{value:.0e}"
+    return decimal(value, 3) if value >= 0.001 else f"{value:.0e}" if value else "<1e-300"

@@ -129,8 +129,8 @@ def test_a_saved_notebook_shows_the_picture_without_its_kernel(
     live.nth(1).wait_for(timeout=120_000)
     sync_api.expect(page.get_by_text("Hit@10 alone").first).to_be_visible(timeout=60_000)
     sync_api.expect(plain).to_have_count(0)
+    page.get_by_text("(ipykernel) | Idle").wait_for(timeout=60_000)  # what the last cell cut after that is drawn, too
     page.keyboard.press("Control+s")
-    page.get_by_text("(ipykernel) | Idle").wait_for(timeout=60_000)
     page.wait_for_function("!document.querySelector('.jp-mod-dirty')")
 
     page.goto("about:blank")

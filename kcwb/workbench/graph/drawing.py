@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from kcwb.errors import CircuitError, SettingError
@@ -130,7 +131,7 @@ def draw(circuit: Circuit | Ensemble, look: Look) -> Drawing:
     if isinstance(circuit, Ensemble):
         circuit, look = circuit.consensus(), look._replace(ensemble=circuit)
     table = circuit.edges.assign(side=None)
-    table["weight"] = table["score"].abs().fillna(0.0)
+    table["weight"] = _sizes(circuit).fillna(0.0)
     table["words"] = [_score_words(score) for score in table["score"]]
     largest = float(table["weight"].max()) if len(table) else 0.0
     # without any scores all edges are alike; a circuit whose scores are all 0 is drawn thin
@@ -191,28 +192,29 @@ def width_of(label: str) -> float:
 
 def _own_share(circuit: Circuit) -> pd.Series:
     """Each edge's |score| over the circuit's largest, for scores of two methods have no common unit."""
-    sizes = circuit.edges["score"].abs()
+    sizes = _sizes(circuit)
     return sizes.fillna(0.0) / (sizes.max() or 1.0) if sizes.notna().any() else sizes.fillna(0.25)
+
+
+def _sizes(circuit: Circuit) -> pd.Series:
+    """Each edge's |score|; what is infinite, which JSON and widths cannot be, is the largest that there is."""
+    return circuit.edges["score"].abs().clip(upper=float(np.finfo(np.float32).max))
 
 
 def _draw(circuit: Circuit, table: pd.DataFrame, sides: dict[str, str], held: Mapping[str, str], look: Look) -> Drawing:
     """What is drawn of a table of edges; `held` has the side of each node."""
-    rows, roles, at_work = (
-        list(circuit.nodes.itertuples(index=False)),
-        _read_roles(look.roles),
-        _read_places(look.roles),
-    )
+    rows = list(circuit.nodes.itertuples(index=False))
+    roles, at_work = _read_roles(look.roles), _read_places(look.roles)
     places, lines, tightest, plan = _layout(rows, circuit.graph.n_heads)
     words = {side: text.rpartition(" (")[0] if side != "shared" else "in both" for side, text in sides.items()}
     nodes = []
     for row in rows:
         name, kind, role = str(row.node), str(row.kind), roles.get(str(row.node), "")
         tone = plain if kind == "head" and (plain := role.strip().lower().removesuffix(" head")) in ROLES else kind
-        detail = (look.details or {}).get(name)
-        hover, mark = _lines(row, role, words.get(held.get(name, "")), detail), _line(role or str(detail or ""), _MARK)
-        side, layer = held.get(name), int(str(row.layer))
-        place = at_work.get(name, "")
-        nodes.append(Node(name, kind, tone, _label(name), hover, *places[name], side, layer, role, mark, place))
+        detail, side, layer = (look.details or {}).get(name), held.get(name), int(str(row.layer))
+        hover, mark = _lines(row, role, words.get(side or ""), detail), _line(role or str(detail or ""), _MARK)
+        at = at_work.get(name, "")
+        nodes.append(Node(name, kind, tone, _label(name), hover, *places[name], side, layer, role, mark, at))
     shown, sure = table.head(look.max_edges), look.ensemble
     shown = shown.assign(pi=math.nan, told=None) if sure is None else with_sureness(shown, circuit, sure)
     notice = f"showing the {len(shown):,} strongest of {len(table):,} edges" if len(shown) < len(table) else ""
@@ -247,7 +249,8 @@ def _read_places(roles: Roles | None) -> dict[str, str]:
 def _names(roles: pd.DataFrame) -> list[str]:
     if "node" in roles:
         return roles["node"].astype(str).tolist()
-    return [f"a{layer}.h{head}" for layer, head in zip(roles["layer"], roles["head"], strict=True)]
+    places = roles[["layer", "head"]].astype(float)  # which they are after a merge
+    return [f"a{layer:.0f}.h{head:.0f}" for layer, head in places.itertuples(index=False)]
 
 
 def _lines(row: Any, role: str, held: str | None, detail: str | None) -> list[str]:
@@ -272,27 +275,27 @@ def _edges(table: pd.DataFrame, nodes: Sequence[Node]) -> list[Edge]:
     columns = ("sender", "receiver", "side", "weight", "share", "words", "pi", "told")
     edges = []
     for sender, receiver, side, weight, share, words, pi, told in zip(*(table[one] for one in columns), strict=True):
-        node, port = _split(str(receiver))
+        node, port = split(str(receiver))
         for end in (sender, node):
             if end not in numbers:
                 raise CircuitError(f"edge {sender} → {receiver}: the circuit's table of nodes has no {end!r}")
         start, end = numbers[sender], numbers[node]
-        bend = _bend(nodes[start], nodes[end], port)
+        kind, roundness = bend_of(nodes[start][5:7], nodes[end][5:7], port)
         width = round(thin + (thick - thin) * share, 2)
         strength = round(max(FAINTEST, pi) if pi == pi else faint + (1 - faint) * share**0.5, 2)
         lines = [f"{shorten(sender, _NAME)} → {shorten(receiver, _NAME)}", words, *(told or [])]
         share = float(pi) if pi == pi else None
+        bend = kind, round(roundness, 2)
         edges.append(Edge(start, end, port, side or port, lines, float(weight), width, strength, bend, share))
     return edges[::-1]
 
 
-def _bend(start: Node, end: Node, port: str) -> tuple[str, float]:
+def bend_of(start: Place, end: Place, port: str) -> tuple[str, float]:
     """How an edge bends: an arc beside the nodes of its own column, else an S; q, k and v part ways."""
     apart = {"q": -1, "k": 1}.get(port, 0)
-    if abs(end.x - start.x) < 40:
-        bend = min(0.6, 60 / max(math.dist(start[5:7], end[5:7]), 1)) + 0.1
-        return "curvedCCW", round(bend + 0.07 * apart, 2)
-    return "cubicBezier", round(0.4 + 0.1 * apart, 2)
+    if abs(end[0] - start[0]) < 40:
+        return "curvedCCW", min(0.6, 60 / max(math.dist(start, end), 1)) + 0.1 + 0.07 * apart
+    return "cubicBezier", 0.4 + 0.1 * apart
 
 
 # --- where things stand ---
@@ -357,7 +360,7 @@ def _spread(wanted: Sequence[float], gap: float, width: float) -> list[float]:
 # --- text and numbers ---
 
 
-def _split(receiver: str) -> tuple[str, str]:
+def split(receiver: str) -> tuple[str, str]:
     """`"a4.h0<q>"` → `("a4.h0", "q")`; a receiver without inputs of its own → `(name, "direct")`."""
     match = re.fullmatch(r"(.+)<([qkv])>", receiver, flags=re.DOTALL)
     return (match[1], match[2]) if match else (receiver, "direct")

@@ -141,11 +141,12 @@ class _Painter:
     def _link(self, link: Link, opaque: float, lit: bool) -> None:
         points = [self._screen(point) for point in link.points(self.stretch)]
         colour = self.ink["muted" if link.gone else "forced" if link.forced else link.tone]
-        least, strength = (1.8 if lit else 0.0), max(0.75, link.strength) if lit else link.strength
+        least = 1.8 if lit else 0.0
+        strength = max(0.75, link.strength) if lit and not self.drawing.sure else link.strength
         thin = max(0.65, min(1.5, self.scale)) * _PIXEL
         width = (1.0 if link.gone else max(least, link.width)) * thin
         dashes = [1, 5] if link.gone else list(DASHES[link.port])
-        alpha = opaque * (0.5 if link.gone else strength)
+        alpha = opaque * (0.8 if link.gone and lit else 0.5 if link.gone else strength)
         codes = [Curve.MOVETO, *([Curve.CURVE4 if len(points) == 4 else Curve.CURVE3] * (len(points) - 1))]
         style: Any = (0, [length * thin for length in dashes]) if dashes else "solid"
         self.axes.add_patch(
@@ -156,7 +157,6 @@ class _Painter:
             self._arrow(points, link, max(least, link.width), colour, alpha)
 
     def _arrow(self, points: list[Place], link: Link, width: float, colour: str, alpha: float) -> None:
-        """Where the line meets its receiver's box."""
         (x, y), (w, h), low, high = self.at[link.end], self.sizes[link.end], 0.3, 1.0
         for _ in range(9):
             middle = (low + high) / 2
@@ -196,7 +196,6 @@ class _Painter:
 
 
 def _width(text: str, size: float) -> float:
-    """Of a text, in pixels."""
     prop = FontProperties(size=size)
     return float(TextToPath().get_text_width_height_descent(plain(text).replace(r"\$", "$"), prop, ismath=False)[0])
 

@@ -103,7 +103,6 @@ def read_node(
 
 
 def _layer(model: Model, prompts: Prompts, number: int, patterns: Float[Tensor, "h N T T"], row: int) -> dict[str, Any]:
-    """All heads of a layer on one prompt."""
     stop = int(prompts.lengths[row])
     start = max(0, stop - _MOST)
     seen = (1000 * patterns[:, row, start:stop, start:stop]).round().int()

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from kcwb.workbench.graph.drawing import Drawing, Edge, Node, Place, control_points
+from kcwb.workbench.graph.drawing import Drawing, Edge, Node, Place, bend_of, control_points, split
 
 _LAYERED_FROM = 2000  # edges
 
@@ -46,6 +45,7 @@ class Box:
 class Link:
     """One edge, or all between two boxes."""
 
+    names: list[str]
     start: Box
     end: Box
     edge: Edge
@@ -55,29 +55,18 @@ class Link:
     port: str
     gone: bool
     forced: bool
-    names: list[str] = field(default_factory=list)
 
     def points(self, stretch: float) -> list[Place]:
         """The points of its curve, with columns brought nearer or farther."""
         start, end = ((box.x * stretch, box.y) for box in (self.start, self.end))
         bend = self.edge.bend
         if self.start.group is not None or self.end.group is not None:
-            near = abs(self.start.x - self.end.x) < 40
-            length = math.dist((self.start.x, self.start.y), (self.end.x, self.end.y))
-            bend = ("curvedCCW", min(0.6, 60 / max(length, 1)) + 0.1) if near else ("cubicBezier", 0.4)
+            bend = bend_of((self.start.x, self.start.y), (self.end.x, self.end.y), "direct")
         return [start, *control_points(start, end, bend), end]
 
 
 def seen_of(drawing: Drawing, state: Mapping[str, Any], view: Mapping[str, Any]) -> tuple[list[Box], list[Link]]:
-    """Boxes and links.
-
-    Parameters
-    ----------
-    state
-        What a person did, by the names of the widget's traits.
-    view
-        What a person looks at, see `CircuitGraph.view`.
-    """
+    """Boxes and links of what a person did, by the names of the widget's traits, and looks at (`CircuitGraph.view`)."""
     nodes, edges = _with_forced(drawing, state["forced"])
     hidden, pinned, names = set(view.get("hidden", [])), set(state["pinned"]), state["names"]
     passes = [node.tone not in hidden and (not view.get("pinned_only") or node.name in pinned) for node in nodes]
@@ -95,6 +84,8 @@ def seen_of(drawing: Drawing, state: Mapping[str, Any], view: Mapping[str, Any])
         if inside:
             boxes.append(box := _boxed([nodes[i] for i in inside], group, names))
             box_of.update((i, box) for i in inside)
+            if group not in state["groups"]:  # a layer: not all in one column
+                box.x += 0.42 * drawing.plan["width"] * math.sin(2.4 * box.members[0].layer)
     for i, node in enumerate(nodes):
         if passes[i] and i not in box_of:
             boxes.append(_boxed([node], None, names))
@@ -125,13 +116,11 @@ def _links(shown: list[Edge], nodes: list[Node], box_of: Mapping[int, Box], cut:
             continue
         gone, alone = name in cut, start.group is None and end.group is None
         key = name if alone else (id(start), id(end), gone)
-        link = links.get(key)
-        if link is None:
-            forced = edge.tone == "forced"
-            links[key] = Link(
-                start, end, edge, edge.width, edge.strength, edge.tone, edge.port, gone, forced, names=[name]
-            )
+        if key not in links:
+            looks = edge.width, edge.strength, edge.tone, edge.port
+            links[key] = Link([name], start, end, edge, *looks, gone, forced=edge.tone == "forced")
         else:
+            link = links[key]
             link.names.append(name)
             link.width = min(7.0, math.hypot(link.width, edge.width))
             link.strength = max(link.strength, edge.strength)
@@ -176,8 +165,7 @@ def _with_forced(drawing: Drawing, forced: Iterable[str]) -> tuple[list[Node], l
     places = {node.name: i for i, node in enumerate(nodes)}
     for name in forced:
         sender, _, receiver = name.partition("->")
-        match = re.fullmatch(r"(.+)<([qkv])>", receiver, flags=re.DOTALL)
-        receiver, port = (match[1], match[2]) if match else (receiver, "direct")
+        receiver, port = split(receiver)
         for end in (sender, receiver):
             if end not in places:
                 places[end] = len(nodes)

@@ -74,21 +74,23 @@ def two_sessions(
     one, other = played(circuit, left), played(circuit, right)
     drawing, both = draw_two(one, other, names, look), one | other
     known = {*both.nodes["node"]}
-    called = {
-        node: shorten(" / ".join(dict.fromkeys(name for name in given if name)), _NAME)
-        for node in dict.fromkeys([*left.names, *right.names])
-        if node in known and any(given := (left.names.get(node, ""), right.names.get(node, "")))
-    }
-    noted = {
-        node: "\n".join(f"{name}: {text}" for name, text in zip(names, given, strict=True) if text)[:4000]
-        for node in dict.fromkeys([*left.notes, *right.notes])
-        if node in known and any(given := (left.notes.get(node, ""), right.notes.get(node, "")))
-    }
+
+    def said(what: str) -> dict[str, tuple[str, str]]:
+        """What either says of a node."""
+        ours, theirs = getattr(left, what), getattr(right, what)
+        pairs = {node: (ours.get(node, ""), theirs.get(node, "")) for node in dict.fromkeys([*ours, *theirs])}
+        return {node: pair for node, pair in pairs.items() if node in known and any(pair)}
+
     state: dict[str, Any] = {
         "pinned": [node for node in dict.fromkeys([*left.pinned, *right.pinned]) if node in known],
         "groups": {name: list(some) for name, some in left.groups.items() if right.groups.get(name) == some},
-        "names": called,
-        "notes": noted,
+        "names": {
+            node: shorten(" / ".join(dict.fromkeys(filter(None, pair))), _NAME) for node, pair in said("names").items()
+        },
+        "notes": {
+            node: "\n".join(f"{name}: {text}" for name, text in zip(names, pair, strict=True) if text)[:4000]
+            for node, pair in said("notes").items()
+        },
     }
     rows = left.compare(right)[["part", "what", "left", "right"]].values.tolist()
     return drawing._replace(differences=[[*map(str, names)], *rows] if rows else []), both, state

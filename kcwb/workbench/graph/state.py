@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.session import check_edges, check_nodes, one_group_each
 from kcwb.errors import CircuitError, SettingError, shown
-from kcwb.settings import fits
+from kcwb.settings import Kind, NotNegative, fits, words
 
 _ITEMS, _NAME, _TEXT = 100_000, 120, 4000  # of a list; letters of a name, of a text
 
@@ -41,14 +42,6 @@ def _edges(name: str, value: Any, circuit: Circuit | None, kept: bool | None = N
     return check_edges(name, edges, _there(name, edges[0], circuit), kept) if edges else []
 
 
-def _cut(name: str, value: Any, circuit: Circuit | None) -> list[str]:
-    return _edges(name, value, circuit, kept=True)
-
-
-def _forced(name: str, value: Any, circuit: Circuit | None) -> list[str]:
-    return _edges(name, value, circuit, kept=False)
-
-
 def _groups(name: str, value: Any, circuit: Circuit | None) -> dict[str, list[str]]:
     groups = {group: _nodes(f"{name}[{shown(group)}]", nodes, circuit) for group, nodes in _named(name, value).items()}
     for group, nodes in groups.items():
@@ -60,12 +53,12 @@ def _groups(name: str, value: Any, circuit: Circuit | None) -> dict[str, list[st
 
 def _words(name: str, value: Any, circuit: Circuit | None) -> dict[str, str]:
     most = _NAME if name == "names" else _TEXT
-    words = _named(name, value)
-    _nodes(name, list(words), circuit)
-    for node, text in words.items():
+    said = _named(name, value)
+    _nodes(name, list(said), circuit)
+    for node, text in said.items():
         if not fits(text, str) or len(text) > most:
             raise SettingError(f"{name}[{node!r}]={shown(text)} is not text of at most {most:,} letters.")
-    return words
+    return said
 
 
 def _paths(name: str, value: Any, circuit: Circuit | None) -> list[list[str]]:
@@ -74,49 +67,27 @@ def _paths(name: str, value: Any, circuit: Circuit | None) -> list[list[str]]:
     return [_nodes(name, path, circuit) for path in value]
 
 
-def _threshold(name: str, value: Any, circuit: Circuit | None) -> float:
-    if not fits(value, float) or value < 0:
-        raise SettingError(f"{name}={shown(value)} is not a number of at least 0.")
-    return float(value)
-
-
-def _confidence(name: str, value: Any, circuit: Circuit | None) -> float:
-    if not fits(value, float) or not 0 <= value <= 1:
-        raise SettingError(f"{name}={shown(value)} is not a number from 0 to 1.")
+def _number(name: str, value: Any, circuit: Circuit | None, kind: Any) -> float:
+    if not fits(value, kind):
+        raise SettingError(f"{name}={shown(value)} is not {words(kind)}.")
     return float(value)
 
 
 def _answers(name: str, value: Any, circuit: Circuit | None) -> dict[str, Any]:
     wanted = "{'facts': [{'prompt', 'answer', 'before': {'p', 'rank', 'top'}, 'after'}], 'loss_before', 'loss_after'}"
-    try:
-        given = json.loads(json.dumps(value, allow_nan=False))
-        facts = given.get("facts", [])
-        good = isinstance(facts, list) and all(_is_fact(fact) for fact in facts)
-        good &= all(fits(number, float) for key, number in given.items() if key not in ("facts", "own"))
-        good &= "own" not in given or _is_own(given["own"])
-    except (TypeError, ValueError, AttributeError, RecursionError):
-        good = False
-    if not good:
+    given = _json(value)
+    if not (
+        _has(given, {"facts?": [_FACT], "own?": _OWN})
+        and all(map(_is_asked, given.get("facts", [])))
+        and ("own" not in given or "problem" in given["own"] or (_has(given["own"], _FACT) and _is_asked(given["own"])))
+        and all(fits(number, float) for key, number in given.items() if key not in ("facts", "own"))
+    ):
         raise SettingError(f"{name}={shown(value)} is not {wanted} with finite numbers.")
     return given
 
 
-def _is_fact(fact: Any) -> bool:
-    runs = [fact[run] for run in ("before", "after", "model") if run in fact]
-    return (
-        all(fits(fact.get(key), str) for key in ("prompt", "answer"))
-        and len(runs) > 0
-        and all(
-            fits(run["p"], float) and fits(run["rank"], int) and isinstance(run.get("top", []), list) for run in runs
-        )
-        and all(fits(top[0], str) and fits(top[1], float) for run in runs for top in run.get("top", []))
-    )
-
-
-def _is_own(own: Any) -> bool:
-    """A fact, or what is wrong with it; and what cut edges deliver."""
-    said = all(fits(own.get(key, ""), str) for key in ("prompt", "subject", "answer", "delivers", "problem"))
-    return said and ("problem" in own or _is_fact(own))
+def _is_asked(fact: Mapping[str, Any]) -> bool:
+    return any(run in fact for run in ("before", "after", "model"))
 
 
 def _question(name: str, value: Any, circuit: Circuit | None) -> dict[str, str]:
@@ -132,45 +103,23 @@ def _question(name: str, value: Any, circuit: Circuit | None) -> dict[str, str]:
 
 
 def _reading(name: str, value: Any, circuit: Circuit | None) -> dict[str, Any]:
-    try:
-        given = json.loads(json.dumps(value, allow_nan=False))
-        runs = given["runs"] if given else []
-        good = isinstance(runs, list) and all(
-            fits(run["run"], str) and run["prompts"] and all(_is_read(one) for one in run["prompts"]) for run in runs
-        )
-    except (TypeError, ValueError, KeyError, AttributeError, RecursionError):
-        good = False
-    if not good:
+    given = _json(value)
+    if given != {} and not (
+        _has(given, {"runs": [{"run": str, "prompts": [_READ]}]})
+        and all(run["prompts"] and all(map(_adds_up, run["prompts"])) for run in given["runs"])
+    ):
         raise SettingError(f"{name}={shown(value)} is not {{'node', 'runs': [{{'run', 'prompts': read_node(...)}}]}}.")
     if given:
         _nodes(f"{name}['node']", [given.get("node")], circuit)
     return given
 
 
-def _is_read(one: Any) -> bool:
-    pairs = [pair for part in ("writes", "query", "key") for pair in one.get(part, [])]
-    tokens, attention = one.get("tokens", []), one.get("attention", [])
-    return (
-        fits(one["prompt"], str)
-        and fits(one["answer"], str)
-        and all(fits(text, str) and fits(number, float) for text, number in pairs)
-        and fits(tokens, list[str])
-        and fits(attention, list[float])
-        and len(tokens) == len(attention)
-        and fits(one.get("at", 0), int)
-        and ("layer" not in one or _is_layer(one["layer"]))
-    )
-
-
-def _is_layer(layer: Any) -> bool:
-    """The patterns of all heads of a layer: the lower triangles of as many rows as there are tokens."""
-    tokens, heads = layer["tokens"], layer["heads"]
-    return (
-        fits(layer["number"], int)
-        and fits(tokens, list[str])
-        and fits(heads, list[list[int]])
-        and all(len(head) == len(tokens) * (len(tokens) + 1) // 2 for head in heads)
-    )
+def _adds_up(read: Mapping[str, Any]) -> bool:
+    """Whether each token has its attention, and each head of a layer a lower triangle of as many rows as tokens."""
+    layer = read.get("layer", {"tokens": [], "heads": []})
+    cells = len(layer["tokens"]) * (len(layer["tokens"]) + 1) // 2
+    apart = len(read.get("tokens", [])) != len(read.get("attention", []))
+    return not apart and all(len(head) == cells for head in layer["heads"])
 
 
 def _view(name: str, value: Any, circuit: Circuit | None) -> dict[str, Any]:
@@ -189,10 +138,65 @@ def _asked(name: str, value: Any, circuit: Circuit | None) -> str:
     return value
 
 
+# --- shapes ---
+
+_CONFIDENCE = Annotated[float, Kind("a number from 0 to 1", lambda value: fits(value, float) and 0 <= value <= 1)]
+#: JSON that a trait holds: keys, those with ? may be missing; lists of any length; pairs; annotations.
+_PAIRS = [(str, float)]
+_RUN = {"p": float, "rank": int, "top?": _PAIRS}
+_FACT = {"prompt": str, "answer": str, "before?": _RUN, "after?": _RUN, "model?": _RUN}
+_OWN = {f"{key}?": str for key in ("prompt", "subject", "answer", "delivers", "problem")}  # a fact, or what is wrong
+_READ = {
+    "prompt": str, "answer": str, "writes?": _PAIRS, "query?": _PAIRS, "key?": _PAIRS, "tokens?": [str],
+    "attention?": [float], "at?": int, "layer?": {"number": int, "tokens": [str], "heads": [[int]]},
+}  # fmt: skip
+
+
+def _json(value: Any) -> Any:
+    """A value as JSON gives it back; None where it cannot hold it."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def _has(value: Any, shape: Any) -> bool:
+    """Whether JSON has a shape."""
+    if isinstance(shape, dict):
+        known = {key.removesuffix("?"): (one, key.endswith("?")) for key, one in shape.items()}
+        return isinstance(value, dict) and all(
+            _has(value[key], one) if key in value else optional for key, (one, optional) in known.items()
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_has(one, shape[0]) for one in value)
+    if isinstance(shape, tuple):
+        return isinstance(value, list) and len(value) == len(shape) and all(map(_has, value, shape))
+    return fits(value, shape)
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    if not fits(value, list[str]) or len(value) > _ITEMS or not all(fits(one, str) for one in value):
+        raise SettingError(f"{name}={shown(value)} is not a list of names.")
+    return value
+
+
+def _named(name: str, value: Any) -> dict[str, Any]:
+    if not fits(value, dict) or len(value) > _ITEMS or not all(fits(key, str) and len(key) <= _NAME for key in value):
+        raise SettingError(f"{name}={shown(value)} is not a table by names of at most {_NAME} letters.")
+    return dict(value)
+
+
+def _there(name: str, one: str, circuit: Circuit | None) -> Circuit:
+    if circuit is None:
+        raise CircuitError(f"{name}: there is no circuit yet, so it has no {shown(one)}.")
+    return circuit
+
+
 CHECKS: Mapping[str, Callable[[str, Any, Circuit | None], Any]] = {
-    "selected": _nodes, "selected_edges": _edges, "pinned": _nodes, "cut": _cut, "forced": _forced, "groups": _groups,
-    "names": _words, "notes": _words, "threshold": _threshold, "confidence": _confidence, "answers": _answers,
-    "question": _question, "reading": _reading, "paths": _paths, "asked": _asked, "view": _view,
+    "selected": _nodes, "selected_edges": _edges, "pinned": _nodes, "cut": partial(_edges, kept=True),
+    "forced": partial(_edges, kept=False), "groups": _groups, "names": _words, "notes": _words,
+    "threshold": partial(_number, kind=NotNegative), "confidence": partial(_number, kind=_CONFIDENCE),
+    "answers": _answers, "question": _question, "reading": _reading, "paths": _paths, "asked": _asked, "view": _view,
 }  # fmt: skip
 """Trait -> its check."""
 
@@ -218,27 +222,6 @@ def _fits(name: str, value: Any, circuit: Circuit) -> bool:
     except (CircuitError, SettingError):
         return False
     return True
-
-
-# --- shapes ---
-
-
-def _texts(name: str, value: Any) -> list[str]:
-    if not fits(value, list[str]) or len(value) > _ITEMS or not all(fits(one, str) for one in value):
-        raise SettingError(f"{name}={shown(value)} is not a list of names.")
-    return value
-
-
-def _named(name: str, value: Any) -> dict[str, Any]:
-    if not fits(value, dict) or len(value) > _ITEMS or not all(fits(key, str) and len(key) <= _NAME for key in value):
-        raise SettingError(f"{name}={shown(value)} is not a table by names of at most {_NAME} letters.")
-    return dict(value)
-
-
-def _there(name: str, one: str, circuit: Circuit | None) -> Circuit:
-    if circuit is None:
-        raise CircuitError(f"{name}: there is no circuit yet, so it has no {shown(one)}.")
-    return circuit
 
 
 def is_blank(value: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from kcwb.errors import CircuitError
-from kcwb.workbench.tables import shorten
+from kcwb.workbench.tables import estimate, shorten
 
 if TYPE_CHECKING:
     from kcwb.circuits.circuit import Circuit
@@ -44,7 +44,7 @@ def with_sureness(table: pd.DataFrame, circuit: Circuit, ensemble: Ensemble) -> 
 
 def told_of(row: Mapping[Any, Any], ensemble: Ensemble) -> list[str]:
     """What a row of `Ensemble.edges` says, in lines: how many draws kept it, and what removes it most often."""
-    kept = f"kept in {row['draws']:.0f} of {len(ensemble)} draws: {row['pi']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    kept = f"kept in {row['draws']:.0f} of {len(ensemble)} draws: {estimate(row['pi'], row['low'], row['high'])}"
     lost = {name: row[name] for name in ensemble.twins if math.isfinite(row[name])}
     if not lost:
         return [kept]

@@ -122,10 +122,9 @@ def _add_edges(root: ElementTree.Element, drawing: Drawing, places: list[Place],
         start, end = places[edge.start], places[edge.end]
         points = [start, *control_points(start, end, edge.bend), end]
         first, *rest = (f"{x:.1f} {y:.1f}" for x, y in points)
-        more = {"stroke_dasharray": " ".join(map(str, DASHES[edge.port]))} if DASHES[edge.port] else {}
         path = _add(
             root, "path", d=f"M{first}{'C' if len(rest) == 3 else 'Q'}{' '.join(rest)}", fill="none",
-            stroke=ink[edge.tone], stroke_width=edge.width, stroke_opacity=edge.strength, **more,
+            stroke=ink[edge.tone], stroke_width=edge.width, stroke_opacity=edge.strength, **_dashes(edge.port),
         )  # fmt: skip
         _add(path, "title", "\n".join(edge.lines))
 
@@ -152,12 +151,16 @@ def _add_legend(root: ElementTree.Element, drawing: Drawing, x: float, y: float,
         if tone in boxes:
             _add(root, "rect", x=x, y=y - 10, width=18, height=11, rx=3, fill=ink[tone], stroke=ink["rim"])
         else:
-            more = {"stroke_dasharray": " ".join(map(str, DASHES[tone]))} if DASHES[tone] else {}
-            _add(root, "path", d=f"M{x:.1f} {y - 4:.1f}h18", fill="none", stroke=ink[tone], stroke_width=2.5, **more)
+            look = {"fill": "none", "stroke": ink[tone], "stroke_width": 2.5, **_dashes(tone)}
+            _add(root, "path", d=f"M{x:.1f} {y - 4:.1f}h18", **look)
         _add(root, "text", words, x=x + 24, y=y, font_size=12, fill=ink["muted"])
         x += 24 + 6.6 * len(words) + 14
     if drawing.sure:
         _add(root, "text", "opacity: share of draws", x=x, y=y, font_size=12, fill=ink["muted"])
+
+
+def _dashes(port: str) -> dict[str, str]:
+    return {"stroke_dasharray": " ".join(map(str, DASHES[port]))} if DASHES[port] else {}
 
 
 def _add(

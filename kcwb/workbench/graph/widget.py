@@ -304,7 +304,6 @@ class CircuitGraph(Kept):
             self._answer()
 
     def _answer(self) -> None:
-        """Show what is answered now."""
         play = self._play
         if play is None or (self.answers and led(play, self.cut, self.forced, self.question)):
             return

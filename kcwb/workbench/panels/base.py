@@ -148,7 +148,6 @@ class Panel(Living):
             self._result.layout.display = ""
 
     def _fill(self, pages: Mapping[str, str]) -> None:
-        """Show pieces of HTML under their titles."""
         for name, drawn in pages.items():
             self._pages[name].value = tables.styled(drawn)
 

@@ -23,12 +23,7 @@ _UNASKED = "Press Judge: is this a circuit? Some tens of seconds; thoroughly, so
 class Bench(Group):
     """Two buttons, how thorough it is to be, a place for its page, and the verdicts with the two pictures.
 
-    Parameters
-    ----------
-    panel
-        On whose worker it is asked.
-    shown
-        Gives what is on screen.
+    It is asked on the worker of `panel`; `shown` gives what is on screen there.
     """
 
     def __init__(self, panel: Living, shown: Callable[[], Found | None]) -> None:
@@ -57,17 +52,16 @@ class Bench(Group):
         circuit, task = found.circuit, found.task
 
         def job(progress: ProgressCallback) -> Judgement:
-            panel._enter("Asking the referee", progress)
-            return referee(panel.model, circuit, task, quick=quick, progress=progress)
+            judgement = referee(panel.model, circuit, task, quick=quick, progress=progress)
+            self._html(judgement)
+            return judgement
 
         def done(judgement: Judgement) -> None:
-            self._html(judgement)
-            with panel._lock:
-                if found.circuit is circuit:  # and was not cut to another size meanwhile
-                    found.judgement = judgement
-                self.draw()
+            if found.circuit is circuit:  # and was not cut to another size meanwhile
+                found.judgement = judgement
+            self.draw()
 
-        panel._begin("judgement", job, done)
+        panel._begin("judgement", job, done, "Asking the referee")
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write what the referee says as a page, as `kcwb.judgement_page` does."""
@@ -94,12 +88,10 @@ class Bench(Group):
 def _html(judgement: Judgement) -> str:
     few = verdicts.few_facts(judgement)
     note = f'<div class="kc-note">{tables.text(few, 2000)}</div>' if few else ""
-    drawn = "".join(
+    drawn = [
         f'<div style="flex:1 1 420px;min-width:0">{tables.heading(one.heading)}{one.body}'
         f"{tables.muted(one.words)}</div>"
         for one in verdicts.pictures(judgement)[:2]
-    )
-    return (
-        f"{tables.summary(verdicts.headline(judgement))}{note}{verdicts.verdict_table(judgement)}"
-        f'<div style="display:flex;flex-wrap:wrap;gap:4px 32px;align-items:flex-start">{drawn}</div>'
-    )
+    ]
+    said = tables.summary(verdicts.headline(judgement)) + note + verdicts.verdict_table(judgement)
+    return said + tables.beside(*drawn)

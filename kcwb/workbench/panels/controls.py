@@ -15,18 +15,7 @@ from kcwb.workbench.panels.widgets import Group, check_edges, dropdown, room
 
 
 class Controls(Group):
-    """How to discover, on how many facts, and how large; parameters as in `DiscoveryPanel`.
-
-    Attributes
-    ----------
-    method, ablation, metric, edges, tau, within, n, seed
-        The widgets.
-
-    Raises
-    ------
-    SettingError
-        If a setting is not known.
-    """
+    """How to discover, on how many facts, and how large: a widget by the name of each parameter of `DiscoveryPanel`."""
 
     def __init__(
         self,

@@ -12,37 +12,33 @@ import pandas as pd
 from kcwb.circuits.ablation import AblationKind
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
-from kcwb.discovery.methods import DEFAULT, METHODS, check_method
+from kcwb.discovery.methods import DEFAULT, METHODS
 from kcwb.discovery.selection import resize
-from kcwb.errors import CircuitError, KcwbError, SettingError
+from kcwb.errors import SettingError
 from kcwb.evaluation.completeness import completeness
 from kcwb.models.loading import Model
-from kcwb.outputs import CIRCUIT, check_output
+from kcwb.outputs import CIRCUIT
 from kcwb.progress import ProgressCallback
 from kcwb.reading.roles import head_roles
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import Task
 from kcwb.workbench import tables
 from kcwb.workbench.panels import results
-from kcwb.workbench.panels.base import Panel
 from kcwb.workbench.panels.bench import Bench
 from kcwb.workbench.panels.comparison import Comparison
-from kcwb.workbench.panels.controls import Controls
 from kcwb.workbench.panels.nodes import NodePanel
-from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.playing import Playing
 from kcwb.workbench.panels.ranked import Ranked
 from kcwb.workbench.panels.results import Found
-from kcwb.workbench.panels.runner import Job
-from kcwb.workbench.panels.search import Search
+from kcwb.workbench.panels.search import SearchPanel, Settings
 from kcwb.workbench.panels.sizes import SIZING, Sizes
-from kcwb.workbench.panels.widgets import button, dropdown, hidden_graph, offer, room, the_file
+from kcwb.workbench.panels.widgets import dropdown, hidden_graph, offer
 
 _NODE, _COMPARE, _REFEREE = "Node", "Compare runs", "Referee"
 _AFTER = ("test", "play", SIZING)  # jobs on a circuit that is there
 
 
-class DiscoveryPanel(Panel):
+class DiscoveryPanel(SearchPanel):
     """Discover a circuit with widgets: choose, run, look, cut anew, compare, keep.
 
     Parameters
@@ -82,6 +78,7 @@ class DiscoveryPanel(Panel):
     >>> panel.run(); panel.wait(); panel.circuit  # doctest: +SKIP
     """
 
+    noun, kind = "circuit", CIRCUIT
     pages = ("Is it the model?", "Strongest edges", "Nodes", _NODE, "Facts", _COMPARE, _REFEREE)
 
     def __init__(
@@ -101,17 +98,12 @@ class DiscoveryPanel(Panel):
         draws: int = 10,
         height: int = 560,
     ) -> None:
-        super().__init__(model, button("Run", "play", button_style="primary"))
-        self.picker = Picker(self, relation, template=template)
-        self.controls = Controls(
-            model, method=method, ablation=ablation, metric=metric, edges=edges, tau=tau, within=within, n=n, seed=seed
-        )
+        how = {"method": method, "ablation": ablation, "metric": metric, "edges": edges, "tau": tau, "within": within}
+        super().__init__(model, relation, template, **how, n=n, seed=seed)
         self.history: list[Found] = []
         self._shown: Found | None = None
         self._draws = draws
-        self._search = Search(model, self.picker.read, self._enter)
         self._roles: tuple[Task, pd.DataFrame] | None = None  # the last ones asked for, and on what
-        self._run_button.layout.margin = "2px 2px 2px 90px"
         self._ask_button = self._button("Ask", "question", self.ask, tooltip="Which facts does the model know?")
         self.sizes = Sizes(self, lambda: self._shown)
         self._predict_button = self._button("How long?", "clock-o", self.predict, tooltip="Time a few steps of ACDC")
@@ -124,9 +116,6 @@ class DiscoveryPanel(Panel):
         self._ranked = {name: Ranked() for name in self.pages[1:3]}
         for table in self._ranked.values():
             self._on(table, lambda change: self._playing.choose(change["new"], self.nodes.select), "chosen")
-        self._path = W.Text("circuit.json", description="File", layout=room(320))
-        self._save_button = self._button("Save", "download", lambda: self.save(self._path.value))
-        self._load_button = self._button("Load", "upload", lambda: self.load(self._path.value))
         self._on(self.controls.method, lambda _: self._offer_size())
         self._on(self.controls.edges, lambda _: self._recut())
         self._on(self._runs, lambda change: self.show(change["new"]))
@@ -141,13 +130,12 @@ class DiscoveryPanel(Panel):
         self._offer_size()
         self._lay_out(
             W.HTML(tables.styled(tables.muted(f"{model.name}: {size}"))),
-            [self.picker.relation, self.picker.template],
-            *self.controls.rows,
+            *self._asked,
             self.sizes.drawn,
             buttons=(self._ask_button, self._predict_button, self.sizes.button),
             above=([self._runs, self._roles_button],),
             below=(self._graph,),
-            last=([self._path, self._save_button, self._load_button],),
+            last=(self._file,),
         )
 
     # --- in a script ---
@@ -167,20 +155,13 @@ class DiscoveryPanel(Panel):
         """How it does alone; None while that is being computed."""
         return self._shown.completeness if self._shown else None
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What Run would run, as parameters of `make_task` and `discover`; `within` as a number of edges, or None."""
-        named = {name: getattr(self.picker, name).value for name in ("relation", "template")}
-        return {**named, **self.controls.settings}
-
     def ask(self) -> None:
         """Show which facts the model knows, before a run; returns at once, see `wait`."""
 
         def done(task: Task) -> None:
-            with self._lock:
-                self._fill({"Facts": results.facts_table(task)})
-                self._result.layout.display = ""
-                self._open("Facts")
+            self._fill({"Facts": results.facts_table(task)})
+            self._result.layout.display = ""
+            self._open("Facts")
 
         self._begin("ask", partial(self._search.ask, self.settings), done)
 
@@ -197,16 +178,14 @@ class DiscoveryPanel(Panel):
             raise SettingError("Roles are named on facts: press Run, or load a circuit whose relation is at hand.")
 
         def job(progress: ProgressCallback) -> pd.DataFrame:
-            self._enter("Naming the heads' roles", progress)
             return head_roles(self.model, None, task, progress=progress)
 
         def done(table: pd.DataFrame) -> None:
-            with self._lock:
-                self._roles = task, table
-                if self._shown is not None and self._shown.task is task:
-                    self._draw(self._shown)
+            self._roles = task, table
+            if self._shown is not None and self._shown.task is task:
+                self._draw(self._shown)
 
-        self._begin("roles", job, done)
+        self._begin("roles", job, done, "Naming the heads' roles")
 
     @property
     def roles(self) -> pd.DataFrame | None:
@@ -222,40 +201,14 @@ class DiscoveryPanel(Panel):
         found = self._shown
         if found is None:
             return
+        circuit = resize(found.circuit, edges=edges)
         if self._runner.job in _AFTER:
             self._runner.cancel()  # of the size that is left
-        found.circuit, found.completeness, found.judgement = resize(found.circuit, edges=edges), None, None
+        found.circuit, found.completeness, found.judgement = circuit, None, None
         found.label = results.label(found.circuit, self.history.index(found))
         self._draw(found)
         if self._runner.job in (None, *_AFTER):
             self._test(found)
-
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write the circuit on screen to a file; one that is there is overwritten if it is a circuit, or with `force`.
-
-        Raises
-        ------
-        SettingError
-            If there is no circuit yet, or the file cannot or must not be written.
-        """
-        if self._shown is None:
-            raise SettingError("There is no circuit to save yet: press Run.")
-        target = the_file(path, "circuit.json")
-        check_output(target, CIRCUIT, what="The circuit", force=force)
-        self._shown.circuit.save(target, force=force)
-        self._say("kc-note", f"Saved to {target.resolve()}")
-
-    def load(self, path: str | Path) -> None:
-        """Read a circuit from a file, add it to the history and test it; returns at once, see `wait`."""
-        source = the_file(path, "circuit.json")
-
-        def job(progress: ProgressCallback) -> Found:
-            self._enter("Reading the circuit", progress)
-            circuit = Circuit.load(source)
-            check_same_model(self.model, circuit)
-            return Found("", circuit, self._task_of(circuit, progress))
-
-        self._begin("load", job, self._show_result)
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until nothing is running, here and in `nodes`; see `Panel.wait`."""
@@ -276,9 +229,6 @@ class DiscoveryPanel(Panel):
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return super()._repr_mimebundle_(include, exclude) | results.headline(self._shown)
-
-    def _told_settings(self) -> dict[str, Any]:
-        return results.told_settings(self.settings)
 
     # --- events ---
 
@@ -304,18 +254,19 @@ class DiscoveryPanel(Panel):
 
     # --- work; on the worker ---
 
-    def _job(self) -> Job:
-        settings = self.settings
-        check_method(settings["method"], settings["metric"], settings["ablation"])
-        return lambda progress: Found("", *self._search.discover(settings, progress))
+    def _kept(self) -> Circuit | None:
+        return self.circuit
 
-    def _task_of(self, circuit: Circuit, progress: ProgressCallback) -> Task | None:
-        """The task that a loaded circuit was found on; None, with a note, if its relation is not at hand."""
-        try:
-            return self._search.task_of(circuit.provenance, progress)
-        except (KeyError, TypeError, KcwbError):
+    def _find(self, settings: Settings, progress: ProgressCallback) -> Found:
+        return Found("", *self._search.discover(settings, progress))
+
+    def _read(self, source: Path, progress: ProgressCallback) -> Found:
+        circuit = Circuit.load(source)
+        check_same_model(self.model, circuit)
+        task = self._search.task_of(circuit.provenance, progress)
+        if task is None:
             self._say("kc-note", "The relation of this circuit is not at hand in the same words; it is shown untested.")
-            return None
+        return Found("", circuit, task)
 
     def _show_state(self) -> None:
         super()._show_state()
@@ -323,24 +274,21 @@ class DiscoveryPanel(Panel):
             self._test(self._shown)  # which gave way to other work
 
     def _test(self, found: Found) -> None:
-        """Compute the completeness of a circuit."""
         task, circuit = found.task, found.circuit
         if task is None:
             return
 
         def job(progress: ProgressCallback) -> pd.DataFrame:
-            self._enter("Running the circuit alone", progress)
             return completeness(self.model, circuit, task, draws=self._draws, progress=progress)
 
         def done(table: pd.DataFrame) -> None:
-            with self._lock:
-                if found.circuit is circuit:
-                    found.completeness = table
-                if found is self._shown:
-                    self._draw_completeness(found)
-                    self._playing.resume("test")
+            if found.circuit is circuit:
+                found.completeness = table
+            if found is self._shown:
+                self._draw_completeness(found)
+                self._playing.resume("test")
 
-        self._start("test", job, done)
+        self._start("test", job, done, "Running the circuit alone")
 
     # --- drawing ---
 
@@ -354,15 +302,12 @@ class DiscoveryPanel(Panel):
         before = self._shown
         try:
             self._draw(result)
-        except Exception as error:  # of a file that holds what no run writes
+        except Exception as error:
             self.history.remove(result)
             self._shown = before
             if before is not None:
                 self._draw(before)
-            raise CircuitError(
-                "This circuit cannot be shown: its provenance holds something that no discovery writes, as after an "
-                "edit by hand. Its edges can still be read: kcwb.Circuit.load(path).edges."
-            ) from error
+            raise self._unshowable() from error
         self._test(result)
         return {}
 

@@ -39,8 +39,6 @@ _NEIGHBOURS, _TOKENS = 3, 12  # other subjects whose continuations are shown, an
 
 @dataclass(frozen=True)
 class _Found:
-    """One edit and what was found about it."""
-
     made: Edit
     said: pd.DataFrame
     comparison: EditComparison | None
@@ -271,7 +269,6 @@ def _refuse_to_wait(done: int, total: int, note: str) -> None:
 
 
 def _compared(found: EditComparison) -> dict[str, str]:
-    """The pages of what an edit did to circuits."""
     lenses = [
         picture(plot_lens(part, title=f"{state} the edit"), f"Logit lens of old and new object, {state}")
         for state, part in found.lens.groupby("state", sort=False)

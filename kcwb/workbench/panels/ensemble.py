@@ -14,23 +14,19 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
 from kcwb.circuits.run import check_same_model
 from kcwb.discovery.draws import SOURCES
-from kcwb.discovery.methods import DEFAULT, METHODS, check_method
-from kcwb.errors import CircuitError, DataError, KcwbError, SettingError, choose
+from kcwb.discovery.methods import DEFAULT, METHODS
+from kcwb.errors import DataError, SettingError, choose
 from kcwb.evaluation.confidence import confidence_curve
 from kcwb.models.loading import Model
-from kcwb.outputs import ENSEMBLE, check_output
+from kcwb.outputs import ENSEMBLE
 from kcwb.progress import ProgressCallback
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.workbench import tables
 from kcwb.workbench.panels import sureness
-from kcwb.workbench.panels.base import Panel
-from kcwb.workbench.panels.controls import Controls
-from kcwb.workbench.panels.picker import Picker
 from kcwb.workbench.panels.results import title
-from kcwb.workbench.panels.runner import Job
-from kcwb.workbench.panels.search import Search
-from kcwb.workbench.panels.widgets import button, hidden_graph, room, the_file, wide
+from kcwb.workbench.panels.search import SearchPanel, Settings
+from kcwb.workbench.panels.widgets import hidden_graph, room, wide
 
 _MOST_OFFERED = 500  # edges, as one types
 _TIPS = {
@@ -42,7 +38,7 @@ _TIPS = {
 }
 
 
-class EnsemblePanel(Panel):
+class EnsemblePanel(SearchPanel):
     """Draw a circuit many times, and look at the edges by how sure they are.
 
     Parameters
@@ -79,6 +75,7 @@ class EnsemblePanel(Panel):
     >>> panel.run(); panel.wait(); panel.show(0.9); panel.circuit  # doctest: +SKIP
     """
 
+    noun, kind = "ensemble", ENSEMBLE
     pages = ("How sure?", "Confidence curve", "By layer", "Edges", "Nodes")
 
     def __init__(
@@ -113,24 +110,19 @@ class EnsemblePanel(Panel):
             check_same_model(model, ensemble.consensus(1.0))
         if task is not None:
             check_same_weights(model, task)
-        super().__init__(model, button("Run", "play", button_style="primary"))
-        self.picker = Picker(self, relation, template=template)
-        self.controls = Controls(
-            model, method=method, ablation=ablation, metric=metric, edges=edges, tau=tau, within=within, n=n, seed=seed
-        )
+        how = {"method": method, "ablation": ablation, "metric": metric, "edges": edges, "tau": tau, "within": within}
+        super().__init__(model, relation, template, **how, n=n, seed=seed)
         self.ensemble: Ensemble | None = None
         self.task: Task | None = None
         self.circuit: Circuit | None = None
         self.curve: pd.DataFrame | None = None
         self.chosen: str | None = None
-        self._search = Search(model, self.picker.read, self._enter)
         self._draws = W.BoundedIntText(draws, min=2, max=100_000, description="Draws", layout=W.Layout(width="180px"))
         self._sources = {
             name: W.Checkbox(vary is None or name in vary, description=name, indent=False, tooltip=_TIPS[name],
                              layout=W.Layout(width="auto", margin="0 10px 0 0"))
             for name in SOURCES
         }  # fmt: skip
-        self._run_button.layout.margin = "2px 2px 2px 90px"
         testing = "Test the consensus at each confidence, on facts that no draw has seen"
         self._test_button = self._button("Test", "check", self.test, tooltip=testing)
         self._confidence = W.FloatSlider(
@@ -142,9 +134,6 @@ class EnsemblePanel(Panel):
         self._graph, self._card = hidden_graph(height), wide()
         for trait in ("selected", "selected_edges"):
             self._on(self._graph, self._on_click, trait)
-        self._path = W.Text("ensemble.json", description="File", layout=room(320))
-        self._save_button = self._button("Save", "download", lambda: self.save(self._path.value))
-        self._load_button = self._button("Load", "upload", lambda: self.load(self._path.value))
         self._on(self.controls.method, lambda _: self._offer())
         self._on(self.controls.ablation, lambda _: self._offer())
         self._on(self._confidence, lambda _: self._redraw())
@@ -155,13 +144,12 @@ class EnsemblePanel(Panel):
             layout=W.Layout(flex_flow="row wrap", align_items="center", grid_gap="0 6px"),
         )
         self._lay_out(
-            [self.picker.relation, self.picker.template],
-            *self.controls.rows,
+            *self._asked,
             [self._draws, varied],
             buttons=(self._test_button,),
             above=([self._confidence, self._edge],),
             below=(self._graph, self._card),
-            last=([self._path, self._save_button, self._load_button],),
+            last=(self._file,),
         )
         if ensemble is not None:
             self._show_result((ensemble, task))
@@ -176,10 +164,7 @@ class EnsemblePanel(Panel):
         """What Run would run; `vary` as in `kcwb.discover_many`, and `within` as a number of edges, or None."""
         ticked = [name for name, box in self._sources.items() if box.value and not box.disabled]
         everything = all(box.value for box in self._sources.values() if not box.disabled)
-        chosen = {"draws": self._draws.value, "vary": None if everything else ticked}
-        picker = self.picker
-        names = {"relation": picker.relation.value, "template": picker.template.value}
-        return {**names, **self.controls.settings, **chosen}
+        return {**super().settings, "draws": self._draws.value, "vary": None if everything else ticked}
 
     def show(self, confidence: float) -> None:
         """Draw the consensus at another confidence."""
@@ -215,7 +200,7 @@ class EnsemblePanel(Panel):
             raise SettingError("There is no ensemble yet: press Run.")
 
         def job(progress: ProgressCallback) -> tuple[Task | None, pd.DataFrame | str]:
-            known = task or self._task_of(ensemble, progress)
+            known = task or self._search.task_of(ensemble.provenance, progress)
             if known is None:
                 return None, "The facts that this ensemble was made on are not at hand, so that it cannot be tested."
             self._enter("Testing the consensus at each confidence", progress)
@@ -227,10 +212,9 @@ class EnsemblePanel(Panel):
         def done(result: tuple[Task | None, pd.DataFrame | str]) -> None:
             known, found = result
             drawn = tables.muted(found) if isinstance(found, str) else sureness.curve(found)
-            with self._lock:
-                if self.ensemble is ensemble:
-                    self.task, self.curve = known, None if isinstance(found, str) else found
-                    self._fill({"Confidence curve": drawn})
+            if self.ensemble is ensemble:
+                self.task, self.curve = known, None if isinstance(found, str) else found
+                self._fill({"Confidence curve": drawn})
 
         self._start("test", job, done)
 
@@ -243,33 +227,6 @@ class EnsemblePanel(Panel):
                 "kc-note", "Stopped. Runs that were finished are kept: Run with these settings goes on from there."
             )
 
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write the ensemble to a file; one that is there is overwritten if it is an ensemble, or with `force`.
-
-        Raises
-        ------
-        SettingError
-            If there is no ensemble yet, or the file cannot or must not be written.
-        """
-        if self.ensemble is None:
-            raise SettingError("There is no ensemble to save yet: press Run.")
-        target = the_file(path, "ensemble.json")
-        check_output(target, ENSEMBLE, what="The ensemble", force=force)
-        self.ensemble.save(target, force=force)
-        self._say("kc-note", f"Saved to {target.resolve()}")
-
-    def load(self, path: str | Path) -> None:
-        """Read an ensemble from a file and show it; returns at once, see `wait`."""
-        source = the_file(path, "ensemble.json")
-
-        def job(progress: ProgressCallback) -> tuple[Ensemble, None]:
-            self._enter("Reading the ensemble", progress)
-            ensemble = Ensemble.load(source)
-            check_same_model(self.model, ensemble.consensus(1.0))
-            return ensemble, None
-
-        self._begin("load", job, self._show_result)
-
     def to_html(self) -> str:
         """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
         if self.ensemble is None or self.circuit is None:
@@ -279,9 +236,8 @@ class EnsemblePanel(Panel):
         return tables.styled(self._message.value, sureness.plain(self.ensemble, self.circuit, *told))
 
     def _told_settings(self) -> dict[str, Any]:
-        told = {name: "all" if value is None else value for name, value in self.settings.items()}
-        varied = "all that can be" if self.settings["vary"] is None else ", ".join(self.settings["vary"])
-        return told | {"ablation": self.settings["ablation"] or "usual for the method", "vary": varied}
+        vary = self.settings["vary"]
+        return super()._told_settings() | {"vary": "all that can be" if vary is None else ", ".join(vary)}
 
     # --- events ---
 
@@ -296,7 +252,6 @@ class EnsemblePanel(Panel):
             box.disabled = not has.get(name, True)
 
     def _redraw(self) -> None:
-        """Follow the slider."""
         if self.ensemble is not None:
             self.show(self._confidence.value)
 
@@ -311,17 +266,16 @@ class EnsemblePanel(Panel):
 
     # --- work; on the worker ---
 
-    def _job(self) -> Job:
-        settings = self.settings
-        check_method(settings["method"], settings["metric"], settings["ablation"])
-        return lambda progress: self._search.discover_many(settings, progress)
+    def _kept(self) -> Ensemble | None:
+        return self.ensemble
 
-    def _task_of(self, ensemble: Ensemble, progress: ProgressCallback) -> Task | None:
-        """The task that an ensemble was made on; None if its relation is not at hand in the same words."""
-        try:
-            return self._search.task_of(ensemble.provenance, progress)
-        except (KeyError, TypeError, KcwbError):
-            return None
+    def _find(self, settings: Settings, progress: ProgressCallback) -> tuple[Ensemble, Task]:
+        return self._search.discover_many(settings, progress)
+
+    def _read(self, source: Path, progress: ProgressCallback) -> tuple[Ensemble, None]:
+        ensemble = Ensemble.load(source)
+        check_same_model(self.model, ensemble.consensus(1.0))
+        return ensemble, None
 
     # --- drawing ---
 
@@ -333,11 +287,8 @@ class EnsemblePanel(Panel):
             sureness.plain(ensemble, circuit)
             with self._silently():
                 self._show_graph(circuit, ensemble)
-        except Exception as error:  # of a file that holds what no run writes
-            raise CircuitError(
-                "This ensemble cannot be shown: its provenance holds something that no discovery writes, as after an "
-                "edit by hand. Its edges can still be read: kcwb.Ensemble.load(path).edges."
-            ) from error
+        except Exception as error:
+            raise self._unshowable() from error
         with self._silently():
             self.ensemble, self.task, self.curve, self.chosen = ensemble, task, None, None
             self.circuit, self._summary.value = circuit, told

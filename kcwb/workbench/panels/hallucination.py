@@ -124,7 +124,6 @@ class HallucinationPanel(Panel):
 
 
 def _drawn(found: Diagnosis) -> str:
-    """A diagnosis as HTML: the picture, the words, and the tables."""
     verdict = "right" if found.right else f"wrong: a failure of {found.failure}"
     line = f"{found.prompt} … {found.gold if found.right else found.rival} ({verdict}; {found.fact.object})"
     movers = found.movers.drop(columns=["layer", "head", "mover"])

@@ -83,10 +83,8 @@ class ContextPanel(Panel):
         check_edges(model, edges=edges)
         super().__init__(model, button("Compare", "play", width=110, button_style="primary"))
         self.found: InContext | None = None
-        self._more: dict[str, Any] = {
-            **{"n": n, "n_test": n_test, "sets": sets, "steps": steps, "resamples": resamples, "draws": draws},
-            **{"template": template, "seed": seed, "unrelated": unrelated},
-        }
+        self._more: dict[str, Any] = {"n": n, "n_test": n_test, "sets": sets, "steps": steps, "resamples": resamples}
+        self._more |= {"draws": draws, "template": template, "seed": seed, "unrelated": unrelated}
         self.picker = Picker(self, relation, template=None)
         self._k = W.IntSlider(k, min=1, max=_MOST_SHOTS, description="Shots", continuous_update=False, layout=room(240))
         self._kind = dropdown("Context", list(KINDS), kind)
@@ -135,22 +133,20 @@ def summary(found: InContext) -> str:
     task = next(task for task in found.tasks.values() if task.label == after)
     new, shared = found.named("new"), found.named("shared")
     words = f"{task.relation.name}: {len(new)} new and {len(shared)} shared heads with {after}, beside {before}."
-    arms = found.ablation.set_index("arm")["hit_1"].to_dict()
-    if new:
-        words += (
-            f" Hit@1 on {len(task.test)} facts of D_test is {arms['intact']:.2f}, without the new heads "
-            f"{arms['new heads']:.2f}"
-        )
-        beside = "random heads" in arms  # not where too few others are left
-        words += f", without random ones of the same layers {arms['random heads']:.2f}." if beside else "."
-    return words
+    if not new:
+        return words
+    hits = found.ablation.set_index("arm")["hit_1"].map("{:.2f}".format).to_dict()
+    random = hits.get("random heads")  # None where too few others are left
+    return (
+        f"{words} Hit@1 on {len(task.test)} facts of D_test is {hits['intact']}, without the new heads "
+        f"{hits['new heads']}{f', without random ones of the same layers {random}' if random else ''}."
+    )
 
 
 def accuracy_plot(accuracy: pd.DataFrame, title: str | None = None) -> Plot:
     """Bars of a table of `shot_accuracy`: Hit@1 and Hit@10 after each context."""
-    ten = accuracy.drop(columns=["hit_1", "low", "high"])
-    ten = ten.rename(columns={"hit_10": "hit_1", "low_10": "low", "high_10": "high"}).assign(metric="Hit@10")
-    both = pd.concat([ten, accuracy.assign(metric="Hit@1")], ignore_index=True)
+    ten = {"hit_1": accuracy["hit_10"], "low": accuracy["low_10"], "high": accuracy["high_10"], "metric": "Hit@10"}
+    both = pd.concat([accuracy.assign(**ten), accuracy.assign(metric="Hit@1")], ignore_index=True)
     both["context"] = [label_of(k, kind) for k, kind in zip(both["k"], both["kind"], strict=True)]
     return plot_bars(both, "context", "hit_1", hue="metric", label="share of D_test", title=title)
 

@@ -157,37 +157,41 @@ class Living:
         self._owned[:] = widgets_in(vars(self), *more)
 
     def _on(self, widget: W.Widget, work: Callable[[Any], None], trait: str = "value") -> None:
-        """Do something when a widget is changed."""
         widget.observe(self._guarded(work), trait)
 
     def _press(self, widget: W.Button, work: Callable[[], None]) -> None:
-        """Do something when a button is pressed."""
         widget.on_click(self._guarded(lambda _: work()))
 
     def _button(self, words: str, icon: str, work: Callable[[], None], **more: Any) -> W.Button:
-        """A button that does something."""
         made = button(words, icon, **more)
         self._press(made, work)
         return made
 
-    def _start(self, name: str, job: Job, on_done: Callable[[Any], None] | None = None) -> None:
-        """Run a job on the worker; the latest wins. Its warnings are told as notes."""
+    def _start(self, name: str, job: Job, on_done: Callable[[Any], None] | None = None, stage: str = "") -> None:
+        """Run a job on the worker; the latest wins. Its warnings are told as notes, and its end with all locked."""
         if self.closed:
             raise SettingError("This panel is closed. Make another one.")
 
         def noting(progress: ProgressCallback) -> Any:
+            if stage:
+                self._enter(stage, progress)
             with notes() as texts:
                 result = job(progress)
             if texts:
                 self._say("kc-note", "\n".join(dict.fromkeys(texts)))
             return result
 
-        self._runner.submit(name, noting, on_done, self._report)
+        def done(result: Any) -> None:
+            with self._lock:
+                if on_done is not None:
+                    on_done(result)
 
-    def _begin(self, name: str, job: Job, on_done: Callable[[Any], None] | None = None) -> None:
+        self._runner.submit(name, noting, done, self._report)
+
+    def _begin(self, name: str, job: Job, on_done: Callable[[Any], None] | None = None, stage: str = "") -> None:
         """Start what a person asks for: what was said before goes."""
         self._message.value = ""
-        self._start(name, job, on_done)
+        self._start(name, job, on_done, stage)
 
     def _enter(self, stage: str, progress: ProgressCallback) -> None:
         """Name what a job does next."""
@@ -200,7 +204,6 @@ class Living:
         self._message.value = f'<div class="kcwb"><div class="{kind}" role="alert">{escaped}</div></div>'
 
     def _tell(self, error: BaseException) -> None:
-        """Say an exception in words."""
         if isinstance(error, (KcwbError, OSError)):
             words = str(error)
         elif isinstance(error, MemoryError):

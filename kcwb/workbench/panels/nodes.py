@@ -178,7 +178,7 @@ class NodePanel(Panel):
             If the model has no such node.
         """
         known = self.model.graph.node_names
-        nodes = tuple(name.strip().lower() for name in nodes)
+        nodes = tuple(dict.fromkeys(name.strip().lower() for name in nodes))
         for name in nodes:
             if name not in known:
                 raise CircuitError(f"{self.model.name} has no node {brief(name, 60)!r}. {_near(name, known)}")
@@ -186,7 +186,7 @@ class NodePanel(Panel):
         with self._silently():
             if nodes != self.nodes:
                 self.ablated = None
-            self.nodes = tuple(dict.fromkeys(nodes))
+            self.nodes = nodes
             self._node.value = ", ".join(self.nodes)
             if self._graph is not None and self._graph.circuit is not None:
                 self._graph.selected = list(self.nodes)
@@ -293,7 +293,6 @@ class NodePanel(Panel):
         return "".join([tables.summary(" · ".join(said)), *without])
 
     def _role_of(self, node: str) -> list[str]:
-        """Words for a head's role, where it is known."""
         known = None if self.roles is None else self.roles[self.roles["node"] == node]
         if known is None or known.empty:
             return []
@@ -301,27 +300,20 @@ class NodePanel(Panel):
         return [f"{row['role']}: {row['D_S']:+.2f} logits from the subject, {row['D_R']:+.2f} from the relation"]
 
     def _draw_edges(self) -> None:
-        if self.edges is None or self.edges.empty:
-            self._joined.value = ""
-            return
-        parts = [tables.heading("Edges")]
-        for direction in ("in", "out"):
-            some = self.edges[self.edges["direction"] == direction]
-            if len(some):
-                parts.append(tables.table(some, SCORE, scroll=True))
-        self._joined.value = tables.styled(*parts)
+        sides = [] if self.edges is None else self.edges.groupby("direction")  # in, out
+        drawn = [tables.table(side, SCORE, scroll=True) for _, side in sides]
+        self._joined.value = tables.styled(tables.heading("Edges"), *drawn) if drawn else ""
 
     def _draw_look(self, look: _Look) -> None:
-        with self._lock:
-            if look.asked != self._asked():
-                return
-            self.pattern, self.tokens = look.pattern, look.tokens
-            where = "in the circuit alone" if self._where.value == _CIRCUIT else "in the full model"
-            if look.pattern is not None:
-                self._attention.value = tables.styled(_attention_html(look.pattern, self.nodes[0], where))
-            self._writes.value = tables.styled(_writes_html(look.tokens, where))
-            if self._playing is not None:
-                self._playing.resume("look")
+        if look.asked != self._asked():
+            return
+        self.pattern, self.tokens = look.pattern, look.tokens
+        where = "in the circuit alone" if self._where.value == _CIRCUIT else "in the full model"
+        if look.pattern is not None:
+            self._attention.value = tables.styled(_attention_html(look.pattern, self.nodes[0], where))
+        self._writes.value = tables.styled(_writes_html(look.tokens, where))
+        if self._playing is not None:
+            self._playing.resume("look")
 
     def _draw_ablation(self) -> None:
         names = brief(", ".join(self.nodes), 80)

@@ -24,14 +24,7 @@ class Playing:
     """Answers what is cut and forced in a graph, and reads the node that is selected in it.
 
     Both are jobs of the panel's worker, which wait for its other jobs: `resume` after these. Playing goes first: it
-    stops a reading, which then begins again.
-
-    Parameters
-    ----------
-    panel, graph
-        The panel, and its graph that is played in; it is dimmed meanwhile.
-    of
-        Gives the circuit that is drawn and what it is asked; None for either where there is none.
+    stops a reading, which then begins again. `of` gives the circuit that is drawn and what it is asked.
     """
 
     def __init__(
@@ -80,7 +73,6 @@ class Playing:
         cut, forced, question = list(graph.cut), list(graph.forced), dict(graph.question)
 
         def job(progress: ProgressCallback) -> dict[str, Any]:
-            panel._enter("Asking the circuit as it is now", progress)
             graph.busy = True
             try:
                 play = self._play.get((circuit, task), lambda: Play(panel.model, circuit, task))
@@ -89,12 +81,11 @@ class Playing:
                 graph.busy = False
 
         def done(answers: dict[str, Any]) -> None:
-            with panel._lock:
-                if self._of() == (circuit, task):
-                    graph.answers = answers
-                    self.read(_PLAY)
+            if self._of() == (circuit, task):
+                graph.answers = answers
+                self.read(_PLAY)
 
-        panel._start(_PLAY, job, done)
+        panel._start(_PLAY, job, done, "Asking the circuit as it is now")
 
     def read(self, after: str | None = None) -> None:
         """Read the selected node in the full model and in the circuit as it is now; after other work, not instead."""
@@ -114,7 +105,6 @@ class Playing:
                     graph.reading = {"node": node, "runs": list(runs)}
 
         def job(progress: ProgressCallback) -> None:
-            panel._enter(f"Reading {node}", progress)
             digest = model.digest
             whole = self._full.get((digest, task, node), lambda: read_node(model, task, node))
             if own is not None:
@@ -129,4 +119,4 @@ class Playing:
                 show(full, {"run": "the circuit alone, as it is now", "prompts": alone})
             self._read = asked, digest
 
-        panel._start(_READ, job)
+        panel._start(_READ, job, stage=f"Reading {node}")

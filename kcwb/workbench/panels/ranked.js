@@ -15,7 +15,11 @@ function render({ model, el }) {
   root.dataset.lmSuppressShortcuts = "true";
   el.append(root);
   const raised = (power) => [...power].map((one) => "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"["-0123456789".indexOf(one)] ?? "").join("");
-  const number = (value) => (Math.abs(value) < 1e-4 && value !== 0 ? value.toExponential(2).replace(/\.?0*e/, "e") : Number(value.toPrecision(3)).toString());
+  const number = (value) => {  // as `tables.number` writes it
+    const size = Math.abs(value);
+    if (size >= 999.5 && size < 1e15) return Math.round(value).toLocaleString("en");
+    return size < 1e-4 && value !== 0 ? value.toExponential(2).replace(/\.?0*e/, "e") : Number(value.toPrecision(3)).toString();
+  };
   const written = (value) => (typeof value === "number" ? number(value).replace(/e(.*)/, (_, power) => `\u00d710${raised(power)}`).replace("-", "\u2212") : value === null ? "\u2013" : String(value));
 
   function draw() {

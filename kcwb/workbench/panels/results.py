@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.provenance import HOW, found_with, part
 from kcwb.discovery.selection import was_pruned
 from kcwb.evaluation.referee.judgement import Judgement
 from kcwb.tasks.prompts import Prompts
@@ -23,26 +24,14 @@ SCORE = {"score": lambda score: tables.number(float(score))}
 
 @dataclass(eq=False)
 class Found:
-    """One run: a circuit, what it was found on, and how it does alone.
+    """One run: a circuit, what it was found on, and what is known of it; None for what was not computed yet."""
 
-    Attributes
-    ----------
-    label
-        What the list of runs calls it.
-    circuit, task
-        The task is None for a loaded circuit whose relation is not at hand.
-    completeness, judgement
-        None until it is computed for this very circuit.
-    sizes
-        `size_curve` of its scores; None until it is asked for.
-    """
-
-    label: str
+    label: str  # what the list of runs calls it
     circuit: Circuit
-    task: Task | None
-    completeness: pd.DataFrame | None = None
+    task: Task | None  # None for a loaded circuit whose relation is not at hand
+    completeness: pd.DataFrame | None = None  # of this very circuit, as the judgement
     judgement: Judgement | None = None
-    sizes: pd.DataFrame | None = None
+    sizes: pd.DataFrame | None = None  # `size_curve` of its scores
 
 
 def resizable(circuit: Circuit) -> bool:
@@ -54,8 +43,7 @@ def resizable(circuit: Circuit) -> bool:
 
 def parameter(circuit: Circuit, name: str) -> float | None:
     """A number that the method was told, or None; of `within`, its edges. A file may hold anything."""
-    parameters = circuit.provenance.get("parameters")
-    value: Any = parameters.get(name) if isinstance(parameters, dict) else None
+    value: Any = part(circuit.provenance, "parameters").get(name)
     value = value.get("edges") if isinstance(value, dict) else value
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
@@ -63,10 +51,9 @@ def parameter(circuit: Circuit, name: str) -> float | None:
 def label(circuit: Circuit, number: int) -> str:
     """The line for a circuit in the list of runs."""
     source = circuit.provenance
-    relation = source.get("relation")
-    name = str(relation.get("name", "circuit")) if isinstance(relation, dict) else "circuit"
+    name = str(part(source, "relation").get("name", "circuit"))
     asked = [f"“{brief(str(source['template']), 60)}”"] if "template" in source else []
-    how = [brief(str(source[key]), 20) for key in ("method", "ablation", "metric") if key in source]
+    how = [brief(one, 20) for one in found_with(source)]
     tau, within = parameter(circuit, "tau"), parameter(circuit, "within")
     how += [] if tau is None else [f"τ {tau:g}"]
     how += [] if within is None else [f"within {within:,}"]
@@ -81,22 +68,13 @@ def title(circuit: Circuit) -> str:
 def settings_of(circuit: Circuit) -> dict[str, object]:
     """What a circuit was found with."""
     source = circuit.provenance
-    values: dict[str, object] = {}
-    for key in ("model", "relation"):
-        values[key] = source[key].get("name") if isinstance(source.get(key), dict) else None
-    values |= {key: source.get(key) for key in ("template", "n", "seed", "method", "ablation", "metric")}
-    parameters = source.get("parameters")
-    values |= parameters if isinstance(parameters, dict) else {}
+    values: dict[str, object] = {key: part(source, key).get("name") for key in ("model", "relation")}
+    values |= {key: source.get(key) for key in ("template", "n", "seed", *HOW)}
+    values |= part(source, "parameters")
     within = values.get("within")
     if isinstance(within, dict):
         values["within"] = ", ".join(str(within.get(key)) for key in ("edges", "method", "ablation"))
     return {name: value for name, value in values.items() if value is not None}
-
-
-def told_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run that is yet to be, in words where there is no value."""
-    told = {name: "all" if value is None else value for name, value in settings.items()}
-    return told | {"ablation": settings["ablation"] or "usual for the method"}
 
 
 def headline(found: Found | None) -> dict[str, Any]:
@@ -119,17 +97,16 @@ def summary(found: Found) -> str:
         size += f" · {asked:,} chosen, {asked - circuit.n_edges:,} led nowhere"
     if isinstance(source.get("seconds"), (int, float)):
         size += f" · found in {source['seconds']:.1f} s"
-    lines = [size]
-    if found.completeness is not None:
-        table = found.completeness.set_index(["split", "run"])["hit"]
-        told = [
-            f"{split} {table[split, 'circuit']:.2f} (full model {table[split, 'full model']:.2f}, "
-            f"empty circuit {table[split, 'empty circuit']:.2f})"
-            for split in ("D_val", "D_test")
-            if (split, "circuit") in table.index
-        ]
-        lines.append(f"Hit@10 alone: {' · '.join(told)}")
-    return "".join(map(tables.summary, lines))
+    if found.completeness is None:
+        return tables.summary(size)
+    table = found.completeness[found.completeness["n"] > 0].set_index(["split", "run"])["hit"]
+    told = [
+        f"{split} {table[split, 'circuit']:.2f} (full model {table[split, 'full model']:.2f}, "
+        f"empty circuit {table[split, 'empty circuit']:.2f})"
+        for split in ("D_val", "D_test")
+        if (split, "circuit") in table.index
+    ]
+    return tables.summary(size) + tables.summary(f"Hit@10 alone: {' · '.join(told)}")
 
 
 def completeness_table(found: Found) -> str:

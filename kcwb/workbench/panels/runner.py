@@ -61,17 +61,10 @@ class Runner:
     """Run jobs one at a time on one worker thread.
 
     Callbacks are called on the worker thread, one at a time. An exception in a job or in `on_done` fails the request;
-    one in `on_change` or `on_error` only becomes `error`.
+    one in `on_change`, which is called after every change of `state` or `job`, or in `on_error` only becomes `error`.
 
-    Parameters
-    ----------
-    on_change
-        Called without arguments after every change of `state` or `job`.
-    on_error
-        Called with the exception of a request that failed.
-    hold
-        Gives, for a progress callback, what is entered before the first request's job, and left when no work is left:
-        a chain of requests has it without a gap. A request may be cancelled while it waits for it.
+    `hold` gives, for a progress callback, what is entered before the first request's job, and left when no work is
+    left: a chain of requests has it without a gap. A request may be cancelled while it waits for it.
     """
 
     def __init__(
@@ -118,16 +111,7 @@ class Runner:
     ) -> None:
         """Run a job as soon as the current one has stopped; a request that was still waiting is dropped.
 
-        Parameters
-        ----------
-        name
-            What `job` reports while this one runs.
-        job
-            Called with a progress callback.
-        on_done
-            Called with the job's result, unless it was cancelled or superseded meanwhile.
-        on_progress
-            Called with each of the job's reports.
+        `on_done` gets the job's result, unless it was cancelled or superseded meanwhile; `on_progress` its reports.
         """
         with self._changed:
             if self._current:

@@ -26,12 +26,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 30, 330, 12, 72  # of what is drawn, pixels
 class Sizes(Group):
     """A button that tests circuits of other sizes, and the place where they are drawn; the one on screen is marked.
 
-    Parameters
-    ----------
-    panel
-        On whose worker they are tested.
-    shown
-        Gives what is on screen.
+    They are tested on the worker of `panel`; `shown` gives what is on screen there.
     """
 
     def __init__(self, panel: Living, shown: Callable[[], Found | None]) -> None:
@@ -47,16 +42,14 @@ class Sizes(Group):
             raise SettingError("Sizes are cut from scores and tested on facts: press Run, with a method that scores.")
         circuit, task = found.circuit, found.task
 
+        def done(table: pd.DataFrame) -> None:
+            found.sizes = table
+            self.draw()
+
         def job(progress: ProgressCallback) -> pd.DataFrame:
-            panel._enter("Testing other sizes", progress)
             return size_curve(panel.model, circuit, task, progress=progress)
 
-        def done(table: pd.DataFrame) -> None:
-            with panel._lock:
-                found.sizes = table
-                self.draw()
-
-        panel._begin(SIZING, job, done)
+        panel._begin(SIZING, job, done, "Testing other sizes")
 
     def draw(self) -> None:
         """What is known of other sizes of the circuit on screen."""
@@ -98,7 +91,7 @@ def _curve(table: pd.DataFrame, marked: float | None) -> str:
         points = " ".join(f"{x(row.asked)},{y(row.hit)}" for row in rows)
         parts.append(f'<polyline points="{points}" style="fill:none;stroke:{colour};stroke-width:1.6"/>')
         for row in rows:
-            told = f"{split}: {row.edges:,} edges, Hit@10 {row.hit:.2f} [{row.low:.2f}, {row.high:.2f}]"
+            told = f"{split}: {row.edges:,} edges, Hit@10 {tables.estimate(row.hit, row.low, row.high)}"
             dot = f'cx="{x(row.asked)}" cy="{y(row.hit)}" r="3" style="fill:{colour}"'
             parts.append(f"<circle {dot}><title>{told}</title></circle>")
         parts.append(words(_RIGHT + 12, _TOP + 4 + 16 * number, f"Hit@10, {split} (n={rows[0].n})", "start", colour))

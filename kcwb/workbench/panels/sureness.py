@@ -15,8 +15,6 @@ from kcwb.workbench.panels.results import SCORE, ranked, settings_of
 from kcwb.workbench.plots import picture, plot_confidence, plot_inclusion, plot_sources
 
 UNTESTED = "Press Test, and the consensus at each confidence is run on facts that no draw has seen; a minute or so."
-_FLEX = "display:flex;flex-wrap:wrap;gap:4px 32px;align-items:flex-start"
-_SHARE = tables.number
 
 
 def pages(ensemble: Ensemble) -> dict[str, str]:
@@ -48,7 +46,7 @@ def summary(ensemble: Ensemble, circuit: Circuit, confidence: float) -> str:
 def curve(table: pd.DataFrame) -> str:
     """What each confidence is worth."""
     shown = table.drop(columns=["low", "high"]).rename(columns={"hit": "Hit@10", "nll": "nll, nats"})
-    shown["Hit@10"] = [_interval(*row) for row in table[["hit", "low", "high"]].itertuples(index=False)]
+    shown["Hit@10"] = [tables.estimate(*row) for row in table[["hit", "low", "high"]].itertuples(index=False)]
     words = (
         "Facts that no draw of the circuit has seen: the consensus of one half of D_val is tested on the other half, "
         "that of all on D_test. Beside each, random connected circuits of its size."
@@ -68,18 +66,18 @@ def card(ensemble: Ensemble, name: str) -> str:
     if found.empty:
         return tables.heading(heading) + tables.muted(f"None of {len(ensemble)} draws keeps it.")
     row: dict[Any, Any] = found.iloc[0].to_dict()
-    lines = [tables.heading(heading), _draws_of(row, ensemble)]
+    place = ensemble.places.tolist().index(list(ensemble.graph.edge_index(name)))
     split = pd.DataFrame(
         [
             {
                 "drawn again": alone(source),
-                "of draws that keep it": int((ensemble.kept[: len(twin)].T[_place(ensemble, name)]).sum()),
+                "of draws that keep it": int(ensemble.kept[: len(twin), place].sum()),
                 "without it then": _share(row[source]),
             }
             for source, twin in ensemble.twins.items()
         ]
     )
-    return "".join(lines) + (tables.table(split) if len(split) else "")
+    return tables.heading(heading) + _draws_of(row, ensemble) + (tables.table(split) if len(split) else "")
 
 
 def plain(ensemble: Ensemble, circuit: Circuit, *parts: str) -> str:
@@ -97,14 +95,14 @@ def _how_sure(ensemble: Ensemble) -> str:
         )
         for index in ("alone", "total"):
             columns = [index, f"{index}_low", f"{index}_high"]
-            named[index] = [_interval(*row) for row in sources[columns].itertuples(index=False)]
+            named[index] = [tables.estimate(*row) for row in sources[columns].itertuples(index=False)]
         words = (
             "Two draws that differ in one source alone, and at last in everything. alone: the share of the variance "
             "that would be left if nothing else were drawn; total: what would go if it were not."
         )
         drawn = picture(plot_sources(ensemble), "The share of the variance between draws by source")
-        beside = f'<div style="flex:1 1 380px;min-width:0">{tables.table(named)}{tables.muted(words)}</div>'
-        parts.append(f'{tables.heading("What it depends on")}<div style="{_FLEX}"><div>{drawn}</div>{beside}</div>')
+        told = f'<div style="flex:1 1 380px;min-width:0">{tables.table(named)}{tables.muted(words)}</div>'
+        parts += [tables.heading("What it depends on"), tables.beside(f"<div>{drawn}</div>", told)]
     else:
         parts.append(tables.muted("No source was drawn again by itself, so that the variance has no split."))
     left_out = [f"{name}: {why}" for name, why in part(ensemble.provenance, "left_out").items()]
@@ -127,7 +125,7 @@ def _edges(ensemble: Ensemble) -> str:
 
 def _with_interval(table: pd.DataFrame) -> pd.DataFrame:
     """A table with `pi` and its interval in one column."""
-    told = [_interval(*row) for row in table[["pi", "low", "high"]].itertuples(index=False)]
+    told = [tables.estimate(*row) for row in table[["pi", "low", "high"]].itertuples(index=False)]
     return table.assign(pi=told).drop(columns=["low", "high"]).rename(columns={"pi": "π"})
 
 
@@ -138,30 +136,14 @@ def _card_of_node(ensemble: Ensemble, name: str) -> str:
         return tables.heading(name) + tables.muted(f"None of {len(ensemble)} draws has it.")
     table = ensemble.edges
     joined = (table["sender"] == name) | (table["receiver"].str.partition("<")[0] == name)
-    words = tables.heading("Its surest edges")
-    parts = [tables.heading(name), _draws_of(found.iloc[0].to_dict(), ensemble), words]
-    return "".join([*parts, tables.table(_with_interval(table[joined].head(10)[_COLUMNS]), SCORE)])
-
-
-_COLUMNS = ["sender", "receiver", "pi", "low", "high", "draws", "score"]
+    surest = table[joined].head(10)[["sender", "receiver", "pi", "low", "high", "draws", "score"]]
+    told = tables.heading(name) + _draws_of(found.iloc[0].to_dict(), ensemble)
+    return told + tables.heading("Its surest edges") + tables.table(_with_interval(surest), SCORE)
 
 
 def _draws_of(row: dict[Any, Any], ensemble: Ensemble) -> str:
-    interval = _interval(row["pi"], row["low"], row["high"])
+    interval = tables.estimate(row["pi"], row["low"], row["high"])
     return tables.summary(f"In {row['draws']} of {len(ensemble)} draws: π = {interval}")
-
-
-def _place(ensemble: Ensemble, name: str) -> int:
-    """Which column of `Ensemble.kept` is an edge's."""
-    wanted = list(ensemble.graph.edge_index(name))
-    return ensemble.places.tolist().index(wanted)
-
-
-def _interval(value: float, low: float, high: float) -> str:
-    if value != value:
-        return "–"
-    ends = "" if low != low else f" [{low:.2f}, {high:.2f}]"
-    return f"{value:.2f}{ends}".replace("-", "\u2212")
 
 
 def _share(value: float) -> str:

@@ -39,8 +39,6 @@ _OVERLAP = ["level", "circuit", "part", "share", "low", "high", "random", "p", "
 
 @dataclass(frozen=True)
 class _Found:
-    """One run."""
-
     answers: HopAnswers
     funnel: pd.DataFrame
     hops: Hops | None = None
@@ -243,7 +241,6 @@ class HopPanel(Panel):
 
 
 def _summary(found: _Found) -> str:
-    """How many chains there are, and are left, in a line."""
     chained, hops = found.answers.composition, found.hops
     names = f"{chained.first.name}, then {chained.second.name}"
     if hops is None:

@@ -8,7 +8,7 @@ from matplotlib.patches import Patch
 from kcwb.errors import SettingError
 from kcwb.reading.attending import BIASES, CUT
 from kcwb.settings import Count
-from kcwb.workbench.plots.figure import MUTED, Plot, finish, need, panes, plain
+from kcwb.workbench.plots.figure import MUTED, Plot, finish, need, one_each, panes, plain
 
 _FOR, _AGAINST = "#0072b2", "#d55e00"
 _SIDES = {"q": "into the query", "k": "into the key"}
@@ -31,13 +31,14 @@ def plot_attending(table: pd.DataFrame, n: Count = 8, *, value: str | None = Non
     Raises
     ------
     SettingError
-        If a column is missing, the table is empty, or holds several heads.
+        If a column is missing, the table is empty, or holds several heads or prompts.
     """
     value = value or ("contrast" if "contrast" in table else "score")
     need(table, ("head", "side", "sender", value))
     heads = table["head"].unique()
     if len(heads) != 1:
         raise SettingError(f"Bars show one head; the table has {len(heads)}. Take the rows of one.")
+    one_each(table, ["side", "sender"])
     sides = [side for side in _SIDES if (table["side"] == side).any()]
     figure, drawn = panes(len(sides), 4.2, 1.4 + 0.26 * (n + 1), sharey=False)
     for axes, side in zip(drawn, sides, strict=True):

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from kcwb.errors import SettingError
-from kcwb.workbench.plots.figure import INK, MUTED, Plot, band, finish, heat_map, need, palette_of, panes, plain
+from kcwb.workbench.plots.figure import INK, MUTED, Plot, band, finish, levels, need, one_each, palette_of, panes, plain
 
 _RUNS = {"full model": MUTED, "circuit": "#0072b2", "empty circuit": "#e69f00", "random circuits": "#cc79a7"}
 _QUANTITIES = {"rank": "rank (geometric mean)", "probability": "probability", "hit_10": "Hit@10"}
@@ -25,7 +25,13 @@ def plot_knowledge(table: pd.DataFrame) -> Plot:
     """Draw the table of `kcwb.evaluation.knowledge.knowledge_table`: Hit@10 as pale bars, Hit@1 as full ones inside.
 
     Bars are coloured and grouped by category; beside each relation stands how many different answers it has.
+
+    Raises
+    ------
+    SettingError
+        If the table is empty, or has a relation twice.
     """
+    one_each(table, ["relation"])
     ordered = table.sort_values(["category", "hit_10"], ascending=[True, False], kind="stable")
     names = [f"{plain(row.relation)}  ({row.answers})" for row in ordered.itertuples()]
     ordered = ordered.assign(name=names)
@@ -49,8 +55,10 @@ def plot_completeness(tables: Mapping[str, pd.DataFrame]) -> Plot:
     Parameters
     ----------
     tables
-        Title -> table, for example one per ablation.
+        Title -> table, for example one per ablation; SettingError if there is none.
     """
+    if not tables:
+        raise SettingError("There is no table of completeness to draw.")
     rows = pd.concat([table.assign(title=title) for title, table in tables.items()], ignore_index=True)
     rows = rows[rows["split"].isin(["D_val", "D_test"]) & (rows["n"] > 0)]
     colours = {run: colour for run, colour in _RUNS.items() if run in set(rows["run"])}
@@ -111,11 +119,10 @@ def plot_heads(table: pd.DataFrame, value: str, *, title: str | None = None, lab
     """
     need(table, (value,))
     table = _with_places(table).dropna(subset=[value])
-    if table.empty or bool(table.duplicated(["layer", "head"]).any()):
-        twice = table[table.duplicated(["layer", "head"])].head(1)
-        what = (
-            f"a{twice['layer'].iloc[0]}.h{twice['head'].iloc[0]} is in it twice" if len(twice) else "it has no number"
-        )
+    twice = table[table.duplicated(["layer", "head"])]
+    if table.empty or len(twice):
+        places = [f"a{layer}.h{head} is in it twice" for layer, head in zip(twice["layer"], twice["head"], strict=True)]
+        what = places[0] if places else "it has no number"
         raise SettingError(f"A map of heads cannot be drawn from this table: {what}.")
     grid = table.pivot(index="layer", columns="head", values=value).astype(float)
     grid = grid.reindex(index=range(int(max(grid.index)), -1, -1), columns=range(int(max(grid.columns)) + 1))
@@ -123,7 +130,7 @@ def plot_heads(table: pd.DataFrame, value: str, *, title: str | None = None, lab
     signed = bool((grid < 0).any().any())
     colours = {"cmap": "vlag", "vmin": -largest, "vmax": largest} if signed else {"cmap": "Blues", "vmin": 0}
     size = (1.8 + 0.42 * grid.shape[1], 1.2 + 0.22 * grid.shape[0])
-    figure, axes = heat_map(grid, size, plain(label or value), ("head", "layer"), **colours)
+    figure, axes = _heat_map(grid, size, plain(label or value), ("head", "layer"), **colours)
     axes.set_facecolor("#d5d9de")
     axes.tick_params(rotation=0)
     finish(figure, [], title)
@@ -153,7 +160,7 @@ def plot_attention(pattern: pd.DataFrame, *, title: str | None = None) -> Plot:
     later = np.arange(n_keys)[None, :] > np.arange(n_queries)[:, None] + n_keys - n_queries
     hidden = later & bool((values[later] == 0).all())
     rows, columns = ([plain(label, 24) for label in labels] for labels in (pattern.index, pattern.columns))
-    figure, axes = heat_map(
+    figure, axes = _heat_map(
         pd.DataFrame(values), (2.4 + 0.34 * n_keys, 1.6 + 0.3 * n_queries), "attention", ("to", "from"),
         mask=hidden, vmin=0, vmax=1, cmap="Blues", xticklabels=False, yticklabels=False,
         annot=values.size <= _MOST_CELLS_WITH_NUMBERS, fmt=".2f", annot_kws={"fontsize": 6.5},
@@ -187,10 +194,9 @@ def plot_faithfulness(curves: pd.DataFrame | Mapping[str, pd.DataFrame], *, titl
         need(table, ("fraction", "faithfulness", "low", "high"))
     palette = palette_of(pd.Series(list(named)))
     figure, (axes,) = panes(1, 7, 3.4)
-    for level in (0, 1):  # the empty circuit, the full model
-        axes.axhline(level, color=MUTED, linewidth=0.8, linestyle="--", zorder=1)
+    levels(axes, 0, 1)  # the empty circuit, the full model
     for name, table in named.items():
-        band(axes, table["fraction"], table, "faithfulness", palette[name], marker="o")
+        band(axes, table, "fraction", "faithfulness", palette[name], marker="o")
     fractions = pd.concat([table["fraction"] for table in named.values()])
     if (fractions == 0).any():
         axes.set_xscale("symlog", linthresh=float(fractions[fractions > 0].min()))
@@ -238,15 +244,11 @@ def plot_bars(
     """
     keys = [name for name in (x, hue, column) if name is not None]
     need(table, (*keys, y, low, high))
-    if table.empty or bool(table.duplicated(keys).any()):
-        raise SettingError(f"Bars need one row for each {' and '.join(keys)}; take means first.")
+    one_each(table, keys)
     kinds = list(dict.fromkeys(table[hue])) if hue else [None]
     shades = ["#9ecae1", "#0072b2"] if len(kinds) == 2 else sns.color_palette("colorblind", len(kinds))
-    rows = table.rename(columns={low: "low", high: "high"})
+    rows = table.assign(low=table[low], high=table[high])
     return _bars(rows, x, y, hue, column, dict(zip(kinds, shades, strict=True)), label or y, title)
-
-
-# --- shared ---
 
 
 def plot_frontier(curves: pd.DataFrame, *, title: str | None = None) -> Plot:
@@ -271,11 +273,9 @@ def plot_frontier(curves: pd.DataFrame, *, title: str | None = None) -> Plot:
     palette = palette_of(curves["method"])
     figure, drawn = panes(len(parts), 4.2, 3.4)
     for axes, (task, part) in zip(drawn, parts.items(), strict=True):
-        for level in (0, 0.9, 1):
-            axes.axhline(level, color=MUTED, linewidth=0.8, linestyle="--", zorder=1)
+        levels(axes, 0, 0.9, 1)
         for method, curve in part.groupby("method", sort=False):
-            curve = curve[curve["edges"] > 0].sort_values("edges")
-            band(axes, curve["edges"], curve, "faithfulness", palette[method], marker="o", markersize=4)
+            band(axes, curve[curve["edges"] > 0], "edges", "faithfulness", palette[method], marker="o", markersize=4)
         axes.set_xscale("log")
         axes.set(xlabel="edges", ylim=(-0.25, 1.25))
         axes.set_title(plain(task), fontsize=10)
@@ -284,11 +284,13 @@ def plot_frontier(curves: pd.DataFrame, *, title: str | None = None) -> Plot:
     return figure
 
 
+# --- shared ---
+
+
 def draw_curves(axes: Axes, table: pd.DataFrame, quantity: str, palette: Mapping[Any, Any]) -> None:
     """Draw `value` over `layer`, a line for each `who`; ranks on a logarithmic axis, the best at the top."""
     for who, curve in table.groupby("who", sort=False):
-        curve = curve.sort_values("layer")
-        band(axes, curve["layer"], curve, "value", palette[who])
+        band(axes, curve, "layer", "value", palette[who])
     axes.set(xlabel="after layer", ylabel=_QUANTITIES.get(quantity, plain(quantity)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if quantity == "rank":
@@ -296,6 +298,19 @@ def draw_curves(axes: Axes, table: pd.DataFrame, quantity: str, palette: Mapping
         axes.invert_yaxis()
     else:
         axes.set_ylim(bottom=0)
+
+
+def _heat_map(
+    grid: pd.DataFrame, size: tuple[float, float], label: str, names: tuple[str, str], **more: Any
+) -> tuple[Plot, Axes]:
+    """Cells in colour, with a bar that says what the colours are; `names` are of the axes x and y."""
+    with sns.axes_style("white"):
+        figure = Plot(figsize=size, layout="constrained")
+        axes = figure.subplots()
+    sns.heatmap(grid, ax=axes, cbar_kws={"label": label}, linewidths=0.5, linecolor="white", **more)
+    axes.set(xlabel=names[0], ylabel=names[1])
+    axes.tick_params(length=0, labelsize=8)
+    return figure, axes
 
 
 def _bars(

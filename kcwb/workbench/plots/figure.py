@@ -79,19 +79,6 @@ def finish(figure: Plot, handles: Sequence[Any], title: str | None, legend_at: s
         figure.suptitle(plain(title, 90), fontsize=11)
 
 
-def heat_map(
-    grid: pd.DataFrame, size: tuple[float, float], label: str, names: tuple[str, str], **more: Any
-) -> tuple[Plot, Axes]:
-    """Cells in colour, with a bar that says what the colours are; `names` are of the axes x and y."""
-    with sns.axes_style("white"):
-        figure = Plot(figsize=size, layout="constrained")
-        axes = figure.subplots()
-    sns.heatmap(grid, ax=axes, cbar_kws={"label": label}, linewidths=0.5, linecolor="white", **more)
-    axes.set(xlabel=names[0], ylabel=names[1])
-    axes.tick_params(length=0, labelsize=8)
-    return figure, axes
-
-
 def need(table: pd.DataFrame, columns: Sequence[str]) -> None:
     """Refuse a table that lacks a column."""
     missing = [name for name in columns if name not in table]
@@ -101,10 +88,23 @@ def need(table: pd.DataFrame, columns: Sequence[str]) -> None:
         )
 
 
-def band(axes: Axes, x: pd.Series, table: pd.DataFrame, y: str, colour: Any, **line: Any) -> None:
-    """A line and its interval."""
-    sns.lineplot(x=x, y=table[y], color=colour, errorbar=None, ax=axes, zorder=3, **line)
-    axes.fill_between(x, table["low"], table["high"], color=colour, alpha=0.15, linewidth=0)
+def one_each(table: pd.DataFrame, keys: Sequence[str]) -> None:
+    """Refuse a table that has two rows of one thing, which would be drawn as their mean, or none."""
+    if table.empty or bool(table.duplicated(list(keys)).any()):
+        raise SettingError(f"Bars need one row for each {' and '.join(keys)}; take means first.")
+
+
+def levels(axes: Axes, *values: float) -> None:
+    """Lines to compare with."""
+    for value in values:
+        axes.axhline(value, color=MUTED, linewidth=0.8, linestyle="--", zorder=1)
+
+
+def band(axes: Axes, table: pd.DataFrame, x: str, y: str, colour: Any, **line: Any) -> None:
+    """A line over a column, and its interval `low` to `high`."""
+    table = table.sort_values(x, kind="stable")
+    sns.lineplot(x=table[x], y=table[y], color=colour, errorbar=None, ax=axes, zorder=3, **line)
+    axes.fill_between(table[x], table["low"], table["high"], color=colour, alpha=0.15, linewidth=0)
 
 
 def palette_of(names: pd.Series) -> dict[Any, Any]:

@@ -19,7 +19,7 @@ from kcwb.circuits.provenance import part
 from kcwb.errors import SettingError
 from kcwb.evaluation.referee.hypotheses import QUANTILE
 from kcwb.evaluation.referee.judgement import Judgement
-from kcwb.workbench.plots.figure import INK, MUTED, Plot, band, finish, need, panes, plain
+from kcwb.workbench.plots.figure import INK, Plot, band, finish, levels, need, panes, plain
 from kcwb.workbench.tables import decimal
 
 _CELL, _MARGIN = 0.72, 1.2  # inches: a cell, and what is around the map
@@ -169,11 +169,9 @@ def plot_rivals(judgement: Judgement, *, title: str | None = None) -> Plot:
     need(table, ("without", "faithfulness", "low", "high"))
     if table.empty:
         raise SettingError("This judgement has no rivals to draw: its table is empty.")
-    table = table.sort_values("without")
     figure, (axes,) = panes(1, 5, 3)
-    for level in (0, 1):  # the empty circuit, the full model
-        axes.axhline(level, color=MUTED, linewidth=0.8, linestyle="--", zorder=1)
-    band(axes, table["without"], table, "faithfulness", _KEPT, marker="o")
+    levels(axes, 0, 1)  # the empty circuit, the full model
+    band(axes, table, "without", "faithfulness", _KEPT, marker="o")
     axes.set(xlabel="of the circuit's strongest edges, how many a rival lacks", ylabel="faithfulness")
     axes.set_xscale("symlog", linthresh=10)
     axes.set_xticks(table["without"], [f"{int(one):,}" for one in table["without"]])

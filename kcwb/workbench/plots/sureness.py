@@ -37,14 +37,14 @@ def plot_confidence(curve: pd.DataFrame, *, title: str | None = None) -> Plot:
         raise SettingError("There is no confidence curve to draw: the table is empty.")
     figure, (hits, losses, sizes) = panes(3, 3.6, 3.2, sharey=False)
     lines = {split: _LINES[i % len(_LINES)] for i, split in enumerate(dict.fromkeys(curve["split"]))}
-    bare = curve.assign(low=np.nan, high=np.nan)
     for (run, split), part in curve.groupby(["run", "split"], sort=False):
+        bare = part.assign(low=np.nan, high=np.nan)
         style = {"marker": "o", "markersize": 4, "linestyle": lines[split]}
         colour = _COLOURS.get(str(run), _COLOURS["random circuits"])
-        band(hits, part["confidence"], part, "hit", colour, **style)
-        band(losses, part["confidence"], bare.loc[part.index], "nll", colour, **style)
+        band(hits, part, "confidence", "hit", colour, **style)
+        band(losses, bare, "confidence", "nll", colour, **style)
         if run == "consensus":
-            band(sizes, part["confidence"], bare.loc[part.index], "edges", colour, **style)
+            band(sizes, bare, "confidence", "edges", colour, **style)
     hits.set(ylabel="Hit@10, with its 95% interval", ylim=(-0.02, 1.02))
     losses.set(ylabel="loss, nats")
     sizes.set(ylabel="edges of the consensus")

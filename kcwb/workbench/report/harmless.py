@@ -19,6 +19,7 @@ from typing import Any
 import tinycss2
 from bs4 import BeautifulSoup, Tag
 from bs4.element import PreformattedString
+from bs4.exceptions import ParserRejectedMarkup
 from tinycss2.ast import IdentToken
 
 from kcwb.workbench import tables
@@ -70,13 +71,9 @@ def policy(*, graphs: bool = False) -> str:
 
 
 def make_harmless(page: BeautifulSoup) -> None:
-    """Take out of a page's cells what acts, or would be fetched; a note stands for what is missed.
+    """Take out of a page's cells, as nbconvert writes them, what acts or would be fetched; notes stand for it.
 
-    Parameters
-    ----------
-    page
-        The cells, as nbconvert writes them; it is changed. Links in prose open a new tab, if a person clicks them;
-        those in outputs are only told.
+    Links in prose open a new tab, if a person clicks them; those in outputs are only told.
     """
     for number, cell in enumerate(page.find_all(True, recursive=False)):
         cell["data-cell"] = str(number)
@@ -86,7 +83,10 @@ def make_harmless(page: BeautifulSoup) -> None:
 def parsed(source: str) -> BeautifulSoup:
     """HTML as a tree, without remarks on what it looks like."""
     with warnings.catch_warnings(action="ignore"):
-        return BeautifulSoup(source, "html.parser")
+        try:
+            return BeautifulSoup(source, "html.parser")
+        except ParserRejectedMarkup:  # as of <![x
+            return BeautifulSoup(source.replace("<![", "&lt;!["), "html.parser")
 
 
 def missing(words: str) -> Tag:
@@ -100,9 +100,11 @@ def _clean(root: Tag, scope: str, *, links: bool) -> None:
     """The rules for all that a cell, or a page in a frame, holds; its style sheets are confined to `scope`."""
     told: set[str] = set()
     for node in list(root.descendants):
-        if isinstance(node, PreformattedString) and node.parent is not None:
+        if node.decomposed:
+            continue
+        if isinstance(node, PreformattedString):
             node.extract()
-        if not isinstance(node, Tag) or node.decomposed:
+        if not isinstance(node, Tag):
             continue
         name = node.name
         if name in _GONE:
@@ -127,7 +129,8 @@ def _clean_tag(tag: Tag, scope: str, links: bool) -> None:
     address = _CONTROLS.sub("", given.get("href") or given.get("xlink:href") or "").strip()
     if tag.name == "style":
         css = tag.get_text()
-        tag.string = "" if css.strip() == tables.CSS else "\n".join(_scoped(css, scope))
+        rules = tinycss2.parse_stylesheet(css, skip_comments=True, skip_whitespace=True)
+        tag.string = "" if css.strip() == tables.CSS else "\n".join(_rules(rules, scope))
     elif tag.name == "a":
         tag.attrs |= _link(address, links) | ({"id": given["name"]} if "name" in given else {})
     elif tag.name == "iframe":
@@ -178,17 +181,12 @@ def _clean_frame(tag: Tag, given: dict[str, str]) -> None:
 
 def _replace(tag: Tag, words: str) -> None:
     if words:
-        tag.replace_with(missing(words))
-    else:
-        tag.decompose()
-
-
-def _scoped(css: str, scope: str) -> Iterator[str]:
-    """The rules of a style sheet, for what stands under `scope` only, and without what would be fetched."""
-    yield from _rules(tinycss2.parse_stylesheet(css, skip_comments=True, skip_whitespace=True), scope)
+        tag.insert_before(missing(words))
+    tag.decompose()
 
 
 def _rules(rules: Iterable[Any], scope: str) -> Iterator[str]:
+    """The rules of a style sheet, for what stands under `scope` only, and without what would be fetched."""
     for rule in rules:
         if rule.type == "qualified-rule":
             yield f"{', '.join(_selectors(rule.prelude, scope))} {{{_css(rule.content)}}}"
@@ -220,9 +218,7 @@ def _keep_inside(tokens: list[Any]) -> None:
     for i, token in enumerate(tokens):
         inner = getattr(token, "arguments", None) or getattr(token, "content", None) or []
         if token.type == "url" or (token.type == "function" and token.lower_name in _LOADS):
-            named = (
-                [token.value] if token.type == "url" else [one.value for one in inner if one.type in ("string", "url")]
-            )
+            named = [one.value for one in [token, *inner] if one.type in ("string", "url")]
             if not all(re.match("data:|#", address) for address in named):
                 tokens[i] = IdentToken(token.source_line, token.source_column, "none")
         _keep_inside(inner)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from kcwb.circuits.provenance import part
 from kcwb.workbench import tables
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _MOST, _LETTERS = 6, 400  # lines of a report, letters of a line
 def headline_of(circuit: Circuit, completeness: pd.DataFrame) -> str:
     """A line: edges, and Hit@10 on D_test (D_val where there is none), beside full model and empty circuit."""
     graph, made = circuit.graph, circuit.provenance
-    names = [made[key].get("name") for key in ("relation", "model") if isinstance(made.get(key), Mapping)]
+    names = [part(made, key).get("name") for key in ("relation", "model")]
     what = " of ".join(str(name) for name in names if name)
     size = f"{circuit.n_edges:,} of {graph.n_edges:,} edges ({circuit.n_edges / graph.n_edges:.2%})"
     table = completeness[completeness["n"] > 0].set_index(["split", "run"])
@@ -30,24 +31,25 @@ def headline_of(circuit: Circuit, completeness: pd.DataFrame) -> str:
     line = f"{what}: {size}" if what else size
     if split is None:
         return f"{line}."
-    hits: dict[str, str] = {}
-    for run in ("circuit", "full model", "empty circuit"):
-        if (split, run) in table.index:
-            row: Any = table.loc[(split, run)]
-            hits[run] = tables.interval(row["hit"], row["low"], row["high"])
-    n = int(table.loc[(split, "circuit"), "n"])  # pyright: ignore[reportArgumentType]
-    others = "".join(f"; {run} {hit}" for run, hit in hits.items() if run != "circuit")
-    hit = f"Hit@{completeness.attrs.get('k', 10)}"
-    return f"{line}. Alone it has {hit} {hits['circuit']} on the {n:,} facts of {split}{others}."
+    found: Any = table.loc[split]
+    rows = found.to_dict("index")
+    hits = {run: tables.interval(row["hit"], row["low"], row["high"]) for run, row in rows.items()}
+    others = "".join(f"; {run} {hits[run]}" for run in ("full model", "empty circuit") if run in hits)
+    hit = f"Hit@{completeness.attrs.get('k', 10)} {hits['circuit']}"
+    return f"{line}. Alone it has {hit} on the {int(rows['circuit']['n']):,} facts of {split}{others}."
 
 
 def headlines(notebook: NotebookNode) -> list[str]:
     """The lines that cells displayed, each once, in their order."""
-    found: list[str] = []
+    lines = [content.get("line") for content in displayed(notebook, HEADLINE)]
+    found = [tables.shorten(line, _LETTERS) for line in lines if isinstance(line, str) and line.strip()]
+    return list(dict.fromkeys(found))[:_MOST]
+
+
+def displayed(notebook: NotebookNode, kind: str) -> Iterator[Mapping[str, Any]]:
+    """What cells displayed of a type."""
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
-            content = output.get("data", {}).get(HEADLINE)
-            line = content.get("line") if isinstance(content, Mapping) else None
-            if isinstance(line, str) and line.strip():
-                found.append(tables.shorten(line, _LETTERS))
-    return list(dict.fromkeys(found))[:_MOST]
+            content = output.get("data", {}).get(kind)
+            if isinstance(content, Mapping):
+                yield content

@@ -89,7 +89,6 @@ def _write(path: str | Path, force: bool, **values: Any) -> Path:
 
 
 def _judged(name: str, judgement: Judgement) -> dict[str, Any]:
-    """What the template says of one circuit."""
     return {
         "name": name,
         "title": verdicts.title(judgement),

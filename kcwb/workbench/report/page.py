@@ -55,21 +55,9 @@ class Body(NamedTuple):
 
 
 def notebook_body(notebook: NotebookNode, folder: Path, *, hide_code: bool = False) -> Body:
-    """Turn an executed notebook's cells into HTML that needs nothing else.
+    """Turn an executed notebook's cells into HTML that needs nothing else; its widgets become HTML in place.
 
-    Parameters
-    ----------
-    notebook
-        The executed notebook; it is changed (widgets become HTML).
-    folder
-        Where the pictures that its prose names are found; they are embedded.
-    hide_code
-        Leave the code out.
-
-    Warns
-    -----
-    UserWarning
-        If pictures are missing; in their places notes say so.
+    The pictures that its prose names are embedded from `folder`; those that are missing are warned of, and noted.
     """
     _widgets_to_html(notebook)
     lacking: list[str] = []
@@ -350,6 +338,8 @@ def _widget(reference: str, states: Mapping[str, Any]) -> str:
     value = _selected(state) if "_options_labels" in state else state.get("value")
     if value is None:
         return ""
+    if isinstance(value, Mapping) and "month" in value:
+        value = {**value, "month": value["month"] + 1}  # JavaScript's first is 0
     name = f"<span>{escaped(state.get('description') or '', 120)}</span>" if state.get("description") else ""
     return f'<div class="kc-setting">{name}<bdi>{html.escape(_value(value, 600))}</bdi></div>'
 
@@ -361,7 +351,6 @@ def _selected(state: Mapping[str, Any]) -> str | None:
 
 
 def _captured(output: Mapping[str, Any]) -> str:
-    """What an Output widget holds."""
     data = output.get("data", {})
     if "text/html" in data:
         return f"<div>{data['text/html']}</div>"

@@ -9,7 +9,6 @@ paths and addresses elsewhere are not followed.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import re
 import unicodedata
@@ -28,15 +27,7 @@ _SVG = "http://www.w3.org/2000/svg"
 
 
 class Pictures:
-    """Those of one cell.
-
-    Parameters
-    ----------
-    folder
-        The notebook's.
-    attachments
-        The cell's: name -> type -> content in base64.
-    """
+    """Those of one cell: in the notebook's folder, or attached to it (name -> type -> content in base64)."""
 
     def __init__(self, folder: Path, attachments: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._folder, self._attachments = folder, attachments or {}
@@ -130,7 +121,7 @@ def _content(text: str) -> bytes:
     """What base64 holds; SVG may stand in a notebook as it is."""
     try:
         return base64.b64decode(text, validate=False) if "<" not in text else text.encode("utf-8")
-    except binascii.Error as error:
+    except ValueError as error:
         raise DataError("damaged base64") from error
 
 
@@ -138,7 +129,10 @@ def _names(source: str) -> Iterator[str]:
     """What an address may mean as a name of a file, the likeliest first."""
     yield unquote(source)
     yield source
-    path = unquote(urlsplit(source).path)
+    try:
+        path = unquote(urlsplit(source).path)
+    except ValueError:  # brackets that hold no address
+        return
     yield path
     yield path.replace("\\", "/")
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from kcwb.errors import SettingError
 from kcwb.verbs import verb
-from kcwb.workbench.report.headline import HEADLINE, headline_of
+from kcwb.workbench.report.headline import HEADLINE, displayed, headline_of
 from kcwb.workbench.report.page import facts_table
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ def provenance(
     from kcwb.circuits.circuit import Circuit
 
     entries = [] if model is None else [_describe_model(model.name, model.digest, str(model.dtype), str(model.device))]
-    for item in tasks_or_circuits:
-        entries += _describe(item)
-    entries = _distinct(entries)
+    entries = _distinct([*entries, *(entry for item in tasks_or_circuits for entry in _describe(item))])
     lines = [" ".join(str(entry.get(key, "")) for key in ("kind", "name", "digest")) for entry in entries]
     bundle = {PROVENANCE: {"entries": entries}, "text/html": facts_table(entries), "text/plain": "\n".join(lines)}
     if completeness is not None:
@@ -132,10 +130,7 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def collect(notebook: NotebookNode) -> list[dict[str, Any]]:
     """Everything that cells displayed as provenance."""
     entries: list[dict[str, Any]] = []
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            content = output.get("data", {}).get(PROVENANCE)
-            if isinstance(content, Mapping):
-                listed = content.get("entries")
-                entries += listed if isinstance(listed, list) else [{"kind": "result", **content}]
+    for content in displayed(notebook, PROVENANCE):
+        listed = content.get("entries")
+        entries += listed if isinstance(listed, list) else [{"kind": "result", **content}]
     return _distinct(entry for entry in entries if isinstance(entry, Mapping))

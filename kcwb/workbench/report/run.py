@@ -203,22 +203,12 @@ def _read_python(text: str) -> Any:
 
 
 class Run(NamedTuple):
-    """An executed notebook.
+    """An executed notebook."""
 
-    Attributes
-    ----------
-    notebook
-        With outputs; up to and with the cell that failed, if one did.
-    error, number
-        The failure's last line, and the cell's number in the notebook as it is on disk, from 1; else None.
-    not_run
-        How many code cells follow the one that failed.
-    """
-
-    notebook: NotebookNode
-    error: str | None
-    number: int | None
-    not_run: int
+    notebook: NotebookNode  # with outputs; up to and with the cell that failed, if one did
+    error: str | None  # the failure's last line
+    number: int | None  # of the cell that failed, in the notebook as it is on disk, from 1
+    not_run: int  # how many code cells follow it
 
 
 def execute(
@@ -321,7 +311,6 @@ def _this_interpreter() -> type:
 
 
 def _last_line(cell: Any) -> str:
-    """What a traceback ends with, as a sentence."""
     text = "the cell failed without a message"
     for output in cell.get("outputs", ()):
         if output.output_type == "error":

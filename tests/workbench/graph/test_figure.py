@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.patches import PathPatch
 
 from kcwb.circuits.circuit import Circuit
 from kcwb.errors import CircuitError, SettingError
@@ -19,6 +20,7 @@ from kcwb.workbench.graph.seen import lit, seen_of
 from kcwb.workbench.graph.state import CHECKS
 from kcwb.workbench.graph.widget import CircuitGraph
 from tests.hostile import HOSTILE
+from tests.workbench.ensembles import ensemble_of
 from tests.workbench.graph.test_instrument import EDGES, GRAPH, SCORES
 from tests.workbench.pages import asked, make_circuit, ready
 
@@ -89,6 +91,34 @@ def test_a_large_circuit_is_drawn_by_layers() -> None:
     assert {box.kind for box in few} == {"input", "mlp", "logits"} and len(none) < 2500
     alone, _ = seen_of(drawing, state | {"pinned": ["m3", "m4"]}, {"layered": False, "pinned_only": True})
     assert [box.label for box in alone] == ["m3", "m4"]
+
+
+@pytest.mark.browser
+def test_layers_are_drawn_where_the_page_has_them(show: Any) -> None:
+    graph = CircuitGraph(make_circuit(2500, n_layers=12, n_heads=12))
+    page = ready(show(graph.as_view().page))
+    assert graph._drawing is not None
+    view = {name: asked(page, "graph.painter[arg]", name) for name in WINDOW}
+    texts = {one.get_text(): one for one in figure_of(graph._drawing, state_of(graph), view, 500).axes[0].texts}
+    for layer in range(12):
+        place = asked(page, "graph.place(arg)", f"m{layer}")
+        assert place["labelled"] == (place["label"] in texts)
+        if place["labelled"]:
+            assert texts[place["label"]].get_position() == pytest.approx((place["x"], place["y"]), abs=0.01)
+
+
+def test_what_is_lit_is_as_opaque_as_it_is_sure() -> None:
+    ensemble = ensemble_of({"input->m1": "1" * 20, "m1->logits": "1" * 3 + "0" * 17})
+    graph = CircuitGraph(ensemble.consensus(0.05), ensemble=ensemble, selected=["m1"])
+    assert graph._drawing is not None
+
+    def opacities() -> list[float]:
+        shown = figure_of(graph._drawing, state_of(graph), {}, 500).axes[0].patches
+        return sorted(float(one.get_alpha()) for one in shown if isinstance(one, PathPatch))
+
+    assert opacities() == [0.15, 1.0]  # the page's legend says: opacity is the share of draws
+    graph.cut = ["m1->logits"]
+    assert opacities() == [0.8, 1.0]
 
 
 def test_files_are_vectors_with_their_letters_and_without_margins(graph: CircuitGraph, tmp_path: Path) -> None:

@@ -391,6 +391,14 @@ def test_what_is_read_of_a_head_stands_beside_the_graph_and_leads_on(show: Any) 
     assert page.locator("#kc-reading").count() == 1  # without a kernel, the last one stays
 
 
+def test_numbers_have_their_whole_part(show: Any) -> None:
+    writes = [[str(i), value] for i, value in enumerate((146.4, -99.6, 12.34, 0.0456))]
+    page = page_of(show, reading={"node": "m0", "runs": [{"run": "the full model", "prompts": [
+        {"prompt": "x", "answer": "y", "writes": writes}]}]}, selected=["m0"])  # fmt: skip
+    told = ["146", "\u2212100", "12", "0.046"]
+    assert page.locator("#kc-reading ul.bars b").all_inner_texts() == told
+
+
 def test_all_heads_of_a_layer_are_small_pictures_of_which_one_is_large(show: Any) -> None:
     tokens = ["The", " <b>capital</b>", "\n"]
     heads = [[1000, 250, 750, 100, 200, 700], [1000, 1000, 0, 1000, 0, 0], [1000, 0, 1000, 0, 0, 1000]]

@@ -26,6 +26,7 @@ from kcwb.models.graph import Graph
 from kcwb.workbench.graph.drawing import COLOURS, DASHES, ROLES, SIDES, control_points
 from kcwb.workbench.graph.page import GraphView, compare_view, graph_view
 from kcwb.workbench.graph.svg import graph_svg
+from kcwb.workbench.graph.widget import CircuitGraph
 from tests.workbench.pages import (
     HEADS,
     LAYERS,
@@ -264,12 +265,22 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
+def test_an_infinite_score_is_the_strongest(tmp_path: Path) -> None:
+    scores = {"input->m1": -math.inf, "m1->logits": 1.0, "input->logits": math.nan}
+    circuit = Circuit.from_edges(Graph(2, 2), scores)
+    for view in (graph_view(circuit), compare_view(circuit, circuit), CircuitGraph(circuit).as_view()):
+        widths = [edge["width"] for edge in drawn(view, "edges")]
+        assert widths[-1] == max(widths) > 6 and min(widths) < 1.3
+    CircuitGraph(circuit).save(tmp_path / "circuit.pdf")
+
+
 def test_a_table_of_roles_is_read_by_node_or_by_layer_and_head() -> None:
     circuit = make_circuit(200)
     head = circuit.nodes[circuit.nodes.kind == "head"].iloc[4]
     by_node = pd.DataFrame({"node": [head.node, "a1.h1"], "role": ["relation", None]})
     by_place = pd.DataFrame({"layer": [head.layer], "head": [head["head"]], "role": ["relation"]})
-    for roles in (by_node, by_place, {head.node: "relation"}):
+    floats = by_place.astype({"layer": float, "head": float})  # as after a merge
+    for roles in (by_node, by_place, floats, {head.node: "relation"}):
         tones = {node["name"]: node["tone"] for node in drawn(graph_view(circuit, roles=roles), "nodes")}
         assert [name for name, tone in tones.items() if tone in ROLES] == [head.node] and tones[head.node] == "relation"
         assert about(graph_view(circuit, roles=roles))["withRoles"]

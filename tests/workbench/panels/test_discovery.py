@@ -26,7 +26,7 @@ from kcwb.tasks.task import make_task
 from kcwb.workbench import lasting
 from kcwb.workbench.graph.reading import read_node
 from kcwb.workbench.panels import discovery as panels
-from kcwb.workbench.panels import life, search
+from kcwb.workbench.panels import life, results, search
 from kcwb.workbench.panels.discovery import DiscoveryPanel
 from kcwb.workbench.report.headline import HEADLINE, headline_of
 from tests.hostile import HOSTILE
@@ -174,6 +174,22 @@ def test_the_slider_cuts_anew_without_scoring(found, monkeypatch):
     found.wait(SOON)
     assert found.completeness.set_index("run").loc["circuit", "edges"].eq(found.circuit.n_edges).all()
     assert found.error is None
+
+
+def test_a_size_that_is_refused_stops_no_test(found, monkeypatch):
+    go, test = threading.Event(), panels.completeness
+
+    def waiting(*args: Any, **more: Any) -> pd.DataFrame:
+        go.wait(SOON)
+        return test(*args, **more)
+
+    monkeypatch.setattr(panels, "completeness", waiting)
+    found.resize(30)
+    with pytest.raises(SettingError):
+        found.resize(0)
+    go.set()
+    found.wait(SOON)
+    assert found.completeness is not None and found.state == "done"
 
 
 def test_other_sizes_are_tested_when_asked_for_and_the_one_on_screen_is_marked(found, model):
@@ -770,6 +786,13 @@ def test_a_file_with_odd_provenance_is_shown_or_refused_and_nothing_is_lost(foun
         found.show(0)
         found.nodes.wait(SOON)
         assert found.circuit is before
+
+
+def test_a_split_of_which_the_ablation_leaves_no_fact_is_not_told(found):
+    table = found.completeness.assign(n=found.completeness["n"].where(found.completeness["split"] == "D_val", 0))
+    table["hit"] = table["hit"].where(table["n"] > 0)
+    told = Tags(results.summary(replace(found._shown, completeness=table))).text
+    assert "D_val" in told and "D_test" not in told and "nan" not in told
 
 
 def test_a_file_without_a_name_or_a_circuit_is_asked_for(panel):

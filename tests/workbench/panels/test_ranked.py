@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from kcwb.workbench import tables
 from kcwb.workbench.panels.ranked import Ranked
 
 FRAME = pd.DataFrame(
@@ -35,17 +36,32 @@ def test_only_a_row_that_there_is_can_be_chosen_by_the_page(table: Ranked) -> No
     assert table.chosen == "" and [len(row[0]) for row in table.rows] == [1, 160]
 
 
-@pytest.mark.browser
-def test_it_is_sorted_filtered_and_clicked(table: Ranked, show: Any) -> None:
+def opened(table: Ranked, show: Any) -> Any:
+    """A page with the table; what the widget holds is `values` there."""
     values = {name: getattr(table, name) for name in ("columns", "rows", "names", "numeric", "chosen", "most")}
     script = str(table._esm).replace("export default { render };", "")
-    page = show(
+    return show(
         f"<!doctype html><meta charset=utf-8><body><script>{script}"
         f"const values = {json.dumps(values).replace('<', chr(92) + 'u003c')};"
         "const heard = {};const model = { get: (name) => values[name], on: (name, work) => { heard[name] = work; },"
         " off() {}, set(name, value) { values[name] = value; heard[`change:${name}`]?.(); }, save_changes() {} };"
         "render({ model, el: document.body });</script>"
     )
+
+
+@pytest.mark.browser
+def test_numbers_are_written_as_in_other_tables(show: Any) -> None:
+    values = [1234, 1, 0, -41, 999.6, 0.0312, -1e-5, 1234.5678, math.nan]
+    table = Ranked()
+    table.show(pd.DataFrame({"number": values}), [str(value) for value in values])
+    page = opened(table, show)
+    written = page.locator("tbody td").all_inner_texts()
+    assert written == [tables.number(value) for value in values] and written[0] == "1,234"
+
+
+@pytest.mark.browser
+def test_it_is_sorted_filtered_and_clicked(table: Ranked, show: Any) -> None:
+    page = opened(table, show)
 
     def first() -> list[str]:
         return page.locator("tbody tr td:first-child").all_inner_texts()

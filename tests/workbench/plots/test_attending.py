@@ -41,6 +41,8 @@ def test_a_table_of_several_heads_or_of_something_else_is_refused():
     two = pd.concat([table(), table(head="a0.h0")])
     with pytest.raises(SettingError, match="Bars show one head; the table has 2"):
         plot_attending(two)
+    with pytest.raises(SettingError, match="one row for each side and sender; take means first"):
+        plot_attending(pd.concat([table(prompt=0), table(prompt=1)]))
     with pytest.raises(SettingError, match="has no column side"):
         plot_attending(table().drop(columns="side"))
     with pytest.raises(SettingError, match="the table has 0"):

@@ -231,13 +231,28 @@ def test_bars_may_lack_rows_intervals_and_kinds() -> None:
         plot_bars(bars_table(), "group", "hit")
 
 
+def test_intervals_may_stand_in_any_columns() -> None:
+    table = bars_table().iloc[:1].assign(low_10=0.1, high_10=0.9)
+    (lines,) = plot_bars(table, "run", "hit", low="low_10", high="high_10").axes[0].collections
+    assert lines.get_segments()[0][:, 1].tolist() == [0.1, 0.9]
+
+
+def test_a_curve_in_any_order_is_the_same_curve() -> None:
+    tables = curve(), curve().iloc[[2, 0, 1]]
+    bands = [plot_faithfulness(table).axes[0].collections[0].get_paths()[0].vertices.tolist() for table in tables]
+    assert bands[0] == bands[1]
+
+
 def test_knowledge_is_drawn_by_category() -> None:
     rows = [
         ("capital", "factual", 0.9, 0.5, 20),
         ("antonym", "linguistic", 0.4, 0.1, 30),
         ("$a$", "factual", 1.0, 1.0, 2),
     ]
-    figure = drawn(plot_knowledge(pd.DataFrame(rows, columns=["relation", "category", "hit_10", "hit_1", "answers"])))
+    table = pd.DataFrame(rows, columns=["relation", "category", "hit_10", "hit_1", "answers"])
+    with pytest.raises(SettingError, match="one row for each relation"):  # which would be drawn as its mean
+        plot_knowledge(pd.concat([table, table.assign(hit_10=0.0)]))
+    figure = drawn(plot_knowledge(table))
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [r"\$a\$  (2)", "capital  (20)", "antonym  (30)"]
     assert sorted(bar.get_width() for bar in axes.patches) == [0.1, 0.4, 0.5, 0.9, 1.0, 1.0]
@@ -250,6 +265,8 @@ def test_completeness_is_drawn_with_its_intervals() -> None:
     table = pd.DataFrame(rows, columns=["run", "split", "n", "hit", "low", "high"])
     figure = drawn(plot_completeness({"zero": table, "mean": table.assign(hit=table["hit"] / 2)}))
     assert [axes.get_title() for axes in figure.axes] == ["zero", "mean"]
+    with pytest.raises(SettingError, match="no table of completeness"):
+        plot_completeness({})
     assert [bar.get_height() for bar in figure.axes[0].patches] == [0.8, 0.8, 0.5, 0.5]
     assert [bar.get_height() for bar in figure.axes[1].patches] == [0.4, 0.4, 0.25, 0.25]
     spans = [path[:, 1].tolist() for lines in figure.axes[0].collections for path in lines.get_segments()]

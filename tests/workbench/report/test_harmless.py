@@ -128,6 +128,21 @@ def test_what_is_left_out_is_said_once_a_cell() -> None:
     assert soup.b and soup.b.get_text() == "kept"
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("<html><head><!-- of a whole page --><title>t</title></head><body>kept</body></html>", 0),
+        ("<noscript><!-- x --><p>y</p></noscript>kept", 0),
+        ("<object><!-- x --><?y ?><param name=z></object>kept", 1),
+        (f"<video><source src='{AWAY}/a.mp4'><source src='{AWAY}/a.webm'></video>kept", 1),
+        ("<![x and a <![CDATA[ section ]]>kept", 0),
+    ],
+)
+def test_what_is_in_what_goes_goes_too(content: str, told: int) -> None:
+    for page in (cells(content), cells(prose=content)):
+        assert "kept" in page.get_text() and len(page.select(".kc-missing")) == told
+
+
 def test_a_picture_stands_for_a_page_that_needs_scripts() -> None:
     soup = cells({"text/html": "<div id=p></div><script>draw('p')</script>", "image/png": "iVBORw0KGgo="})
     assert [str(one["src"]) for one in soup.select("img")] == ["data:image/png;base64,iVBORw0KGgo="]

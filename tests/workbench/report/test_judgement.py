@@ -73,6 +73,13 @@ def test_each_question_has_a_row_with_its_claim_verdict_numbers_and_sentence(pag
     assert found["independence"][2] == ".0040"  # without an interval; two digits that say something
 
 
+def test_a_p_value_that_is_too_small_for_a_number_is_not_0() -> None:
+    judgement = judgement_of()
+    none = replace(judgement, questions=judgement.questions.assign(holm=0.0))
+    table = BeautifulSoup(verdicts.verdict_table(none), "html.parser")
+    assert {words(row.find_all("td")[3].div) for row in table.select("tbody tr")} == {"<1e-300"}
+
+
 def test_metrics_that_agree_are_told_apart_without_their_verdicts() -> None:
     judgement = judgement_of()
     same = replace(judgement, questions=judgement.questions.assign(verdict=NO))

@@ -165,9 +165,14 @@ def test_what_is_no_picture_is_not_embedded(tmp_path: Path) -> None:
         "",
         ".",
         "n/../..",
+        "http://[host/a.png",
+        "//a]b/c.png",
     ):
         with pytest.raises(DataError):
             pictures.embedded(name)
+    for content in ("é", "a", "iVBO"):  # no base64, damaged, cut off
+        with pytest.raises(DataError, match="not a picture that can be shown"):
+            Pictures(tmp_path, {"a.png": {"image/png": content}}).embedded("attachment:a.png")
     with pytest.raises(DataError):
         data_uri(picture("TIFF"))
 

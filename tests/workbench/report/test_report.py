@@ -255,6 +255,16 @@ def test_a_panel_with_a_progress_bar_is_shown_without_it(tmp_path: Path) -> None
     assert text == "note <b>typed</b> plain not there"
 
 
+def test_a_date_is_that_of_the_widget(tmp_path: Path) -> None:
+    value = {"year": 2026, "month": 0, "date": 31}  # as JavaScript counts
+    states = {"day": {"model_name": "DatePickerModel", "state": {"value": value, "description": "day"}}}
+    output = new_output("display_data", {VIEW: {"model_id": "day"}})
+    notebook = new_notebook(cells=[new_code_cell("", outputs=[output])])
+    notebook.metadata["widgets"] = {_STATE: {"state": states}}
+    text = BeautifulSoup(notebook_body(notebook, tmp_path).cells, "html.parser").get_text(" ", strip=True)
+    assert text == "day year 2026, month 1, date 31"
+
+
 def test_a_widget_beside_its_drawing_is_shown_once(tmp_path: Path) -> None:
     bundles = (
         {VIEW: {"model_id": "x"}, "text/html": "", "text/plain": ""},

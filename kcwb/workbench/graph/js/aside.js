@@ -15,7 +15,11 @@ function make(tag, { on = {}, ...more } = {}, ...children) {
 
 const RAISED = "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079";  // -0123456789
 const powered = (power) => `\u00d710${[...power].map((one) => RAISED["-0123456789".indexOf(one)] ?? "").join("")}`;
-const rounded = (value, digits = 3) => (Number.isFinite(value) ? Number(value.toPrecision(digits)).toString().replace(/e(.*)/, (_, power) => powered(power)).replace("-", "\u2212") : "\u2013");
+const rounded = (value, digits = 3) => {  // never less than its whole part
+  if (!Number.isFinite(value)) return "\u2013";
+  const size = Math.abs(value), shown = size >= 10 ** digits && size < 1e15 ? Math.round(value) : Number(value.toPrecision(digits));
+  return shown.toString().replace(/e(.*)/, (_, power) => powered(power)).replace("-", "\u2212");
+};
 const counted = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
 

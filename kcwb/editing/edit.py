@@ -99,12 +99,9 @@ def edit(
     requests = _requests(model, facts, targets, given, editor, layer, bound)
     started = time.perf_counter()
     fit = editor.function(model, requests, layer, chosen, seed, progress)
-    if not all(math.isfinite(record["loss"]) for record in fit.losses) or not all(
-        bool(one.isfinite().all()) for one in fit.deltas.values()
-    ):
-        raise EditError(
-            f"The {method} edit diverged: its loss is {fit.objective}. Take a smaller lr. The model is as it was."
-        )
+    loss = next((one["loss"] for one in fit.losses if not math.isfinite(one["loss"])), fit.objective)
+    if not math.isfinite(loss) or not all(bool(one.isfinite().all()) for one in fit.deltas.values()):
+        raise EditError(f"The {method} edit diverged: its loss is {loss}. Take a smaller lr. The model is as it was.")
     parameters = {"method": method, "layer": layer, "seed": seed, "model": model.digest, **asdict(chosen)}
     made = Edit(
         model=model,

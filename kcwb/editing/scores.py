@@ -10,8 +10,8 @@ With P the probability of an object given a prompt, the geometric mean over its 
 - what the model says (QAEdit, arXiv 2502.11177): its likeliest continuation, token by token, up to the first full stop
   or end of line. `generated`: that this is the new object, by SQuAD's rules, which QAEdit's code takes: lower case, no
   punctuation, no articles, single spaces. `begins`: that it begins with the new object's words, since a prompt such as
-  "The capital of France is" may go on after it. Both of paraphrases, too; NaN where the object has a full stop in it.
-  ES and its like compare two objects and are told both; these are told nothing;
+  "The capital of France is" may go on after it. Both of paraphrases, too; NaN where the object has a full stop in it,
+  or nothing but articles and punctuation. ES and its like compare two objects and are told both; these nothing;
 - bleed-over: the share of prompts of other relations whose likeliest next token is another one after the edit, about
   the same subject and about others;
 - portability: P(composed new) > P(composed true) on a prompt that needs the edited fact for one of two steps.
@@ -31,8 +31,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kcwb.editing.answers import STOPS, says
-from kcwb.editing.cases import EditCase
+from kcwb.editing.answers import STOPS, says, words
+from kcwb.editing.cases import EditCase, check_targets
 from kcwb.editing.edit import Edit, EditError, edit
 from kcwb.editing.partial_runs import make_rows
 from kcwb.editing.registry import edit_method, many_at_once
@@ -82,8 +82,8 @@ class Asked:
         self.plain = [_row(model, text, None) for text in (*case.same_subject, *case.other_subjects)]
         self.n_same = len(case.same_subject)
         self.target = case.target
-        stopped = any(stop in case.target for stop in STOPS)
-        self.questions = () if stopped else (case.prompt, *case.paraphrases)
+        unsayable = any(stop in case.target for stop in STOPS) or not words(case.target)
+        self.questions = () if unsayable else (case.prompt, *case.paraphrases)
 
     def probabilities(self, model: Model) -> Float[np.ndarray, "prompts 2"]:
         """P of the new and of the true object."""
@@ -100,13 +100,11 @@ class Asked:
 
     def said(self, written: Sequence[str]) -> dict[str, float]:
         """Whether what was written is the new object, on the prompt and on paraphrases; NaN where nothing was asked."""
-        found = np.array([says(text, self.target) for text in written], dtype=float).reshape(-1, 2)
-        means = {"": found[:1], "_paraphrase": found[1:]}
-        return {
-            f"{name}{of}": _mean(part[:, i])
-            for i, name in enumerate(("generated", "begins"))
-            for of, part in means.items()
-        }
+        found = np.array([says(text, self.target) for text in written], dtype=float).reshape(-1, 2).T
+        means: dict[str, float] = {}
+        for name, hits in zip(("generated", "begins"), found, strict=True):
+            means |= {name: _mean(hits[:1]), f"{name}_paraphrase": _mean(hits[1:])}
+        return means
 
 
 Measured = tuple[Float[np.ndarray, "prompts 2"], Int[np.ndarray, " prompts"], dict[str, float]]
@@ -202,13 +200,9 @@ def edit_scores(
             f"{len(layers)} layers for {len(cases)} cases in batches of {batch}: give one for all, or, without "
             "batches, one for each."
         )
+    check_targets(cases)
     for i, case in enumerate(cases):
-        if case.target == case.fact.object:
-            raise SettingError(
-                f"Case {i}: the target {case.target!r:.60} is what {case.fact.subject!r:.60} has already."
-            )
-        others = [one.fact.subject for one in cases[i - i % batch : i]]
-        if case.fact.subject in others:
+        if case.fact.subject in [one.fact.subject for one in cases[i - i % batch : i]]:
             raise SettingError(f"Case {i}: {case.fact.subject!r:.60} is in its batch of {batch} before; take batch=1.")
     make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
     each = {case: Asked(model, case) for case in cases}  # a case may come again, for another layer
@@ -219,17 +213,15 @@ def edit_scores(
             part = cases[start : start + batch]
             asked, before = [each[case] for case in part], [before_each[case] for case in part]
             made = try_edit(model, part, method, layers[start], seed, settings)
-            after = before
+            after, cost = before, {"nll": math.nan, "seconds": math.nan}
             if made is not None:
+                cost = {"nll": made.nll, "seconds": made.seconds / len(part)}
                 with made:
                     after = measure(model, asked, tokens)
-            for i, (case, one) in enumerate(zip(part, asked, strict=True)):
-                cost = (made.nll, made.seconds / len(part)) if made else (math.nan, math.nan)
-                head = {"case": start + i, "relation": case.relation, "subject": case.fact.subject}
-                head |= {"true": case.fact.object, "target": case.target}
-                rows.append({**head, "run": "unedited", **case_scores(one, before[i], before[i])})
-                rows.append({**head, "run": method, **case_scores(one, before[i], after[i])})
-                rows[-1] |= dict(zip(("nll", "seconds"), cost, strict=True))
+            for i, case in enumerate(part):
+                head = {"case": start + i, **case.told}
+                rows.append({**head, "run": "unedited", **case_scores(asked[i], before[i], before[i])})
+                rows.append({**head, "run": method, **case_scores(asked[i], before[i], after[i]), **cost})
             step(len(part), part[-1].fact.subject)
     return pd.DataFrame(rows)
 
@@ -238,8 +230,7 @@ def try_edit(
     model: Model, cases: Sequence[EditCase], method: str, layer: int | None, seed: int, settings: dict[str, Any]
 ) -> Edit | None:
     """The edit; None if it diverged."""
-    facts, targets = [case.fact for case in cases], [case.target for case in cases]
-    templates = [case.template for case in cases]
+    facts, targets, templates = zip(*((case.fact, case.target, case.template) for case in cases), strict=True)
     more = {"layer": layer, "seed": seed, "bound": math.inf, "progress": False, **settings}
     try:
         return edit(model, facts, targets, method, template=templates, **more)
@@ -285,10 +276,9 @@ def layer_sweep(
     DataFrame
         One row per layer: `layer`, `n`, `S`, and the mean of each score. A layer that is given twice is tried once.
     """
-    layers = list(dict.fromkeys(layers))
-    of_each = [layer for layer in layers for _ in cases]
-    more = {"layer": of_each, "seed": seed, "progress": progress, **settings}
-    table = edit_scores(model, [*cases] * len(layers), method, **more)
+    of_each = [layer for layer in dict.fromkeys(layers) for _ in cases]
+    repeated = [*cases] * len(set(layers))
+    table = edit_scores(model, repeated, method, layer=of_each, seed=seed, progress=progress, **settings)
     edited = table[table["run"] == method].assign(layer=of_each)
     rows = []
     for layer, part in edited.groupby("layer", sort=False):
@@ -312,24 +302,20 @@ def score_summary(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
     rows = []
     for run, part in table.groupby("run", sort=False):
         shares = part[["ES", "PS", "NS"]].to_numpy(float)
-        rows.append({"run": run, "score": "S", "n": len(part), **_harmonic(shares, seed)})
+        rows.append((run, "S", len(part), *_harmonic(shares, seed)))
         for score in (name for name in SCORES if name in part):
             values = part[score].dropna().to_numpy(float)
-            row: dict[str, Any] = {"run": run, "score": score, "n": len(values)}
-            if len(values):
-                low, high = proportion_interval(values) if score in _SINGLE else mean_interval(values, seed)
-                row |= {"mean": float(values.mean()), "low": low, "high": high}
-            rows.append(row)
+            ends = proportion_interval(values) if score in _SINGLE else mean_interval(values, seed)
+            rows.append((run, score, len(values), _mean(values), *ends))
     return pd.DataFrame(rows, columns=["run", "score", "n", "mean", "low", "high"])
 
 
-def _harmonic(shares: Float[np.ndarray, "cases 3"], seed: int) -> dict[str, float]:
+def _harmonic(shares: Float[np.ndarray, "cases 3"], seed: int) -> tuple[float, float, float]:
     """The harmonic mean of three means, and its bootstrap interval over cases; NaN where a score is missing."""
 
     def mean(*scores: np.ndarray, axis: int = -1) -> np.ndarray:
         return 3 / np.sum([1 / np.nanmean(score, axis) for score in scores], axis=0)
 
-    low, high = statistic_interval([*shares.T], mean, seed)
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # all cases lack a score
-        return {"mean": float(mean(*shares.T)), "low": low, "high": high}
+        return float(mean(*shares.T)), *statistic_interval([*shares.T], mean, seed)

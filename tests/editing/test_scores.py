@@ -15,6 +15,7 @@ from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import edit
 from kcwb.editing.scores import (
     SCORES,
+    Asked,
     edit_scores,
     generate,
     layer_sweep,
@@ -148,6 +149,12 @@ def test_without_tokens_the_model_is_not_asked_what_it_says(model, monkeypatch):
     table = edit_scores(model, [CASE], "ft_m", tokens=0, progress=False, **TUNING)
     assert table[["generated", "begins", "generated_paraphrase", "begins_paraphrase"]].isna().all(axis=None)
     assert score_summary(table.drop(columns=["begins"]))["score"].tolist().count("S") == 2
+
+
+@pytest.mark.parametrize("target", ["the", "?"])
+def test_nobody_says_an_object_of_which_squad_s_rules_leave_nothing(model, target):
+    nothing = Asked(model, replace(CASE, target=target))
+    assert np.isnan([*nothing.said([""] * len(nothing.questions)).values()]).all()
 
 
 def test_a_case_without_some_prompts_has_no_such_scores(model):

@@ -86,16 +86,12 @@ class Asked:
 
     def table(self, kept: Bool[Tensor, "S R"]) -> pd.DataFrame:
         """All three runs, as `Play.ask` gives them."""
-        runs = {"before": self.before, "after": self.now(kept), "model": self.model}
-        (fact,) = self.prompts.facts
-        names = {"p": "probability", "rank": "rank", "top": "top"}
-        rows = [
-            {"run": run, "answer": fact.object} | {names[key]: value for key, value in said.items()}
-            for run, said in runs.items()
-        ]
-        table = pd.DataFrame(rows)
-        table.attrs.update(prompt=fact.subject, subject=fact.named, delivers=self.delivers)
-        return table
+        said = self.as_traits(kept)
+        table = pd.DataFrame(
+            [{"run": run, "answer": said["answer"], **said[run]} for run in ("before", "after", "model")]
+        )
+        table.attrs.update({name: said[name] for name in ("prompt", "subject", "delivers")})
+        return table.rename(columns={"p": "probability"})
 
     def as_traits(self, kept: Bool[Tensor, "S R"]) -> dict[str, Any]:
         """The same, ready for JSON."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import numpy as np
@@ -15,7 +17,7 @@ from kcwb.circuits.run import run_circuit
 from kcwb.discovery.baselines import random_circuit
 from kcwb.discovery.discover import discover
 from kcwb.errors import DataError, ModelError, SettingError
-from kcwb.models.loading import load_model
+from kcwb.models.loading import Model, load_model
 from kcwb.reading.roles import head_roles
 from kcwb.studies.formation import over_training
 from kcwb.tasks.metrics import answer_ranks, make_loss
@@ -71,6 +73,20 @@ def test_every_number_is_that_of_plain_runs_in_these_weights(folder):
     same = table.iloc[2]
     assert same["iou"] == 1 and same["hit"] == same["hit_last"]
     assert table["known"].iloc[2] > table["known"].iloc[0]  # something was learnt
+
+
+def test_one_checkpoint_is_held_at_a_time(folder):
+    loaded: list[weakref.ref[Model]] = []
+
+    def load(revision: str) -> Model:
+        gc.collect()
+        assert not [one for one in loaded if one() is not None]
+        model = load_model(folder, device="cpu", revision=revision)
+        loaded.append(weakref.ref(model))
+        return model
+
+    table = over_training(load, ["step0", "step20", "step0", "step20"], [make_world().relation("city_country")], **MORE)
+    assert len(loaded) == 2 and table["revision"].tolist() == ["step0", "step20", "step0", "step20"]
 
 
 def test_the_same_facts_are_asked_of_other_weights():

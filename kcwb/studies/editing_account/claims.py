@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 
-from kcwb.editing.cases import EditCase
+from kcwb.editing.cases import EditCase, check_targets
 from kcwb.editing.edit import EditError, edit, is_answer
 from kcwb.editing.registry import edit_method
 from kcwb.errors import DataError, SettingError
@@ -64,7 +64,7 @@ def compare_edits(
     Raises
     ------
     SettingError
-        If there are no cases or editors, or there is no such editor.
+        If there are no cases or editors, there is no such editor, or a case's target is its true object.
     DataError
         If no edit could be compared.
     """
@@ -73,6 +73,7 @@ def compare_edits(
         raise SettingError(f"{len(cases)} cases, {len(methods)} editors: give at least one of each.")
     for name in methods:
         edit_method(name)  # before anything runs
+    check_targets(cases)
     tasks: dict[tuple[str, str], tuple[Task, list[str]]] = {}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
@@ -94,8 +95,7 @@ def compare_edits(
                 except (EditError, DataError) as error:
                     left_out.append(f"{case.fact.subject}, {name}: {error}")
                 else:
-                    head = {"relation": case.relation, "subject": case.fact.subject, "true": case.fact.object}
-                    rows.append({**head, "target": case.target, "method": name, "nll": made.nll, **like.summary})
+                    rows.append({**case.told, "method": name, "nll": made.nll, **like.summary})
                 step(note=case.fact.subject)
     if left_out:
         warnings.warn(

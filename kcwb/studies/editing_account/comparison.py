@@ -294,15 +294,9 @@ def _ablations(model: Model, task: Task, drawn: Sequence[FactDraw] | None, seed:
 
 
 def _circuit(
-    model: Model,
-    task: Task,
-    fact: Fact,
-    template: str,
-    cuts: Sequence[Ablation],
-    *,
-    edges: int,
+    model: Model, task: Task, fact: Fact, template: str, cuts: Sequence[Ablation], *, edges: int,
     drawn: Sequence[FactDraw] | None,
-) -> Circuit | Ensemble:
+) -> Circuit | Ensemble:  # fmt: skip
     """The circuit of one prompt with one answer, by EAP-IG under mean ablation, at a size; or draws of it."""
     loss = make_loss(model, _asked(model, task, fact, template), "nll")
     scores = [attribution_scores(model, loss, one, steps=STEPS) for one in cuts]

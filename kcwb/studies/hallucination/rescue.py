@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kcwb.errors import DataError, SettingError
+from kcwb.evaluation.knowledge import sample_facts
 from kcwb.interventions.at_end import at_end, head_masks, logits_with
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
@@ -39,7 +40,7 @@ from kcwb.reading.positions import check_prompts, rows_told_at_end, says_its_obj
 from kcwb.reading.roles import strongest_movers
 from kcwb.settings import Count, Seed, at_least
 from kcwb.statistics import matched_head_sets, mean_interval, p_value, proportion_interval
-from kcwb.studies.hallucination.measurement import FEWEST_FACTS, sample_facts, task_of
+from kcwb.studies.hallucination.measurement import FEWEST_FACTS, task_of
 from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Relation, load_relation, require_subjects

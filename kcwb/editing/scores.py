@@ -33,7 +33,7 @@ from torch import Tensor
 
 from kcwb.editing.answers import STOPS, says, words
 from kcwb.editing.cases import EditCase, check_targets
-from kcwb.editing.edit import Edit, EditError, edit
+from kcwb.editing.edit import Edit, EditError, check_edits, edit
 from kcwb.editing.partial_runs import make_rows
 from kcwb.editing.registry import edit_method, many_at_once
 from kcwb.editing.writing import continuations, text_tokens
@@ -204,6 +204,7 @@ def edit_scores(
     for i, case in enumerate(cases):
         if case.fact.subject in [one.fact.subject for one in cases[i - i % batch : i]]:
             raise SettingError(f"Case {i}: {case.fact.subject!r:.60} is in its batch of {batch} before; take batch=1.")
+    check_edits(model, method, *layers, **settings)
     make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
     each = {case: Asked(model, case) for case in cases}  # a case may come again, for another layer
     before_each = dict(zip(each, measure(model, [*each.values()], tokens), strict=True))

@@ -29,8 +29,8 @@ from torch import Tensor
 from kcwb.editing.cases import EditCase, check_targets
 from kcwb.editing.change import Edit, lost_by_rounding
 from kcwb.editing.covariance import own_texts
+from kcwb.editing.edit import check_edits
 from kcwb.editing.partial_runs import make_rows
-from kcwb.editing.registry import edit_method
 from kcwb.editing.scores import Asked, Measured, case_scores, measure, score_summary, try_edit
 from kcwb.editing.writing import texts_as_now
 from kcwb.errors import SettingError
@@ -141,7 +141,7 @@ def sequential_edits(
     looks = sorted({min(n, len(cases)) for n in at})
     _check(cases, looks)
     cases = _apart(cases[: looks[-1]])
-    edit_method(method)
+    check_edits(model, method, layer, **settings)
     make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
     judged_at = {n: {"first": range(min(judged, n)), "last": range(max(0, n - judged), n)} for n in looks}
     numbers = {n: sorted({*which["first"], *which["last"]}) for n, which in judged_at.items()}

@@ -21,11 +21,12 @@ from kcwb.editing.scores import (
     layer_sweep,
     score_summary,
 )
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import DataError, ModelError, SettingError
 from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.relations import Fact
 from tests.editing.conftest import same_bits, weights
 from tests.tasks import prompt_ids
+from tests.tiny import tiny_model
 
 TUNING = {"layer": 0, "steps": 3, "lr": 0.05, "clamp": 0.2}
 CASE = EditCase(
@@ -194,6 +195,17 @@ def test_a_case_that_cannot_be_asked_is_refused_before_the_first_edit(model, wro
         edit_scores(model, [CASE, replace(CASE, **wrong)], "ft_m", progress=False, **TUNING)
     with pytest.raises(SettingError, match="in its batch"):
         edit_scores(model, [CASE, replace(CASE, target="w51")], "memit", batch=2, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"), [({"layer": [0, 2]}, "layers 0 to 1"), ({"stepz": 2}, "steps"), ({"steps": 0}, "at least 1")]
+)
+def test_settings_and_models_of_no_edit_are_refused_before_anything_runs(model, more, words, monkeypatch):
+    monkeypatch.setattr("kcwb.editing.scores.measure", lambda *a: pytest.fail("work was done"))
+    with pytest.raises(SettingError, match=words):
+        edit_scores(model, [CASE, CASE], "ft_m", bound=1.0, progress=False, **more)
+    with pytest.raises(ModelError, match="not covered"):
+        edit_scores(tiny_model("gemma2"), [CASE], "ft_m", progress=False)
 
 
 def test_a_diverged_edit_counts_as_one_that_changed_nothing(model):

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import pandas as pd
 
 from kcwb.editing.cases import EditCase, check_targets
-from kcwb.editing.edit import EditError, edit, is_answer
-from kcwb.editing.registry import edit_method
+from kcwb.editing.edit import EditError, check_edits, edit, is_answer
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -71,8 +70,8 @@ def compare_edits(
     methods = {method: {}} if isinstance(method, str) else method
     if not cases or not methods:
         raise SettingError(f"{len(cases)} cases, {len(methods)} editors: give at least one of each.")
-    for name in methods:
-        edit_method(name)  # before anything runs
+    for name, own in methods.items():
+        check_edits(model, name, **{"layer": layer, **settings, **own})
     check_targets(cases)
     tasks: dict[tuple[str, str], tuple[Task, list[str]]] = {}
     rows: list[dict[str, Any]] = []

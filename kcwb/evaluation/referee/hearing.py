@@ -94,6 +94,7 @@ class Hearing:
     ) -> None:  # fmt: skip
         self.model, self.circuit, self.task, self.cuts = model, circuit, task, cuts
         self.metric, self.effort, self.others, self.seed = metric, effort, others, seed
+        self.used = subjects_of(circuit, task) | {*exclude}
         seen, fresh = judged_facts(model, circuit, task, effort.facts, seed, exclude)
         self.prompts = cuts.usable(fresh)
         if len(self.prompts) < 4:
@@ -185,7 +186,6 @@ class Hearing:
         task, effort, own = self.task, self.effort, self._recovered(self.scores)
         rows = [{"kind": "facts", "name": "others", **self._measured(self.scores)}]
         asked: dict[tuple[str, str], _Test] = {}
-        seen = {fact.subject for fact in self.seen.prompts.facts} if self.seen else set()
         if self.seen is not None and other.tells(self.seen, self.metric):
             rows.insert(0, {"kind": "facts", "name": "found on", **self._measured(self.seen)})
             if len(self.seen.prompts) >= 4:
@@ -208,7 +208,7 @@ class Hearing:
             return True
 
         for template in other.other_templates(task, effort.templates):
-            add("template", template, self._scores_of(task.relation, template, seen))
+            add("template", template, self._scores_of(task.relation, template, self.used))
         count = effort.relations if isinstance(self.others, int) else len(self.others)
         for relation in other.other_relations(task, self.others, self.seed):
             count -= add("relation", relation.name, self._scores_of(relation, 0, ()))

@@ -35,7 +35,7 @@ from kcwb.tasks.relations import Relation, load_relation
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
-_VERSION = 3  # of what is asked; a kept judgement of another one is not read
+_VERSION = 4  # of what is asked; a kept judgement of another one is not read
 FULL = Effort()
 QUICK = Effort(12, 5, 30, 62, 62, 30, 1, 1, 12, again=False)
 

@@ -21,6 +21,7 @@ scores pair by pair.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,10 +134,8 @@ def _asked_so(
     others = [text for text in task.relation.prompt_templates_zs if text != case.template]
     tasks = [task]
     for text in others[: wordings - 1]:
-        try:
+        with contextlib.suppress(DataError):  # the model knows none of the facts in these words
             tasks.append(make_task(model, case.relation, n=n, seed=seed, template=text))
-        except DataError:  # which the model knows none of the facts in
-            continue
     worded = [_Wording(one.template, one.relation.objects, make_ablation(model, one, "mean")) for one in tasks]
     try:
         return worded, strongest_movers(model, task, movers, seed)

@@ -15,7 +15,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery.baselines import random_circuit
 from kcwb.errors import CircuitError, DataError, SettingError
-from kcwb.evaluation.referee import hypotheses
+from kcwb.evaluation.referee import elsewhere, hypotheses
 from kcwb.evaluation.referee import referee as module
 from kcwb.evaluation.referee.compare import rank_circuits
 from kcwb.evaluation.referee.elsewhere import best_circuit, of_nodes, rivals
@@ -293,6 +293,18 @@ def test_a_judgement_with_bos_is_none_without(planted, heard):
         model = replace(found.model, prepend_bos=bos)
         referee(model, circuit_of(planted, found.truth("zero")), task, **SETTINGS)
     assert [model.prepend_bos for model, *_ in heard] == [False, True]
+
+
+def test_other_templates_are_not_tried_on_what_it_was_found_on_or_is_not_to_be_judged_on(planted, monkeypatch):
+    found, task = planted
+    circuit = circuit_of(planted, found.truth("zero"))
+    circuit = replace(circuit, provenance={**circuit.provenance, "facts": [["s2", "?"]]})  # a single one
+    relation = replace(found.relation, prompt_templates_zs=(*found.relation.prompt_templates_zs, "so {} is"))
+    left_out = []
+    monkeypatch.setattr(elsewhere, "task_elsewhere", lambda *given: left_out.append(set(given[5])))
+    other = replace(task, relation=relation)
+    referee(found.model, circuit, other, quick=True, draws=5, exclude=["s4"], cache=False, **SETTINGS)
+    assert left_out == [{"s2", "s4"}]
 
 
 def test_too_few_facts_that_the_ablation_is_defined_on_are_refused(planted):

@@ -138,7 +138,7 @@ def edit_cases(
     DataError
         If no relation has a fact that is known and has a neighbour, where these are asked.
     """
-    loaded = [load_relation(one) if isinstance(one, str) else one for one in relations]
+    loaded = [*dict.fromkeys(load_relation(one) if isinstance(one, str) else one for one in relations)]
     for relation in loaded:
         require_subjects(relation, "An edit")
         relation.template(template)

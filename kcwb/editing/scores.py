@@ -58,13 +58,13 @@ _SINGLE = ("ES", "generated", "begins")
 
 
 @verb
-def generate(model: Model, text: str, tokens: int = 12) -> str:
+def generate(model: Model, text: str, tokens: Count = 12) -> str:
     """The likeliest continuation of a text, token by token, up to the context's end; the text itself is left out.
 
     Raises
     ------
     DataError
-        If the text fills the context.
+        If the text fills the context, or has no token.
     """
     return continuations(model, [text], tokens)[0]
 

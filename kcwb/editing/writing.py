@@ -24,9 +24,12 @@ _TOGETHER = 32  # texts that are continued at once
 
 
 def text_tokens(model: Model, text: str) -> list[int]:
-    """The tokens of a text, after BOS where the model's prompts have one."""
+    """The tokens of a text, after BOS where the model's prompts have one; DataError if there are none."""
     bos: list[Any] = [model.tokenizer.bos_token_id] if model.prepend_bos else []
-    return bos + list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    found = bos + list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not found:
+        raise DataError(f"The text {text!r:.60} has no token, after which {model.name} could go on.")
+    return found
 
 
 def continuations(model: Model, texts: Sequence[str], new: int, stops: Sequence[str] = ()) -> list[str]:
@@ -37,7 +40,7 @@ def continuations(model: Model, texts: Sequence[str], new: int, stops: Sequence[
     Raises
     ------
     DataError
-        If a text fills the context.
+        If a text fills the context, or has no token.
     """
     rows = [text_tokens(model, text) for text in texts]
     room = model.network.n_ctx - new

@@ -311,6 +311,9 @@ def _check(
     """Refuse what cannot be meant; the relations' templates."""
     if not relations:
         raise DataError("There is no relation to look at.")
+    names = [relation.name for relation in relations]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"The relation {twice[0]!r:.60} is given twice: a fact must be in one pair.")
     if len(set(templates)) < 2:
         raise SettingError(f"templates={list(templates)}: two different ones are needed, one right and one wrong.")
     if not isinstance(movers, int) and not named_heads(model, movers):

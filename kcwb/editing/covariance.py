@@ -162,14 +162,9 @@ def covariances(
 
 
 def sample_texts(model: Model, openings: Sequence[str], length: int, seed: int, top_k: int = 50) -> list[list[int]]:
-    """Token ids of one text per opening, sampled from the model: `length` new tokens after each opening's own.
+    """Token ids of one text per opening: its own, and `length` more, each sampled from the `top_k` likeliest.
 
     Fewer where the context ends before.
-
-    Parameters
-    ----------
-    top_k
-        Sample from this many likeliest tokens.
     """
     starts = [text_tokens(model, word)[: model.network.n_ctx - 1] for word in openings]
     groups: dict[int, list[int]] = {}

@@ -186,7 +186,9 @@ def edit_scores(
     ------
     SettingError
         If there are no cases, the method cannot take so many at once, there are as many layers as neither one nor the
-        cases, or a case's target is its true object.
+        cases, a layer or a setting cannot be meant, or a case's target is its true object.
+    ModelError
+        If the model's family cannot be edited.
     DataError
         If a prompt of any case does not fit into the context, or an answer runs into its prompt.
     """

@@ -134,7 +134,10 @@ def sequential_edits(
     Raises
     ------
     SettingError
-        If there are no cases or looks, a prompt is edited twice, or a target is the true object.
+        If there are no cases or looks, a prompt is edited twice, a layer or a setting cannot be meant, or a target is
+        the true object.
+    ModelError
+        If the model's family cannot be edited.
     DataError
         If a prompt of any case does not fit into the context, or an answer runs into its prompt.
     """

@@ -31,16 +31,7 @@ class Answered(TypedDict):
 
 
 class Asked:
-    """A prompt that is asked again after each step.
-
-    Parameters
-    ----------
-    question, others
-        What is asked and whose subjects may take its subject's place, as in `kcwb.tasks.own.own_prompt`.
-    cuts
-        What cut edges deliver.
-    given
-        The circuit's edges as it was given.
+    """A prompt that is asked again after each step (`kcwb.tasks.own.own_prompt`), of the circuit as it was given too.
 
     Attributes
     ----------
@@ -60,13 +51,9 @@ class Asked:
     """
 
     def __init__(
-        self,
-        model: Model,
-        question: Mapping[str, str],
-        others: Sequence[Fact],
-        cuts: Ablation,
+        self, model: Model, question: Mapping[str, str], others: Sequence[Fact], cuts: Ablation,
         given: Bool[Tensor, "S R"],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.question = {name: text for name, text in question.items() if text}
         prompts = own_prompt(model, **question, others=others)
         if cuts.kind.paired and not bool(prompts.paired.all()):

@@ -35,6 +35,7 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.roles import head_roles
 from kcwb.settings import Count, Natural, Seed
+from kcwb.studies.fact_circuits import require_connected
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import Task, ask_again, make_task
 from kcwb.verbs import verb
@@ -90,6 +91,8 @@ def over_training(
         If there are fewer than two revisions or no relation, or the graph has fewer edges.
     DataError
         If the last checkpoint knows none of a relation's facts.
+    CircuitError
+        If its circuit falls apart: its strongest edges are not connected.
     ModelError
         If a checkpoint has another shape than the last, or cannot be loaded.
     """
@@ -102,7 +105,9 @@ def over_training(
         task = make_task(last, relation, n=n, n_test=n_test, seed=seed)
         if not len(task.test):
             raise DataError(f"{task.relation.name} has no fact for D_test: take a smaller n.")
-        found[task.relation.name] = task, _circuit(last, task, edges), _movers(last, task, seed)
+        circuit = _circuit(last, task, edges)
+        require_connected(circuit, task.relation.name, edges, "facts")
+        found[task.relation.name] = task, circuit, _movers(last, task, seed)
     graph, rows = last.graph, {}
     with track(progress, len(set(revisions)) * len(found), "checkpoints") as step:
 

@@ -16,7 +16,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery.baselines import random_circuit
 from kcwb.discovery.discover import discover
-from kcwb.errors import DataError, ModelError, SettingError
+from kcwb.errors import CircuitError, DataError, ModelError, SettingError
 from kcwb.models.loading import Model, load_model
 from kcwb.reading.roles import head_roles
 from kcwb.studies.formation import over_training
@@ -129,5 +129,7 @@ def test_what_is_no_series_is_said(folder):
     with pytest.raises(ModelError, match="another shape"):
         models = {"a": tiny_model("llama"), "b": load(revision="step20")}
         over_training(models.__getitem__, ["a", "b"], [relation], **MORE)
+    with pytest.raises(CircuitError, match="are not connected"):
+        over_training(lambda name: load(revision=name), ["step0", "step20"], [relation], **{**MORE, "edges": 1})
     with pytest.raises(DataError, match="smaller n"):
         over_training(lambda name: load(revision=name), ["step0", "step20"], [relation], **{**MORE, "n_test": 0})

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 
+from kcwb.discovery.methods import check_size
 from kcwb.editing.cases import EditCase, check_targets
 from kcwb.editing.edit import EditError, check_edits, edit, is_answer
 from kcwb.errors import DataError, SettingError
@@ -58,12 +59,16 @@ def compare_edits(
     Returns
     -------
     DataFrame
-        One row per edit and method: `relation`, `subject`, `true`, `target`, `method`, and `EditComparison.summary`.
+        One row per edit and method: `relation`, `subject`, `true`, `target`, `method`, `nll` (`Edit.nll`), and
+        `EditComparison.summary`.
 
     Raises
     ------
     SettingError
-        If there are no cases or editors, there is no such editor, or a case's target is its true object.
+        If there are no cases or editors, there is no such editor or setting, a case's target is its true object, or the
+        graph has fewer edges.
+    ModelError
+        If the model's family cannot be edited.
     DataError
         If no edit could be compared.
     """
@@ -73,6 +78,7 @@ def compare_edits(
     for name, own in methods.items():
         check_edits(model, name, **{"layer": layer, **settings, **own})
     check_targets(cases)
+    check_size(model.graph, edges, model.name)
     tasks: dict[tuple[str, str], tuple[Task, list[str]]] = {}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -148,7 +148,7 @@ def _answer_logits(model: Model, rows: Sequence[_Tokens]) -> Iterator[Float[Tens
 def edit_scores(
     model: Model,
     cases: Sequence[EditCase],
-    method: str = "rome",
+    method: str | Mapping[str, Mapping[str, Any]] = "rome",
     *,
     layer: int | Sequence[int] | None = None,
     batch: Count = 1,
@@ -168,16 +168,17 @@ def edit_scores(
     model, cases
         The model, and the edits, from `edit_cases` or `load_counterfact`.
     method, layer, seed, settings
-        As in `kcwb.editing.edit.edit`; the layer one for all, or one for each case.
+        As in `kcwb.editing.edit.edit`; the layer one for all, or one for each case. Or several methods, each with
+        settings of its own, `{"rome": {"prefixes": 5}, "ft_m": {}}`, beside which the unedited model is asked once.
     batch
-        How many edits go in at once; more than one for an editor that takes many (`memit`, `alphaedit`), in one layer.
+        How many edits go in at once; more than one for editors that take many (`memit`, `alphaedit`), in one layer.
     tokens
         How many tokens the model writes at most where it is asked what it says; 0 for not asking.
 
     Returns
     -------
     DataFrame
-        Two rows per case, `run` being `unedited` and the method's name; `case`, `relation`, `subject`, `true`,
+        A row per case and `run`, which is `unedited` or a method's name; `case`, `relation`, `subject`, `true`,
         `target`, the scores (see the module's text; NaN where a case has no such prompts), `nll` (`Edit.nll`: of the
         target, by the edited weights; of a batch the worst) and `seconds`. `score_summary` makes means with intervals
         of it.
@@ -185,16 +186,18 @@ def edit_scores(
     Raises
     ------
     SettingError
-        If there are no cases, the method cannot take so many at once, there are as many layers as neither one nor the
-        cases, a layer or a setting cannot be meant, or a case's target is its true object.
+        If there are no cases or methods, a method cannot take so many at once, there are as many layers as neither one
+        nor the cases, a layer or a setting cannot be meant, or a case's target is its true object.
     ModelError
         If the model's family cannot be edited.
     DataError
         If a prompt of any case does not fit into the context, or an answer runs into its prompt.
     """
-    if not cases or (batch > 1 and not edit_method(method).many):
+    methods = {method: {}} if isinstance(method, str) else method
+    if not cases or not methods or (batch > 1 and not all(edit_method(name).many for name in methods)):
         raise SettingError(
-            f"{len(cases)} cases in batches of {batch}: at least one, and batches for {many_at_once()} alone."
+            f"{len(methods)} editors, {len(cases)} cases in batches of {batch}: at least one of each, and batches for "
+            f"{many_at_once()} alone."
         )
     layers = [layer] * len(cases) if layer is None or isinstance(layer, int) else [*layer]
     if len(layers) != len(cases) or (batch > 1 and len({*layers}) > 1):
@@ -206,26 +209,29 @@ def edit_scores(
     for i, case in enumerate(cases):
         if case.fact.subject in [one.fact.subject for one in cases[i - i % batch : i]]:
             raise SettingError(f"Case {i}: {case.fact.subject!r:.60} is in its batch of {batch} before; take batch=1.")
-    check_edits(model, method, *layers, **settings)
+    for name, own in methods.items():
+        check_edits(model, name, *layers, **{**settings, **own})
     make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
     each = {case: Asked(model, case) for case in cases}  # a case may come again, for another layer
     before_each = dict(zip(each, measure(model, [*each.values()], tokens), strict=True))
     rows: list[dict[str, Any]] = []
-    with track(progress, len(cases), f"{method} edits") as step:
+    with track(progress, len(cases) * len(methods), f"{', '.join(methods)} edits") as step:
         for start in range(0, len(cases), batch):
             part = cases[start : start + batch]
             asked, before = [each[case] for case in part], [before_each[case] for case in part]
-            made = try_edit(model, part, method, layers[start], seed, settings)
-            after, cost = before, {"nll": math.nan, "seconds": math.nan}
-            if made is not None:
-                cost = {"nll": made.nll, "seconds": made.seconds / len(part)}
-                with made:
-                    after = measure(model, asked, tokens)
+            runs: dict[str, tuple[list[Measured], dict[str, float]]] = {"unedited": (before, {})}
+            for name, own in methods.items():
+                runs[name] = before, {"nll": math.nan, "seconds": math.nan}
+                made = try_edit(model, part, name, layers[start], seed, {**settings, **own})
+                if made is not None:
+                    with made:
+                        after = measure(model, asked, tokens)
+                    runs[name] = after, {"nll": made.nll, "seconds": made.seconds / len(part)}
+                step(len(part), part[-1].fact.subject)
             for i, case in enumerate(part):
                 head = {"case": start + i, **case.told}
-                rows.append({**head, "run": "unedited", **case_scores(asked[i], before[i], before[i])})
-                rows.append({**head, "run": method, **case_scores(asked[i], before[i], after[i]), **cost})
-            step(len(part), part[-1].fact.subject)
+                for run, (found, cost) in runs.items():
+                    rows.append({**head, "run": run, **case_scores(asked[i], before[i], found[i]), **cost})
     return pd.DataFrame(rows)
 
 

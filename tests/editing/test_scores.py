@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from kcwb.editing import scores
 from kcwb.editing.answers import says
 from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import edit
@@ -244,6 +245,28 @@ def test_generation_is_greedy(model):
     for word in generate(model, text, tokens=4).split():
         assert model.tokenizer.decode([likeliest(model, text)]).strip() == word
         text = f"{text} {word}"
+
+
+def test_several_methods_are_scored_as_each_alone_and_the_unedited_model_is_asked_once(model, monkeypatch):
+    cases, more = [CASE, replace(CASE, target="w51")], {"layer": 1, "lr": 0.05, "progress": False, "tokens": 4}
+    settings = {"ft_m": {"steps": 3, "clamp": 0.2}, "ft_l": {"steps": 1, "clamp": 0.1}}
+    alone = {name: edit_scores(model, cases, name, **more, **own) for name, own in settings.items()}
+    unedited, measured = 0, scores.measure
+
+    def counted(*args):
+        nonlocal unedited
+        unedited += "+" not in model.name
+        return measured(*args)
+
+    monkeypatch.setattr(scores, "measure", counted)
+    table = edit_scores(model, cases, settings, **more)
+    assert unedited == 1 and table["run"].tolist() == ["unedited", "ft_m", "ft_l"] * 2
+    for name, expected in alone.items():
+        found = table[table["run"].isin(["unedited", name])].reset_index(drop=True)
+        pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"))
+    assert not table.query("run == 'ft_m'")["nll"].equals(table.query("run == 'ft_l'")["nll"])
+    with pytest.raises(SettingError, match="0 editors"):
+        edit_scores(model, cases, {})
 
 
 def test_each_case_may_have_a_layer_of_its_own(model):

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def user_folder(name: str) -> Path:
+    """A folder of the user's cache, or under the environment variable `KCWB_CACHE`."""
+    from platformdirs import user_cache_path
+
+    root = os.environ.get("KCWB_CACHE")
+    return (Path(root).expanduser().absolute() if root else user_cache_path("kcwb")) / name
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`: on success it becomes `path`, after an exception `path` is as it was.

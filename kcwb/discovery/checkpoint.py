@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor
 
 from kcwb.errors import CircuitError, shown
-from kcwb.files import write_tensors
+from kcwb.files import user_folder, write_tensors
 
 if TYPE_CHECKING:
     from kcwb.discovery.acdc import Search
@@ -29,8 +27,7 @@ _VERSION = 4
 
 def checkpoint_folder() -> Path:
     """Where checkpoints are kept that no path is given for: in the user's cache (`KCWB_CACHE`)."""
-    root = os.environ.get("KCWB_CACHE")
-    return (Path(root) if root else user_cache_path("kcwb")) / "checkpoints"
+    return user_folder("checkpoints")
 
 
 def fingerprint(search: Search) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,7 @@ from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.records import read_json, readable
-from kcwb.tasks.relations import (
-    Fact,
-    Relation,
-    check_template,
-    load_relation,
-    load_relations,
-    require_subjects,
-)
+from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations, require_subjects
 from kcwb.tasks.subjects import blank
 from kcwb.tasks.tokens import object_tokens
 from kcwb.verbs import noun, verb
@@ -84,6 +78,21 @@ class EditCase:
         """The template about the fact's subject."""
         return self.template.replace("{}", self.fact.subject)
 
+    @property
+    def told(self) -> dict[str, str]:
+        """What tables say of it."""
+        fact = self.fact
+        return {"relation": self.relation, "subject": fact.subject, "true": fact.object, "target": self.target}
+
+
+def check_targets(cases: Iterable[EditCase]) -> None:
+    """Refuse an edit to what its subject has already; SettingError."""
+    for i, case in enumerate(cases):
+        if case.target == case.fact.object:
+            raise SettingError(
+                f"Case {i}: the target {case.target!r:.60} is what {case.fact.subject!r:.60} has already."
+            )
+
 
 @verb
 def edit_cases(
@@ -124,25 +133,23 @@ def edit_cases(
 
     Raises
     ------
+    SettingError
+        If a relation has no such template.
     DataError
         If no relation has a fact that is known and has a neighbour, where these are asked.
     """
-    loaded = [load_relation(one) if isinstance(one, str) else one for one in relations]
+    loaded = [*dict.fromkeys(load_relation(one) if isinstance(one, str) else one for one in relations)]
     for relation in loaded:
         require_subjects(relation, "An edit")
+        relation.template(template)
     everything = load_relations()
-    counts = {"neighbours": neighbours, "others": others}
-    waiting = [_cases_of(model, one, everything, template, rank, seed, **counts) for one in loaded]
+    of_each = [_cases_of(model, one, everything, template, rank, seed, neighbours, others) for one in loaded]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*of_each))
     cases: list[EditCase] = []
     with track(progress, n, "facts") as step:
-        while waiting and len(cases) < n:
-            for source in list(waiting):
-                case = next(source, None)
-                if case is None:
-                    waiting.remove(source)
-                elif len(cases) < n:
-                    cases.append(case)
-                    step(note=case.relation)
+        for case in itertools.islice(filter(None, in_turn), n):
+            cases.append(case)
+            step(note=case.relation)
     if not cases:
         names = ", ".join(relation.name for relation in loaded)
         sharing = " that shares its object with another" if neighbours else ""
@@ -151,22 +158,20 @@ def edit_cases(
 
 
 def _cases_of(
-    model: Model, relation: Relation, everything: Sequence[Relation], template: int, rank: int, seed: int, *,
+    model: Model, relation: Relation, everything: Sequence[Relation], template: int, rank: int, seed: int,
     neighbours: int, others: int,
 ) -> Iterator[EditCase]:  # fmt: skip
     """The edits of one relation, in random order; facts are asked a few at a time, as they are needed."""
-    templates = relation.prompt_templates_zs
-    if not 0 <= template < len(templates):
-        raise SettingError(f"template={template}: {relation.name} has 0 to {len(templates) - 1}.")
+    text = relation.template(template)
     draw = random.Random(f"{seed} {relation.name}")
     apart = [one for one in everything if one.name != relation.name]
     facts = draw.sample(relation.facts, len(relation.facts))
     if neighbours:
         facts = [fact for fact in facts if any(one.object == fact.object and one != fact for one in relation.facts)]
-    tokens = object_tokens(model, templates[template], relation.facts[0].subject, relation.objects)
+    tokens = object_tokens(model, text, relation.facts[0].subject, relation.objects)
     for start in range(0, len(facts), _AT_ONCE):
         part = facts[start : start + _AT_ONCE]
-        prompts = encode(model, part, templates[template], relation.objects)
+        prompts = encode(model, part, text, relation.objects)
         for fact, known in zip(part, (prompts.ranks <= rank).tolist(), strict=True):
             true = tokens[fact.object]  # neither object may begin the other
             targets = [one for one in relation.objects if any(a != b for a, b in zip(tokens[one], true, strict=False))]

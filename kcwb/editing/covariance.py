@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import os
 import random
 import warnings
 from collections.abc import Collection, Sequence
@@ -21,13 +20,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from platformdirs import user_cache_path
 from torch import Tensor
 
 from kcwb.editing.writing import continued, text_digest, text_store, text_tokens, writer
 from kcwb.errors import DataError, KcwbError, SettingError
-from kcwb.files import write_tensors
-from kcwb.interventions.block import run_block
+from kcwb.files import user_folder, write_tensors
+from kcwb.interventions.block import run_blocks
 from kcwb.models.loading import Model
 from kcwb.models.memory import in_pieces
 from kcwb.progress import Progress, track
@@ -118,7 +116,7 @@ def covariances(
     tokens
         How many tokens of text; default ten for each dimension of k, and at least two texts.
     cache
-        Where to keep the texts and matrices: a folder, True for the user's cache, False for nowhere.
+        Where to keep the texts and matrices: a folder, True for the user's cache (or `KCWB_CACHE`), False for nowhere.
 
     Returns
     -------
@@ -145,9 +143,8 @@ def covariances(
     short = (model.network.n_ctx,) if model.network.n_ctx < _LENGTH else ()  # the same weights may read less
     about = (_VERSION, text_digest(model), str(model.dtype), writer(model), wanted, seed, *short)
     name = hashlib.sha256(repr(about).encode()).hexdigest()[:24]
-    folder = covariance_folder() / name if cache is True else Path(cache) / name if cache else None
-    store = text_store(model)
-    held = {} if store is None else store
+    folder = user_folder("covariances") / name if cache is True else Path(cache) / name if cache else None
+    held = text_store(model)
     found = {layer: held.get((name, layer)) or _read(folder, layer, width) for layer in layers}
     missing = [layer for layer, one in found.items() if one is None]
     if missing and text_digest(model) != model.digest:
@@ -159,27 +156,15 @@ def covariances(
         for layer in missing:
             found[layer] = Covariance(layer, halves[layer], counted)
             if folder is not None:
-                metadata = {"tokens": str(counted)}
-                _keep(folder / f"layer{layer}.safetensors", {"halves": halves[layer]}, metadata)
+                _keep(folder / f"layer{layer}.safetensors", {"halves": halves[layer]}, {"tokens": str(counted)})
     held.update({(name, layer): one for layer, one in found.items()})
     return {layer: Covariance(layer, one.halves.to(model.device), one.n_tokens) for layer, one in found.items() if one}
 
 
-def covariance_folder() -> Path:
-    """Where covariances are kept: in the user's cache (`KCWB_CACHE`)."""
-    root = os.environ.get("KCWB_CACHE")
-    return (Path(root) if root else user_cache_path("kcwb")) / "covariances"
-
-
 def sample_texts(model: Model, openings: Sequence[str], length: int, seed: int, top_k: int = 50) -> list[list[int]]:
-    """Token ids of one text per opening, sampled from the model: `length` new tokens after each opening's own.
+    """Token ids of one text per opening: its own, and `length` more, each sampled from the `top_k` likeliest.
 
     Fewer where the context ends before.
-
-    Parameters
-    ----------
-    top_k
-        Sample from this many likeliest tokens.
     """
     starts = [text_tokens(model, word)[: model.network.n_ctx - 1] for word in openings]
     groups: dict[int, list[int]] = {}
@@ -194,8 +179,7 @@ def sample_texts(model: Model, openings: Sequence[str], length: int, seed: int, 
             most = min(length, model.network.n_ctx - ids.shape[1])
 
             def sampled(part: slice, ids: Tensor = ids, most: int = most) -> list[list[int]]:
-                found = continued(model, ids[part], most, do_sample=True, top_k=top_k, min_new_tokens=most)
-                return found.tolist()
+                return continued(model, ids[part], most, do_sample=True, top_k=top_k, min_new_tokens=most).tolist()
 
             found = itertools.chain(*in_pieces(len(ids), _TEXTS, sampled, "sampled texts"))
             for i, text in zip(rows, found, strict=True):
@@ -225,26 +209,21 @@ def own_texts(model: Model, n: int, length: int, seed: int, without: Collection[
 
 
 def _texts(model: Model, wanted: int, seed: int, folder: Path | None) -> Int[Tensor, "N T"]:
-    """The texts, from the folder if they are in it."""
+    """Equally long texts, sentences of the relations and samples in turn; from the folder if they are in it."""
     path = None if folder is None else folder / "texts.safetensors"
     found = None if path is None else _load(path)
     if found is not None and "texts" in found[0]:
         return found[0]["texts"].to(model.device)
-    texts = _make_texts(model, wanted, seed)
-    if path is not None:
-        _keep(path, {"texts": texts})
-    return texts
-
-
-def _make_texts(model: Model, wanted: int, seed: int) -> Int[Tensor, "N T"]:
-    """Equally long texts: shuffled sentences of the relations one after the other, and samples, in turn."""
     each = min(_LENGTH, model.network.n_ctx)
     n_texts = 2 * math.ceil(wanted / (2 * (each - 1)))
     made = own_texts(model, n_texts // 2, each, seed)
     openings = [OPENINGS[i % len(OPENINGS)] for i in range(n_texts - len(made))]
     sampled = [text[:each] for text in sample_texts(model, openings, each - 1, seed)]
     # Each half of the list has both kinds, and no text is in both.
-    return torch.tensor([*made[::2], *sampled[::2], *made[1::2], *sampled[1::2]], device=model.device)
+    texts = torch.tensor([*made[::2], *sampled[::2], *made[1::2], *sampled[1::2]], device=model.device)
+    if path is not None:
+        _keep(path, {"texts": texts})
+    return texts
 
 
 @torch.no_grad()
@@ -258,13 +237,8 @@ def _accumulate(
     middle, each = len(texts) // 2, texts.shape[1] - 1
 
     def keys(texts: Int[Tensor, "n T"]) -> dict[int, Float[Tensor, "nT M"]]:
-        x, found = network.embed(texts), {}
-        for layer in range(max(layers) + 1):
-            block = run_block(network, layer, x)
-            if layer in sums:
-                found[layer] = block.hidden[:, 1:].flatten(0, 1).float()
-            x = block.after
-        return found
+        blocks = enumerate(run_blocks(network, texts, max(layers) + 1))
+        return {layer: block.hidden[:, 1:].flatten(0, 1).float() for layer, block in blocks if layer in sums}
 
     with track(progress, len(texts), "covariance") as step:
         for half, some in enumerate((texts[:middle], texts[middle:])):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -94,17 +94,13 @@ def edit(
     facts = (fact,) if isinstance(fact, Fact) else tuple(fact)
     targets = (target,) if isinstance(target, str) else tuple(target)
     given = (template,) * len(facts) if isinstance(template, str) else tuple(template)
-    editor = edit_method(method)
-    chosen, layer, defaults = _settings(model, editor, layer, settings)
-    requests = _requests(model, facts, targets, given, editor, layer, bound)
+    editor, chosen, layer, defaults = settled(model, method, layer, settings)
+    requests = _requests(model, facts, targets, given, editor, bound)
     started = time.perf_counter()
     fit = editor.function(model, requests, layer, chosen, seed, progress)
-    if not all(math.isfinite(record["loss"]) for record in fit.losses) or not all(
-        bool(one.isfinite().all()) for one in fit.deltas.values()
-    ):
-        raise EditError(
-            f"The {method} edit diverged: its loss is {fit.objective}. Take a smaller lr. The model is as it was."
-        )
+    loss = next((one["loss"] for one in fit.losses if not math.isfinite(one["loss"])), fit.objective)
+    if not math.isfinite(loss) or not all(bool(one.isfinite().all()) for one in fit.deltas.values()):
+        raise EditError(f"The {method} edit diverged: its loss is {loss}. Take a smaller lr. The model is as it was.")
     parameters = {"method": method, "layer": layer, "seed": seed, "model": model.digest, **asdict(chosen)}
     made = Edit(
         model=model,
@@ -133,10 +129,12 @@ def default_layer(model: Model, method: str = "rome") -> int:
     return known_settings(model, method)[0]["layer"]
 
 
-def _settings(
-    model: Model, editor: EditMethod, layer: int | None, given: dict[str, Any]
-) -> tuple[Any, int, dict[str, Any]]:  # fmt: skip
-    """The editor's settings, the layer, and which of them were taken from what is known, with the source."""
+def settled(
+    model: Model, method: str, layer: int | None, given: Mapping[str, Any]
+) -> tuple[EditMethod, Any, int, dict[str, Any]]:
+    """The editor, its settings, the layer, and which of these were taken from what is known, with the source."""
+    editor = edit_method(method)
+    model.network.require("editing")
     known = [one.name for one in fields(editor.settings)]
     for name in given:
         if name not in known:
@@ -146,18 +144,23 @@ def _settings(
     taken = {name: value for name, value in good.items() if name not in given}
     whole = {**taken, **given}
     chosen: int = whole.pop("layer")
-    return editor.settings(**whole), chosen, {"source": source, **taken} if taken else {}
+    if not 0 <= chosen < model.graph.n_layers:
+        raise SettingError(f"layer={chosen}: {model.name} has layers 0 to {model.graph.n_layers - 1}.")
+    return editor, editor.settings(**whole), chosen, {"source": source, **taken} if taken else {}
+
+
+def check_edits(model: Model, method: str, *layers: int | None, **more: Any) -> None:
+    """Refuse, before anything runs, what `edit` would refuse of any fact; as it does."""
+    own = {name: value for name, value in more.items() if name not in ("bound", "seed", "progress")}
+    for layer in {own.pop("layer", None), *layers}:
+        settled(model, method, layer, own)
 
 
 def _requests(
     model: Model, facts: Sequence[Fact], targets: Sequence[str], templates: Sequence[str], editor: EditMethod,
-    layer: int, bound: float,
+    bound: float,
 ) -> list[Request]:  # fmt: skip
     """Refuse what cannot be meant; what is asked for, each template with `{}`."""
-    model.network.require("editing")
-    n_layers = model.graph.n_layers
-    if not 0 <= layer < n_layers:
-        raise SettingError(f"layer={layer}: {model.name} has layers 0 to {n_layers - 1}.")
     if not facts or not len(facts) == len(targets) == len(templates):
         raise SettingError(
             f"{len(facts)} facts, {len(targets)} targets, {len(templates)} templates: give as many of each, at least 1."
@@ -207,13 +210,7 @@ def is_answer(model: Model, fact: Fact, template: str) -> bool:
 
 
 def _judged(made: Edit, requests: Sequence[Request], contexts: Sequence[Sequence[str]], bound: float) -> Edit:
-    """The edit with its losses by the edited weights; `contexts` are each request's prompt, and it with prefixes.
-
-    Raises
-    ------
-    EditError
-        If the loss on a prompt itself does not get under the bound.
-    """
+    """The edit with its losses by the edited weights; `contexts` are each request's prompt, and it with prefixes."""
     asked = [request.wanted for request in requests]
     rows = make_rows(made.model, [(fact, text) for fact, texts in zip(asked, contexts, strict=True) for text in texts])
     with made as model:

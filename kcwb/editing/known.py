@@ -8,7 +8,6 @@ in any precision, and edited. What is not known here has the method's own defaul
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kcwb.editing.registry import METHODS
@@ -25,30 +24,19 @@ class Shape(NamedTuple):
     d_mlp: int
 
 
-@dataclass(frozen=True)
-class Known:
-    """What is known of the models of one shape.
-
-    Attributes
-    ----------
-    shape
-        Theirs.
-    source
-        Where it comes from, in words that follow the values.
-    settings
-        Method -> values of `layer` and of the method's settings.
-    """
+class Known(NamedTuple):
+    """What is known of the models of one shape, from where, in words: method -> values of `layer` and its settings."""
 
     shape: Shape
     source: str
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]]
 
 
 # As in the authors' files: their decay multiplies |δ| / |m|², and its value is for that.
 _DELTA: dict[str, Any] = {"steps": 20, "lr": 0.5, "decay": 0.5, "penalty": "norm", "kl": 0.0625}
 _EASY: dict[str, Any] = {"steps": 25, "lr": 0.5, "decay": 1e-3, "penalty": "norm", "kl": 0.0625, "clamp": 4.0}
-_EASY_ROME: dict[str, Any] = {"layer": 5, **_EASY}
 _EASY_MEMIT: dict[str, Any] = {"layer": 8, "spread": 5, "weight": 15_000.0, **_EASY}
+_EASY_BOTH: dict[str, Any] = {"rome": {"layer": 5, **_EASY}, "memit": _EASY_MEMIT}
 _LLAMA_3: dict[str, Any] = {"layer": 8, "spread": 5, "clamp": 0.75, **_DELTA, "steps": 25, "lr": 0.1}
 _TUNING: dict[str, Any] = {"layer": 0, "steps": 25, "lr": 5e-4}
 
@@ -99,34 +87,18 @@ KNOWN = (
         "published for gpt-neox-20b",
         {"rome": {"layer": 15, "clamp": 4.0, **_DELTA}},
     ),
-    Known(
-        Shape("llama", 32, 32, 4096, 11008),
-        "published in EasyEdit for Llama-2-7B",
-        {"rome": _EASY_ROME, "memit": _EASY_MEMIT},
-    ),
+    Known(Shape("llama", 32, 32, 4096, 11008), "published in EasyEdit for Llama-2-7B", _EASY_BOTH),
     Known(
         Shape("llama", 32, 32, 4096, 14336),
         "published by AlphaEdit's authors for Llama-3-8B",
-        {
-            "rome": _EASY_ROME,
-            "memit": {**_LLAMA_3, "weight": 15_000.0},
-            "alphaedit": {**_LLAMA_3, "weight": 10.0},
-        },
+        {**_EASY_BOTH, "memit": {**_LLAMA_3, "weight": 15_000.0}, "alphaedit": {**_LLAMA_3, "weight": 10.0}},
     ),
-    Known(
-        Shape("llama", 28, 24, 3072, 8192),
-        "published in EasyEdit for Llama-3.2-3B",
-        {"rome": _EASY_ROME, "memit": _EASY_MEMIT},
-    ),
-    Known(
-        Shape("mistral", 32, 32, 4096, 14336),
-        "published in EasyEdit for Mistral-7B",
-        {"rome": _EASY_ROME, "memit": _EASY_MEMIT},
-    ),
+    Known(Shape("llama", 28, 24, 3072, 8192), "published in EasyEdit for Llama-3.2-3B", _EASY_BOTH),
+    Known(Shape("mistral", 32, 32, 4096, 14336), "published in EasyEdit for Mistral-7B", _EASY_BOTH),
     Known(
         Shape("qwen2", 28, 28, 3584, 18944),
         "published in EasyEdit for Qwen2.5-7B",
-        {"rome": _EASY_ROME, "memit": _EASY_MEMIT, "alphaedit": {**_EASY_MEMIT, "weight": 1.0}},
+        {**_EASY_BOTH, "alphaedit": {**_EASY_MEMIT, "weight": 1.0}},
     ),
     Known(
         Shape("llama", 30, 9, 576, 1536),

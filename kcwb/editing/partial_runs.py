@@ -7,6 +7,7 @@ values of earlier positions), and then runs only the rest, as often as an optimi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kcwb.errors import DataError
-from kcwb.interventions.block import run_block
+from kcwb.interventions.block import KeysValues, run_block, run_blocks
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.models.memory import by_prompts
@@ -111,37 +112,30 @@ class Tail:
 
     Attributes
     ----------
-    network, layer
-        The model, and the layer whose MLP changes.
+    network
+        The model.
     positions
         `[N, Q]`: the positions that are run anew, each row's own; those beyond a row's end are padding.
     hidden
         `[N, Q, M]`: the input of the MLP's down-projection there.
     after
         `[N, Q, D]`: the stream after the layer there, unchanged.
-    keys, values
-        Per later layer, `[H, N, T, K]` of the unchanged run.
+    kept
+        Per later layer the keys and values, each `[H, N, T, K]`, of the unchanged run.
     """
 
     network: Network
-    layer: int
     positions: Int[Tensor, "N Q"]
     hidden: Float[Tensor, "N Q M"]
     after: Float[Tensor, "N Q D"]
-    keys: Mapping[int, Float[Tensor, "H N T K"]]
-    values: Mapping[int, Float[Tensor, "H N T K"]]
+    kept: Mapping[int, KeysValues]
 
     def run(self, change: Float[Tensor, "N Q D"]) -> Float[Tensor, "N Q D"]:
         """The final residual stream when `change` is added to the MLP's output."""
-        network, x = self.network, self.after + change
-        for layer in range(self.layer + 1, network.graph.n_layers):
-            kept = self.keys[layer], self.values[layer]
-            x = run_block(network, layer, x, self.positions, kept).after
+        x = self.after + change
+        for layer, kept in self.kept.items():
+            x = run_block(self.network, layer, x, self.positions, kept).after
         return x
-
-    def columns(self, positions: Int[Tensor, "N A"]) -> Int[Tensor, "N A"]:
-        """Where the tail has positions of its first N prompts."""
-        return positions - self.positions[: len(positions), :1]
 
 
 @torch.no_grad()
@@ -153,22 +147,17 @@ def make_tail(network: Network, rows: Rows, layer: int, start: Int[Tensor, " N"]
         raise DataError(f"The prompts are too long: {tokens.shape[1]} positions; the model reads {network.n_ctx}.")
     positions = start[:, None] + torch.arange(width, device=start.device)
     index = torch.arange(len(tokens), device=start.device)[:, None], positions
-    x, keys, values = network.embed(tokens), {}, {}
-    hidden = after = x[index]
-    for number in range(network.graph.n_layers):
-        block = run_block(network, number, x)
-        if number == layer:
-            hidden, after = block.hidden[index], block.after[index]
-        elif number > layer:
-            keys[number], values[number] = block.keys, block.values
-        x = block.after
-    return Tail(network, layer, positions, hidden, after, keys, values)
+    blocks = run_blocks(network, tokens)
+    own = next(itertools.islice(blocks, layer, None))
+    hidden, after = own.hidden[index], own.after[index]
+    kept = {number: (block.keys, block.values) for number, block in enumerate(blocks, start=layer + 1)}
+    return Tail(network, positions, hidden, after, kept)
 
 
 def answer_logits(network: Network, tail: Tail, final: Float[Tensor, "N Q D"], rows: Rows) -> Float[Tensor, "N A V"]:
     """Logits where the rows' answers are predicted, from a tail's final stream."""
-    index = torch.arange(len(rows.tokens), device=final.device)[:, None], tail.columns(rows.positions)
-    return network.logits(final[index])
+    columns = rows.positions - tail.positions[: len(rows.positions), :1]
+    return network.logits(final[torch.arange(len(columns), device=final.device)[:, None], columns])
 
 
 def answer_nll(logits: Float[Tensor, "N A V"], rows: Rows) -> Float[Tensor, " N"]:

@@ -10,8 +10,8 @@ With P the probability of an object given a prompt, the geometric mean over its 
 - what the model says (QAEdit, arXiv 2502.11177): its likeliest continuation, token by token, up to the first full stop
   or end of line. `generated`: that this is the new object, by SQuAD's rules, which QAEdit's code takes: lower case, no
   punctuation, no articles, single spaces. `begins`: that it begins with the new object's words, since a prompt such as
-  "The capital of France is" may go on after it. Both of paraphrases, too; NaN where the object has a full stop in it.
-  ES and its like compare two objects and are told both; these are told nothing;
+  "The capital of France is" may go on after it. Both of paraphrases, too; NaN where the object has a full stop in it,
+  or nothing but articles and punctuation. ES and its like compare two objects and are told both; these nothing;
 - bleed-over: the share of prompts of other relations whose likeliest next token is another one after the edit, about
   the same subject and about others;
 - portability: P(composed new) > P(composed true) on a prompt that needs the edited fact for one of two steps.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -31,9 +31,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kcwb.editing.answers import STOPS, says
-from kcwb.editing.cases import EditCase
-from kcwb.editing.edit import Edit, EditError, edit
+from kcwb.editing.answers import STOPS, says, words
+from kcwb.editing.cases import EditCase, check_targets
+from kcwb.editing.edit import Edit, EditError, check_edits, edit
 from kcwb.editing.partial_runs import make_rows
 from kcwb.editing.registry import edit_method, many_at_once
 from kcwb.editing.writing import continuations, text_tokens
@@ -58,13 +58,13 @@ _SINGLE = ("ES", "generated", "begins")
 
 
 @verb
-def generate(model: Model, text: str, tokens: int = 12) -> str:
+def generate(model: Model, text: str, tokens: Count = 12) -> str:
     """The likeliest continuation of a text, token by token, up to the context's end; the text itself is left out.
 
     Raises
     ------
     DataError
-        If the text fills the context.
+        If the text fills the context, or has no token.
     """
     return continuations(model, [text], tokens)[0]
 
@@ -82,8 +82,8 @@ class Asked:
         self.plain = [_row(model, text, None) for text in (*case.same_subject, *case.other_subjects)]
         self.n_same = len(case.same_subject)
         self.target = case.target
-        stopped = any(stop in case.target for stop in STOPS)
-        self.questions = () if stopped else (case.prompt, *case.paraphrases)
+        unsayable = any(stop in case.target for stop in STOPS) or not words(case.target)
+        self.questions = () if unsayable else (case.prompt, *case.paraphrases)
 
     def probabilities(self, model: Model) -> Float[np.ndarray, "prompts 2"]:
         """P of the new and of the true object."""
@@ -100,13 +100,11 @@ class Asked:
 
     def said(self, written: Sequence[str]) -> dict[str, float]:
         """Whether what was written is the new object, on the prompt and on paraphrases; NaN where nothing was asked."""
-        found = np.array([says(text, self.target) for text in written], dtype=float).reshape(-1, 2)
-        means = {"": found[:1], "_paraphrase": found[1:]}
-        return {
-            f"{name}{of}": _mean(part[:, i])
-            for i, name in enumerate(("generated", "begins"))
-            for of, part in means.items()
-        }
+        found = np.array([says(text, self.target) for text in written], dtype=float).reshape(-1, 2).T
+        means: dict[str, float] = {}
+        for name, hits in zip(("generated", "begins"), found, strict=True):
+            means |= {name: _mean(hits[:1]), f"{name}_paraphrase": _mean(hits[1:])}
+        return means
 
 
 Measured = tuple[Float[np.ndarray, "prompts 2"], Int[np.ndarray, " prompts"], dict[str, float]]
@@ -150,7 +148,7 @@ def _answer_logits(model: Model, rows: Sequence[_Tokens]) -> Iterator[Float[Tens
 def edit_scores(
     model: Model,
     cases: Sequence[EditCase],
-    method: str = "rome",
+    method: str | Mapping[str, Mapping[str, Any]] = "rome",
     *,
     layer: int | Sequence[int] | None = None,
     batch: Count = 1,
@@ -170,16 +168,17 @@ def edit_scores(
     model, cases
         The model, and the edits, from `edit_cases` or `load_counterfact`.
     method, layer, seed, settings
-        As in `kcwb.editing.edit.edit`; the layer one for all, or one for each case.
+        As in `kcwb.editing.edit.edit`; the layer one for all, or one for each case. Or several methods, each with
+        settings of its own, `{"rome": {"prefixes": 5}, "ft_m": {}}`, beside which the unedited model is asked once.
     batch
-        How many edits go in at once; more than one for an editor that takes many (`memit`, `alphaedit`), in one layer.
+        How many edits go in at once; more than one for editors that take many (`memit`, `alphaedit`), in one layer.
     tokens
         How many tokens the model writes at most where it is asked what it says; 0 for not asking.
 
     Returns
     -------
     DataFrame
-        Two rows per case, `run` being `unedited` and the method's name; `case`, `relation`, `subject`, `true`,
+        A row per case and `run`, which is `unedited` or a method's name; `case`, `relation`, `subject`, `true`,
         `target`, the scores (see the module's text; NaN where a case has no such prompts), `nll` (`Edit.nll`: of the
         target, by the edited weights; of a batch the worst) and `seconds`. `score_summary` makes means with intervals
         of it.
@@ -187,14 +186,18 @@ def edit_scores(
     Raises
     ------
     SettingError
-        If there are no cases, the method cannot take so many at once, there are as many layers as neither one nor the
-        cases, or a case's target is its true object.
+        If there are no cases or methods, a method cannot take so many at once, there are as many layers as neither one
+        nor the cases, a layer or a setting cannot be meant, or a case's target is its true object.
+    ModelError
+        If the model's family cannot be edited.
     DataError
         If a prompt of any case does not fit into the context, or an answer runs into its prompt.
     """
-    if not cases or (batch > 1 and not edit_method(method).many):
+    methods = {method: {}} if isinstance(method, str) else method
+    if not cases or not methods or (batch > 1 and not all(edit_method(name).many for name in methods)):
         raise SettingError(
-            f"{len(cases)} cases in batches of {batch}: at least one, and batches for {many_at_once()} alone."
+            f"{len(methods)} editors, {len(cases)} cases in batches of {batch}: at least one of each, and batches for "
+            f"{many_at_once()} alone."
         )
     layers = [layer] * len(cases) if layer is None or isinstance(layer, int) else [*layer]
     if len(layers) != len(cases) or (batch > 1 and len({*layers}) > 1):
@@ -202,35 +205,33 @@ def edit_scores(
             f"{len(layers)} layers for {len(cases)} cases in batches of {batch}: give one for all, or, without "
             "batches, one for each."
         )
+    check_targets(cases)
     for i, case in enumerate(cases):
-        if case.target == case.fact.object:
-            raise SettingError(
-                f"Case {i}: the target {case.target!r:.60} is what {case.fact.subject!r:.60} has already."
-            )
-        others = [one.fact.subject for one in cases[i - i % batch : i]]
-        if case.fact.subject in others:
+        if case.fact.subject in [one.fact.subject for one in cases[i - i % batch : i]]:
             raise SettingError(f"Case {i}: {case.fact.subject!r:.60} is in its batch of {batch} before; take batch=1.")
+    for name, own in methods.items():
+        check_edits(model, name, *layers, **{**settings, **own})
     make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
     each = {case: Asked(model, case) for case in cases}  # a case may come again, for another layer
     before_each = dict(zip(each, measure(model, [*each.values()], tokens), strict=True))
     rows: list[dict[str, Any]] = []
-    with track(progress, len(cases), f"{method} edits") as step:
+    with track(progress, len(cases) * len(methods), f"{', '.join(methods)} edits") as step:
         for start in range(0, len(cases), batch):
             part = cases[start : start + batch]
             asked, before = [each[case] for case in part], [before_each[case] for case in part]
-            made = try_edit(model, part, method, layers[start], seed, settings)
-            after = before
-            if made is not None:
-                with made:
-                    after = measure(model, asked, tokens)
-            for i, (case, one) in enumerate(zip(part, asked, strict=True)):
-                cost = (made.nll, made.seconds / len(part)) if made else (math.nan, math.nan)
-                head = {"case": start + i, "relation": case.relation, "subject": case.fact.subject}
-                head |= {"true": case.fact.object, "target": case.target}
-                rows.append({**head, "run": "unedited", **case_scores(one, before[i], before[i])})
-                rows.append({**head, "run": method, **case_scores(one, before[i], after[i])})
-                rows[-1] |= dict(zip(("nll", "seconds"), cost, strict=True))
-            step(len(part), part[-1].fact.subject)
+            runs: dict[str, tuple[list[Measured], dict[str, float]]] = {"unedited": (before, {})}
+            for name, own in methods.items():
+                runs[name] = before, {"nll": math.nan, "seconds": math.nan}
+                made = try_edit(model, part, name, layers[start], seed, {**settings, **own})
+                if made is not None:
+                    with made:
+                        after = measure(model, asked, tokens)
+                    runs[name] = after, {"nll": made.nll, "seconds": made.seconds / len(part)}
+                step(len(part), part[-1].fact.subject)
+            for i, case in enumerate(part):
+                head = {"case": start + i, **case.told}
+                for run, (found, cost) in runs.items():
+                    rows.append({**head, "run": run, **case_scores(asked[i], before[i], found[i]), **cost})
     return pd.DataFrame(rows)
 
 
@@ -238,8 +239,7 @@ def try_edit(
     model: Model, cases: Sequence[EditCase], method: str, layer: int | None, seed: int, settings: dict[str, Any]
 ) -> Edit | None:
     """The edit; None if it diverged."""
-    facts, targets = [case.fact for case in cases], [case.target for case in cases]
-    templates = [case.template for case in cases]
+    facts, targets, templates = zip(*((case.fact, case.target, case.template) for case in cases), strict=True)
     more = {"layer": layer, "seed": seed, "bound": math.inf, "progress": False, **settings}
     try:
         return edit(model, facts, targets, method, template=templates, **more)
@@ -285,10 +285,9 @@ def layer_sweep(
     DataFrame
         One row per layer: `layer`, `n`, `S`, and the mean of each score. A layer that is given twice is tried once.
     """
-    layers = list(dict.fromkeys(layers))
-    of_each = [layer for layer in layers for _ in cases]
-    more = {"layer": of_each, "seed": seed, "progress": progress, **settings}
-    table = edit_scores(model, [*cases] * len(layers), method, **more)
+    of_each = [layer for layer in dict.fromkeys(layers) for _ in cases]
+    repeated = [*cases] * len(set(layers))
+    table = edit_scores(model, repeated, method, layer=of_each, seed=seed, progress=progress, **settings)
     edited = table[table["run"] == method].assign(layer=of_each)
     rows = []
     for layer, part in edited.groupby("layer", sort=False):
@@ -312,24 +311,20 @@ def score_summary(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
     rows = []
     for run, part in table.groupby("run", sort=False):
         shares = part[["ES", "PS", "NS"]].to_numpy(float)
-        rows.append({"run": run, "score": "S", "n": len(part), **_harmonic(shares, seed)})
+        rows.append((run, "S", len(part), *_harmonic(shares, seed)))
         for score in (name for name in SCORES if name in part):
             values = part[score].dropna().to_numpy(float)
-            row: dict[str, Any] = {"run": run, "score": score, "n": len(values)}
-            if len(values):
-                low, high = proportion_interval(values) if score in _SINGLE else mean_interval(values, seed)
-                row |= {"mean": float(values.mean()), "low": low, "high": high}
-            rows.append(row)
+            ends = proportion_interval(values) if score in _SINGLE else mean_interval(values, seed)
+            rows.append((run, score, len(values), _mean(values), *ends))
     return pd.DataFrame(rows, columns=["run", "score", "n", "mean", "low", "high"])
 
 
-def _harmonic(shares: Float[np.ndarray, "cases 3"], seed: int) -> dict[str, float]:
+def _harmonic(shares: Float[np.ndarray, "cases 3"], seed: int) -> tuple[float, float, float]:
     """The harmonic mean of three means, and its bootstrap interval over cases; NaN where a score is missing."""
 
     def mean(*scores: np.ndarray, axis: int = -1) -> np.ndarray:
         return 3 / np.sum([1 / np.nanmean(score, axis) for score in scores], axis=0)
 
-    low, high = statistic_interval([*shares.T], mean, seed)
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # all cases lack a score
-        return {"mean": float(mean(*shares.T)), "low": low, "high": high}
+        return float(mean(*shares.T)), *statistic_interval([*shares.T], mean, seed)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,11 +26,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kcwb.editing.cases import EditCase
+from kcwb.editing.cases import EditCase, check_targets
 from kcwb.editing.change import Edit, lost_by_rounding
 from kcwb.editing.covariance import own_texts
+from kcwb.editing.edit import check_edits
 from kcwb.editing.partial_runs import make_rows
-from kcwb.editing.registry import edit_method
 from kcwb.editing.scores import Asked, Measured, case_scores, measure, score_summary, try_edit
 from kcwb.editing.writing import texts_as_now
 from kcwb.errors import SettingError
@@ -134,42 +134,48 @@ def sequential_edits(
     Raises
     ------
     SettingError
-        If there are no cases or looks, a prompt is edited twice, or a target is the true object.
+        If there are no cases or looks, a prompt is edited twice, a layer or a setting cannot be meant, or a target is
+        the true object.
+    ModelError
+        If the model's family cannot be edited.
     DataError
         If a prompt of any case does not fit into the context, or an answer runs into its prompt.
     """
     looks = sorted({min(n, len(cases)) for n in at})
     _check(cases, looks)
     cases = _apart(cases[: looks[-1]])
-    edit_method(method)
+    check_edits(model, method, layer, **settings)
     make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
-    shown = sorted({i for n in looks for i in (*range(min(judged, n)), *range(max(0, n - judged), n))})
-    asked = {i: Asked(model, cases[i]) for i in shown}
-    text = torch.tensor(own_texts(model, _TEXTS, _text_length(model), seed, _named(cases)), device=model.device)
+    judged_at = {n: {"first": range(min(judged, n)), "last": range(max(0, n - judged), n)} for n in looks}
+    numbers = {n: sorted({*which["first"], *which["last"]}) for n, which in judged_at.items()}
+    asked = {i: Asked(model, cases[i]) for i in sorted({i for some in numbers.values() for i in some})}
+    length, subjects = min(_LENGTH, model.network.n_ctx), {case.fact.subject for case in cases}
+    text = torch.tensor(own_texts(model, _TEXTS, length, seed, subjects), device=model.device)
     before = dict(zip(asked, measure(model, list(asked.values()), tokens), strict=True))
     states, rows, failed, spent = [_state(model, None, 0, text, 0, 0.0)], list[dict[str, Any]](), 0, 0.0
     all_of_them: Edit | None = None
     losses: list[pd.DataFrame] = []
+
+    def edited() -> AbstractContextManager[object]:
+        return nullcontext() if all_of_them is None else all_of_them
+
     with texts_as_now(model), track(progress, len(cases), f"{method} edits, one after another") as step:
-        for i, case in enumerate(cases):
+        for n, case in enumerate(cases, start=1):
             started = time.perf_counter()
-            with _in(model, all_of_them):
+            with edited():
                 made = try_edit(model, [case], method, layer, seed, settings)
             if made is None:
                 failed += 1
             else:
-                losses.append(made.losses.assign(edit=i))
+                losses.append(made.losses.assign(edit=n - 1))
                 all_of_them = _sum(all_of_them, made)
             spent += time.perf_counter() - started
-            if i + 1 in looks:
-                n = i + 1
-                which = {"first": range(min(judged, n)), "last": range(max(0, n - judged), n)}
-                numbers = sorted({j for of in which.values() for j in of})
-                with _in(model, all_of_them):
-                    found = measure(model, [asked[j] for j in numbers], tokens)
-                    after = dict(zip(numbers, found, strict=True))
+            if n in looks:
+                with edited():
+                    found = measure(model, [asked[i] for i in numbers[n]], tokens)
                     states.append(_state(model, all_of_them, n, text, failed, spent))
-                rows += _rows(cases, asked, before, after, n, which, method)
+                after = dict(zip(numbers[n], found, strict=True))
+                rows += _rows(cases, asked, before, after, n, judged_at[n], method)
             step(note=case.fact.subject)
     if all_of_them is not None:
         all_of_them = replace(all_of_them, losses=pd.concat(losses, ignore_index=True))
@@ -189,12 +195,9 @@ def sequential_edits(
 def _check(cases: Sequence[EditCase], looks: Sequence[int]) -> None:
     if not cases or not looks:
         raise SettingError(f"{len(cases)} cases, {len(looks)} looks: give at least one of each.")
+    check_targets(cases[: looks[-1]])
     prompts: dict[str, int] = {}
     for i, case in enumerate(cases[: looks[-1]]):
-        if case.target == case.fact.object:
-            raise SettingError(
-                f"Case {i}: the target {case.target!r:.60} is what {case.fact.subject!r:.60} has already."
-            )
         if prompts.setdefault(case.prompt, i) != i:
             raise SettingError(f"Case {i}: {case.prompt!r:.120} is edited by case {prompts[case.prompt]} already.")
 
@@ -202,44 +205,19 @@ def _check(cases: Sequence[EditCase], looks: Sequence[int]) -> None:
 def _apart(cases: Sequence[EditCase]) -> list[EditCase]:
     """The cases without neighbours and other prompts that another case edits."""
     edited = {case.prompt for case in cases}
-
-    def left(texts: Iterable[str]) -> tuple[str, ...]:
-        return tuple(text for text in texts if text not in edited)
-
-    return [
-        replace(
-            case,
-            neighbours=left(case.neighbours),
-            same_subject=left(case.same_subject),
-            other_subjects=left(case.other_subjects),
-        )
-        for case in cases
-    ]
-
-
-def _named(cases: Sequence[EditCase]) -> set[str]:
-    """Whom the edits are about."""
-    return {case.fact.subject for case in cases}
-
-
-def _text_length(model: Model) -> int:
-    return min(_LENGTH, model.network.n_ctx)
-
-
-def _in(model: Model, edit: Edit | None) -> AbstractContextManager[Model]:
-    return nullcontext(model) if edit is None else edit
+    beside = ("neighbours", "same_subject", "other_subjects")
+    apart = []
+    for case in cases:
+        left = {name: tuple(text for text in getattr(case, name) if text not in edited) for name in beside}
+        apart.append(replace(case, **left))
+    return apart
 
 
 def _sum(before: Edit | None, made: Edit) -> Edit:
     """Two edits as one, the second having been made on top of the first; neither is in the weights now."""
     if before is None:
         return made
-    deltas = dict(before.deltas)
-    for layer, delta in made.deltas.items():
-        deltas[layer] = deltas[layer] + delta if layer in deltas else delta
-    kept = dict(before.kept)
-    for layer, keys in made.kept.items():
-        kept[layer] = torch.cat([kept[layer], keys]) if layer in kept else keys
+    deltas = _merged(before.deltas, made.deltas, torch.add)
     facts = (*before.facts, *made.facts)
     return replace(
         made,
@@ -249,7 +227,7 @@ def _sum(before: Edit | None, made: Edit) -> Edit:
         layers=tuple(sorted(deltas)),
         parameters={**made.parameters, "model": before.parameters["model"], "one_after_another": len(facts)},
         deltas=deltas,
-        kept=kept,
+        kept=_merged(before.kept, made.kept, lambda *keys: torch.cat(keys)),
         keys=None,
         values=None,
         nll=max(before.nll, made.nll),
@@ -261,6 +239,13 @@ def _sum(before: Edit | None, made: Edit) -> Edit:
     )
 
 
+def _merged(
+    one: Mapping[int, Tensor], other: Mapping[int, Tensor], both: Callable[[Tensor, Tensor], Tensor]
+) -> dict[int, Tensor]:
+    """What two edits have of each layer; `both` of those that are in both."""
+    return {**one, **{layer: both(one[layer], new) if layer in one else new for layer, new in other.items()}}
+
+
 def _rows(
     cases: Sequence[EditCase], asked: Mapping[int, Asked], before: Mapping[int, Measured],
     after: Mapping[int, Measured], n: int, which: Mapping[str, range], method: str,
@@ -270,9 +255,7 @@ def _rows(
     for name, numbers in which.items():
         for run, found in (("unedited", before), (method, after)):
             for i in numbers:
-                case = cases[i]
-                head = {"edits": n, "which": name, "run": run, "case": i, "relation": case.relation}
-                head |= {"subject": case.fact.subject, "true": case.fact.object, "target": case.target}
+                head = {"edits": n, "which": name, "run": run, "case": i, **cases[i].told}
                 rows.append({**head, **case_scores(asked[i], before[i], found[i])})
     return rows
 

@@ -31,7 +31,7 @@ def continuations(model: Model, texts: Sequence[str], new: int, stops: Sequence[
     Raises
     ------
     DataError
-        If a text fills the context.
+        If a text fills the context, or has no token.
     """
     rows = [text_tokens(model, text) for text in texts]
     room = model.network.n_ctx - new
@@ -114,10 +114,9 @@ def text_digest(model: Model) -> str:
     return _AS_OF.get(model.network.W_E.data_ptr(), (model.digest, {}))[0]
 
 
-def text_store(model: Model) -> dict[Any, Any] | None:
-    """Within `texts_as_now`, where what is made of texts is kept until its end; else None."""
-    found = _AS_OF.get(model.network.W_E.data_ptr())
-    return None if found is None else found[1]
+def text_store(model: Model) -> dict[Any, Any]:
+    """Where what is made of texts is kept until the end of `texts_as_now`; elsewhere a dict that nobody keeps."""
+    return _AS_OF.get(model.network.W_E.data_ptr(), ("", {}))[1]
 
 
 #: Where weights are in memory -> the digest of the weights that texts are made with, and what was made.

@@ -31,16 +31,7 @@ class Answered(TypedDict):
 
 
 class Asked:
-    """A prompt that is asked again after each step.
-
-    Parameters
-    ----------
-    question, others
-        What is asked and whose subjects may take its subject's place, as in `kcwb.tasks.own.own_prompt`.
-    cuts
-        What cut edges deliver.
-    given
-        The circuit's edges as it was given.
+    """A prompt that is asked again after each step (`kcwb.tasks.own.own_prompt`), of the circuit as it was given too.
 
     Attributes
     ----------
@@ -60,13 +51,9 @@ class Asked:
     """
 
     def __init__(
-        self,
-        model: Model,
-        question: Mapping[str, str],
-        others: Sequence[Fact],
-        cuts: Ablation,
+        self, model: Model, question: Mapping[str, str], others: Sequence[Fact], cuts: Ablation,
         given: Bool[Tensor, "S R"],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.question = {name: text for name, text in question.items() if text}
         prompts = own_prompt(model, **question, others=others)
         if cuts.kind.paired and not bool(prompts.paired.all()):
@@ -86,16 +73,12 @@ class Asked:
 
     def table(self, kept: Bool[Tensor, "S R"]) -> pd.DataFrame:
         """All three runs, as `Play.ask` gives them."""
-        runs = {"before": self.before, "after": self.now(kept), "model": self.model}
-        (fact,) = self.prompts.facts
-        names = {"p": "probability", "rank": "rank", "top": "top"}
-        rows = [
-            {"run": run, "answer": fact.object} | {names[key]: value for key, value in said.items()}
-            for run, said in runs.items()
-        ]
-        table = pd.DataFrame(rows)
-        table.attrs.update(prompt=fact.subject, subject=fact.named, delivers=self.delivers)
-        return table
+        said = self.as_traits(kept)
+        table = pd.DataFrame(
+            [{"run": run, "answer": said["answer"], **said[run]} for run in ("before", "after", "model")]
+        )
+        table.attrs.update({name: said[name] for name in ("prompt", "subject", "delivers")})
+        return table.rename(columns={"p": "probability"})
 
     def as_traits(self, kept: Bool[Tensor, "S R"]) -> dict[str, Any]:
         """The same, ready for JSON."""

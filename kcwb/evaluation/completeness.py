@@ -6,8 +6,6 @@ the full model, the empty circuit, and random connected circuits with as many ed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
 import torch
@@ -65,9 +63,7 @@ def completeness(
         facts; for `random circuits`, where each fact's hit is a mean over draws, the 95% bootstrap interval of the mean
         over facts, given these circuits (NaN where it is the same for all facts). `attrs["k"]` is k.
     """
-    check_same_model(model, circuit)
-    check_same_weights(model, task)
-    cuts = make_ablation(model, task, ablation or circuit.ablation)
+    cuts = cuts_of(model, circuit, task, ablation)
     splits = {"D_val": cuts.usable(task.val)}
     if len(task.test):
         splits["D_test"] = cuts.usable(task.test)
@@ -90,12 +86,20 @@ def completeness(
                     scored.append(answered(model, one, prompts, cuts, k))
                     step()
                 hits, losses = (torch.stack(column).mean(0) for column in zip(*scored, strict=True))
-                for label, chosen in _subsets(split, prompts):
+                parts = {split: slice(None)} | ({"D_test, known": prompts.known.cpu()} if split == "D_test" else {})
+                for label, chosen in parts.items():
                     some = summarised(hits[chosen], losses[chosen], seed if name == "random circuits" else None)
                     rows.append({"run": name, **size, "split": label, **some})
     table = pd.DataFrame(rows)
     table.attrs["k"] = k
     return table
+
+
+def cuts_of(model: Model, circuit: Circuit, task: Task, ablation: str | AblationKind | None) -> Ablation:
+    """What cut edges deliver, by default as the circuit was found; refuses circuits and tasks of another model."""
+    check_same_model(model, circuit)
+    check_same_weights(model, task)
+    return make_ablation(model, task, ablation or circuit.ablation)
 
 
 def answered(model: Model, circuit: Circuit | None, prompts: Prompts, cuts: Ablation, k: int) -> tuple[Tensor, Tensor]:
@@ -106,12 +110,6 @@ def answered(model: Model, circuit: Circuit | None, prompts: Prompts, cuts: Abla
     if not torch.isfinite(losses).all():
         raise KcwbError("The logits of a run are not numbers: they overflow. Use float32.")
     return hits.cpu(), losses.cpu()
-
-
-def _subsets(split: str, prompts: Prompts) -> Iterator[tuple[str, Tensor]]:
-    yield split, torch.ones(len(prompts), dtype=torch.bool)
-    if split == "D_test":
-        yield "D_test, known", prompts.known.cpu()
 
 
 def summarised(hits: Tensor, losses: Tensor, seed: int | None) -> dict[str, float]:

@@ -8,24 +8,23 @@ circuits of the same sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
+from kcwb.circuits.ablation import AblationKind
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import CONFIDENCES, Ensemble
-from kcwb.circuits.run import check_same_model
 from kcwb.discovery.baselines import random_circuit
 from kcwb.errors import CircuitError, DataError
-from kcwb.evaluation.completeness import answered, summarised
+from kcwb.evaluation.completeness import answered, cuts_of, summarised
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed, Share
 from kcwb.tasks.prompts import Prompts
-from kcwb.tasks.task import Task, check_same_weights
+from kcwb.tasks.task import Task
 from kcwb.verbs import verb
 
 _CROSS, _TEST = "D_val, cross-fitted", "D_test"
@@ -79,13 +78,11 @@ def confidence_curve(
     """
     if ensemble.graph != model.graph:
         raise CircuitError(f"The ensemble is of {ensemble.graph}; {model.name} has {model.graph}.")
-    check_same_model(model, ensemble.consensus(1.0))
-    check_same_weights(model, task)
-    cuts = make_ablation(model, task, ablation or str(ensemble.provenance.get("ablation", "zero")))
+    cuts = cuts_of(model, ensemble.consensus(1.0), task, ablation)
     tests: dict[str, list[tuple[Ensemble, Prompts]]] = {}
     if ensemble.halves:
-        first, second = _facts_of_halves(ensemble, task)
-        tests[_CROSS] = [(ensemble.halves[0], second), (ensemble.halves[1], first)]
+        unseen = [cuts.usable(prompts) for prompts in reversed(_facts_of_halves(ensemble, task))]
+        tests[_CROSS] = [*zip(ensemble.halves, unseen, strict=True)]
     if len(task.test):
         tests[_TEST] = [(ensemble, cuts.usable(task.test))]
     if not tests:
@@ -93,45 +90,36 @@ def confidence_curve(
             "There are no facts to test on: the task has no D_test, and the ensemble no halves (discover_many(..., "
             "halves=True))."
         )
-    each = _Answers(model, cuts, k)
-    rows = []
+    rows, known = [], dict[tuple[bytes, int], tuple[Tensor, Tensor]]()
     total = len(confidences) * sum(map(len, tests.values())) * (1 + draws)
     with track(progress, total, "confidence curve") as step:
+
+        def ask(circuits: Sequence[Circuit], parts: Sequence[tuple[Ensemble, Prompts]]) -> tuple[Tensor, Tensor]:
+            """Hits and losses, end to end; what comes again, as at several confidences, is not run again."""
+            found = []
+            for circuit, (_, prompts) in zip(circuits, parts, strict=True):
+                key = circuit.kept.numpy().tobytes(), id(prompts)
+                if key not in known:
+                    known[key] = answered(model, circuit, prompts, cuts, k)
+                found.append(known[key])
+                step()
+            hits, losses = zip(*found, strict=True)
+            return torch.cat(hits), torch.cat(losses)
+
         for confidence in confidences:
             for split, parts in tests.items():
-                circuits = [(of.consensus(confidence), prompts) for of, prompts in parts]
-                edges = sum(circuit.n_edges for circuit, _ in circuits) / len(circuits)
+                circuits = [of.consensus(confidence) for of, _ in parts]
+                edges = sum(circuit.n_edges for circuit in circuits) / len(circuits)
                 one = {"confidence": confidence, "split": split}
-                alone = _together([each(circuit, prompts, step) for circuit, prompts in circuits])
-                rows.append({**one, "run": "consensus", "edges": edges} | summarised(*alone, None))
+                alone = summarised(*ask(circuits, parts), None)
+                rows.append({**one, "run": "consensus", "edges": edges, **alone})
                 if draws:
-                    drawn = []
-                    for draw in range(draws):
-                        others = [(_random(circuit, seed + draw), prompts) for circuit, prompts in circuits]
-                        drawn.append(_together([each(circuit, prompts, step) for circuit, prompts in others]))
+                    others = ([_random(circuit, seed + draw) for circuit in circuits] for draw in range(draws))
+                    drawn = [ask(some, parts) for some in others]
                     hits, losses = (torch.stack(column).mean(0) for column in zip(*drawn, strict=True))
-                    rows.append({**one, "run": "random circuits", "edges": edges} | summarised(hits, losses, seed))
+                    chance = summarised(hits, losses, seed)
+                    rows.append({**one, "run": "random circuits", "edges": edges, **chance})
     return pd.DataFrame(rows)
-
-
-class _Answers:
-    """What circuits answer; a circuit that comes again, as at several confidences, is not run again."""
-
-    def __init__(self, model: Model, cuts: Ablation, k: int) -> None:
-        self._model, self._cuts, self._k = model, cuts, k
-        self._before: dict[tuple[bytes, int], tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, circuit: Circuit, prompts: Prompts, step: Callable[..., None]) -> tuple[Tensor, Tensor]:
-        key = circuit.kept.numpy().tobytes(), id(prompts)
-        if key not in self._before:
-            self._before[key] = answered(self._model, circuit, prompts, self._cuts, self._k)
-        step()
-        return self._before[key]
-
-
-def _together(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    hits, losses = zip(*parts, strict=True)
-    return torch.cat(hits), torch.cat(losses)
 
 
 def _random(circuit: Circuit, seed: int) -> Circuit:

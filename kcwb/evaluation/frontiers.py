@@ -8,17 +8,20 @@ prune give circuits of one size each: hand these in as `circuits`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.integrate import trapezoid
+from torch import Tensor
 
 from kcwb.circuits.ablation import AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
@@ -41,6 +44,7 @@ from kcwb.verbs import verb
 SIZES = (25, 50, 100, 200, 400, 800, 1600, 3200, 6400, 12800)
 LEVELS = (0.9, 0.99)
 _RESAMPLES = 2000
+_Found = TypeVar("_Found")
 
 
 @verb
@@ -91,7 +95,9 @@ def frontier(
     Raises
     ------
     SettingError
-        If a method does not score edges, or sizes do not grow.
+        If a method does not score edges, or sizes do not grow; or there is nothing to compare.
+    CircuitError
+        If one of the circuits belongs to another model.
     DataError
         If D_test has fewer than two facts to run on, or nothing can be gained on them.
     """
@@ -100,6 +106,11 @@ def frontier(
     chosen = {name: {"method": name, **settings} for name, settings in named.items()}
     for settings in chosen.values():
         choose("The method", settings["method"], scoring())
+    found = {name: sorted(some, key=lambda one: one.n_edges) for name, some in (circuits or {}).items()}
+    if not all(found.values()) or not (chosen or found):
+        raise SettingError("There is nothing to compare: give a method, or circuits, at least one of each name.")
+    for circuit in itertools.chain.from_iterable(found.values()):
+        check_same_model(model, circuit)
     sizes = [size for size in sizes if size <= model.graph.n_edges]
     if not sizes or (np.diff(sizes) <= 0).any():
         raise SettingError(f"sizes={sizes}: numbers of edges must grow, from 1 to {model.graph.n_edges:,}.")
@@ -116,37 +127,36 @@ def frontier(
     if abs(float(possible.mean())) < 1e-6:
         raise DataError(f"With all edges cut {model.name} answers {task.relation.name} as well as with none.")
     curves, summary = [], []
-    runs = len(chosen) * (1 + len(sizes)) + sum(map(len, (circuits or {}).values()))
+    runs = len(chosen) * (1 + len(sizes)) + sum(map(len, found.values()))
     with track(progress, runs, "frontier") as step:
 
-        def measure(name: str, asked: Sequence[float], found: Sequence[Circuit], spent: tuple[float, float]) -> None:
-            gained = np.stack([scores.empty.losses[metric] - one.losses[metric] for one in scores.each(found, step)])
-            curve = _curve(name, asked, found, gained, possible, seed)
+        def measure(name: str, asked: Sequence[float], some: Sequence[Circuit], seconds: float, peak: float) -> None:
+            gained = np.stack([scores.empty.losses[metric] - one.losses[metric] for one in scores.each(some, step)])
+            curve = _curve(name, asked, some, gained, possible, seed)
             curves.append(curve)
-            summary.append({"method": name, **_summary(curve, gained, possible, seed), **_spent(spent)})
+            spent = {"seconds": seconds, "peak_mib": peak}
+            summary.append({"method": name, **_summary(curve, gained, possible, seed), **spent})
+
+        def tuned(of_edges: Tensor) -> list[float]:
+            tuning = Tuning(model, make_loss(model, cuts.usable(task.val), metric), cuts)
+            return [tuning.share(of_edges, edges=size) for size in sizes]
 
         for name, settings in chosen.items():
             own = {"select": select, **settings}
-            selection = own.pop("select")
-            with _Measured(model) as spent:
-                of_edges = score_edges(model, task, **own, metric=metric, ablation=ablation, progress=False)
+            selections = [own.pop("select")] * len(sizes)
+            more = {"metric": metric, "ablation": ablation, "progress": False}
+            of_edges, seconds, peak = _spent(model, partial(score_edges, model, task, **own, **more))
             step()
-            selections = [selection] * len(sizes)
-            if selection == "tuned":
-                with _Measured(model) as spent_too:
-                    tuning = Tuning(model, make_loss(model, cuts.usable(task.val), metric), cuts)
-                    selections = [tuning.share(of_edges, edges=size) for size in sizes]
-                spent = spent.and_one_of(len(sizes), spent_too)
+            if selections[0] == "tuned":
+                selections, tuning, higher = _spent(model, partial(tuned, of_edges))
+                seconds, peak = seconds + tuning / len(sizes), max(peak, higher)
             kept = [
                 select_edges(model.graph, of_edges, edges=size, select=one)
                 for size, one in zip(sizes, selections, strict=True)
             ]
-            measure(name, sizes, [Circuit(model.graph, one).without_dangling() for one in kept], spent.found)
-        for name, some in (circuits or {}).items():
-            for one in some:
-                check_same_model(model, one)
-            ordered = sorted(some, key=lambda one: one.n_edges)
-            measure(name, [math.nan] * len(ordered), ordered, (math.nan, math.nan))
+            measure(name, sizes, [Circuit(model.graph, one).without_dangling() for one in kept], seconds, peak)
+        for name, some in found.items():
+            measure(name, [math.nan] * len(some), some, math.nan, math.nan)
     return pd.concat(curves, ignore_index=True), pd.DataFrame(summary)
 
 
@@ -197,40 +207,22 @@ def _summary(curve: pd.DataFrame, gained: np.ndarray, possible: np.ndarray, seed
     }
 
 
-def _spent(spent: tuple[float, float]) -> dict[str, float]:
-    return dict(zip(("seconds", "peak_mib"), spent, strict=True))
+def _spent(model: Model, work: Callable[[], _Found]) -> tuple[_Found, float, float]:
+    """What some work gives, its seconds, and how much more memory (MiB) it takes at its peak than at its start."""
+    started, before = time.perf_counter(), _peak(model.device, reset=True)
+    return work(), time.perf_counter() - started, _peak(model.device) - before
 
 
-class _Measured:
-    """Seconds, and how much more memory is taken at the peak than at the start, of a `with` block."""
-
-    def __init__(self, model: Model) -> None:
-        self._device = model.device
-        self.found = (math.nan, math.nan)
-
-    def __enter__(self) -> _Measured:
-        self._started, self._before = time.perf_counter(), self._memory(reset=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.found = time.perf_counter() - self._started, self._memory() - self._before
-
-    def and_one_of(self, many: int, other: _Measured) -> _Measured:
-        """With a share of what was spent on many alike, and the larger of the two peaks."""
-        (seconds, peak), (more, higher) = self.found, other.found
-        self.found = seconds + more / many, max(peak, higher)
-        return self
-
-    def _memory(self, reset: bool = False) -> float:
-        """The peak since the last reset, in MiB; NaN where there is no telling."""
-        if self._device.type == "cuda":
-            if reset:
-                torch.cuda.reset_peak_memory_stats(self._device)
-            return torch.cuda.max_memory_allocated(self._device) / 2**20
-        try:
-            if reset:
-                Path("/proc/self/clear_refs").write_text("5")
-            status = Path("/proc/self/status").read_text()
-        except OSError:  # not Linux
-            return math.nan
-        return float(status.partition("VmHWM:")[2].split()[0]) / 1024
+def _peak(device: torch.device, reset: bool = False) -> float:
+    """The peak of memory since the last reset, in MiB; NaN where there is no telling."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        return math.nan
+    return float(status.partition("VmHWM:")[2].split()[0]) / 1024

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.tasks.prompts import KNOWN_RANK, encode
 from kcwb.tasks.ranks import deciding_tokens
-from kcwb.tasks.relations import Relation, load_relations
+from kcwb.tasks.relations import Fact, Relation, load_relations
 from kcwb.tasks.tokens import object_tokens, told_apart
 from kcwb.verbs import verb
 
@@ -65,8 +64,8 @@ def knowledge_table(
         of which this is so are left out with a warning).
     """
     relations = load_relations() if relations is None else relations
-    texts = [_template(relation, template) for relation in relations]
-    samples = [_sample(relation, n, seed) for relation in relations]
+    texts = [relation.template(template) for relation in relations]
+    samples = [sample_facts(relation, n, seed) for relation in relations]
     rows = []
     with track(progress, sum(len(facts) for facts in samples), "knowledge") as step:
         for relation, text, facts in zip(relations, texts, samples, strict=True):
@@ -89,17 +88,8 @@ def knowledge_table(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _template(relation: Relation, template: int) -> str:
-    known = relation.prompt_templates_zs
-    if not 0 <= template < len(known):
-        raise SettingError(
-            f"template={template}: {relation.name} has {len(known)} zero-shot templates, 0 to {len(known) - 1}."
-        )
-    return known[template]
-
-
-def _sample(relation: Relation, n: int | None, seed: int) -> Sequence:
-    if n is None or n >= len(relation.facts):
-        return relation.facts
-    rows = sorted(random.Random(seed).sample(range(len(relation.facts)), n))
-    return [relation.facts[row] for row in rows]
+def sample_facts(relation: Relation, n: int | None, seed: int) -> list[Fact]:
+    """At most n facts of a relation, in its order; None for all."""
+    facts = relation.facts
+    rows = sorted(random.Random(seed).sample(range(len(facts)), min(n or len(facts), len(facts))))
+    return [facts[row] for row in rows]

@@ -71,11 +71,11 @@ def relation_matrix(tables: Mapping[str, pd.DataFrame], value: str = "contributi
             )
         of_head = some["D_S"] + some["D_R"] if value == "contribution" else some[value]
         rows[relation] = of_head if value in ("pi", "to_logits") else of_head * sureness(some)
+    if not any(map(len, rows.values())):
+        raise DataError(f"No head has a role in any of {', '.join(map(repr, tables)) or 'no relations'}.")
     places = pd.concat(tables.values()).drop_duplicates("node").sort_values(["layer", "head"])["node"]
     matrix = pd.DataFrame(rows).T.reindex(index=list(tables))
     matrix = matrix[[node for node in places if node in matrix.columns]].astype(float).fillna(0.0)
-    if matrix.empty:
-        raise DataError(f"No head has a role in any of {', '.join(map(repr, tables)) or 'no relations'}.")
     return matrix.rename_axis(index="relation", columns="node")
 
 

@@ -101,12 +101,11 @@ class Play:
         cuts = ablation or circuit.ablation
         if not isinstance(cuts, Ablation):
             cuts = make_ablation(model, task if isinstance(task, Task) else None, cuts)
-        prompts = cuts.usable(asked)
-        if not len(prompts):
+        if not len(asked):
             raise DataError("There is no fact to ask: the task's D_val is empty. Use a relation with more facts.")
         self.model, self.given, self._digest, self._cuts = model, circuit, model.digest, cuts
         self.own: Asked | None = None
-        self.prompts = prompts.select(slice(facts))
+        self.prompts = cuts.usable(asked).select(slice(facts))
         session = circuit.session or Session()
         self.set_groups(session.groups if groups is None else groups)
 
@@ -292,18 +291,15 @@ class Play:
         """
         if k > self.model.network.d_vocab:
             raise SettingError(f"k={k}: the vocabulary has {self.model.network.d_vocab:,} tokens; ask for fewer.")
-        table: dict[str, Any] = {
-            "prompt": self.prompts.texts,
-            "answer": [fact.object for fact in self.prompts.facts],
-        }
         runs = {"before": self._before, "after": self._after}
-        for state, logits in runs.items():
-            table[f"probability_{state}"] = answer_probabilities(logits, self.prompts).tolist()
-        for state, logits in runs.items():
-            table[f"rank_{state}"] = answer_ranks(logits, self.prompts).tolist()
-        for state, logits in runs.items():
-            table[f"top_{state}"] = likeliest(self.model, logits, k)
-        return pd.DataFrame(table)
+        reads = {
+            "probability": lambda logits: answer_probabilities(logits, self.prompts).tolist(),
+            "rank": lambda logits: answer_ranks(logits, self.prompts).tolist(),
+            "top": lambda logits: likeliest(self.model, logits, k),
+        }
+        read = {f"{name}_{state}": of(logits) for name, of in reads.items() for state, logits in runs.items()}
+        answers = [fact.object for fact in self.prompts.facts]
+        return pd.DataFrame({"prompt": self.prompts.texts, "answer": answers, **read})
 
     @verb
     def ask(self, prompt: str, *, subject: str = "", answer: str = "") -> pd.DataFrame:
@@ -336,10 +332,9 @@ class Play:
             loss_after, loss_model}`; losses in nats. After `ask` also `own`: a fact with `model` and `delivers`.
         """
         facts = []
-        for row in self.answers(k).to_dict("records"):
+        for row in self.answers(k).rename(columns=lambda name: name.replace("probability", "p")).to_dict("records"):
             states = {
-                state: {"p": row[f"probability_{state}"], "rank": row[f"rank_{state}"], "top": row[f"top_{state}"]}
-                for state in ("before", "after")
+                state: {name: row[f"{name}_{state}"] for name in ("p", "rank", "top")} for state in ("before", "after")
             }
             facts.append({"prompt": row["prompt"], "answer": row["answer"], **states})
         found = {"facts": facts, **{f"loss_{key}": value for key, value in self.loss._asdict().items()}}

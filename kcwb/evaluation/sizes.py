@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from kcwb.circuits.ablation import AblationKind, make_ablation
+from kcwb.circuits.ablation import AblationKind
 from kcwb.circuits.circuit import Circuit
-from kcwb.circuits.run import check_same_model
 from kcwb.discovery.selection import resize
 from kcwb.errors import SettingError
-from kcwb.evaluation.completeness import answered, summarised
+from kcwb.evaluation.completeness import answered, cuts_of, summarised
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count
-from kcwb.tasks.task import Task, check_same_weights
+from kcwb.tasks.task import Task
 from kcwb.verbs import verb
 
 SIZES = (25, 50, 100, 200, 400, 800, 1600, 3200)
@@ -56,14 +55,12 @@ def size_curve(
     SettingError
         If no size is left.
     """
-    check_same_model(model, circuit)
-    check_same_weights(model, task)
     asked, sizes = sizes, sorted({size for size in sizes if size <= model.graph.n_edges})
     if not sizes:
         raise SettingError(
             f"sizes={list(asked)}: give at least one up to {model.name}'s {model.graph.n_edges:,} edges."
         )
-    cuts = make_ablation(model, task, ablation or circuit.ablation)
+    cuts = cuts_of(model, circuit, task, ablation)
     splits = {"D_val": task.val, "D_test": task.test}
     splits = {name: cuts.usable(prompts) for name, prompts in splits.items() if len(prompts)}
     rows = []

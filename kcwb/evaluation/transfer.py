@@ -30,6 +30,8 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Natural, Seed
 from kcwb.statistics import chance_range, p_value
+from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.relations import Fact
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
@@ -84,25 +86,26 @@ def transfer_matrix(
     for circuit in circuits.values():
         check_same_model(model, circuit)
     used = {fact for task in tasks.values() for fact in task.val.facts}
+    unseen = {name: _unseen(model, name, task, used) for name, task in tasks.items()}
     rows = []
     with track(progress, len(tasks) * len(circuits) * (1 + draws), "transfer") as step:
         for name, task in tasks.items():
-            scores = _scores(model, name, task, ablation, used)
+            cuts = make_ablation(model, task, ablation)
+            scores = Scores(model, cuts.usable(unseen[name]), cuts, ["nll"])
             step(0, name)
             possible = scores.empty.losses["nll"] - scores.model_alone.losses["nll"]
             random: dict[int, list[float]] = {}
             for found, circuit in circuits.items():
                 row = measured(scores, circuit, "nll", seed)
                 step()
-                size = _about(circuit.n_edges)
+                size, told = min(_about(circuit.n_edges), model.graph.n_edges), draws
                 if size not in random:
                     many = draws if size else 0  # there is one way to keep nothing
                     others = [random_circuit(model.graph, size, seed + i) for i in range(many)]
                     gains = [scores.empty.losses["nll"] - one.losses["nll"] for one in scores.each(others, step)]
                     random[size] = [float(recovered_share(gained, possible)) for gained in gains]
-                    step(draws - many)
-                else:
-                    step(draws)
+                    told -= many
+                step(told)
                 known = np.isfinite(row["faithfulness"])
                 mean, _, high = chance_range(random[size])
                 rows.append(
@@ -118,14 +121,13 @@ def _about(edges: int) -> int:
     return round(1.1 ** round(math.log(edges, 1.1))) if edges > _FEW else edges
 
 
-def _scores(model: Model, name: str, task: Task, ablation: str | AblationKind, used: set) -> Scores:
+def _unseen(model: Model, name: str, task: Task, used: set[Fact]) -> Prompts:
     """A task's facts that the model knows and no circuit was found on."""
     check_same_weights(model, task)
-    cuts = make_ablation(model, task, ablation)
     rows = [i for i in task.test.known.nonzero()[:, 0].tolist() if task.test.facts[i] not in used]
     if not rows:
         raise DataError(
             f"{model.name} knows no fact of {name}'s D_test that no circuit was found on. Make the task with a larger "
             "n_test, or of a relation that the model knows."
         )
-    return Scores(model, cuts.usable(task.test.select(rows)), cuts, ["nll"])
+    return task.test.select(rows)

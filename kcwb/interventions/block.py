@@ -11,7 +11,7 @@ Where only some positions are run anew, the keys and values of the others are ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
@@ -64,6 +64,15 @@ def run_block(
     middle = x + outputs.sum(0) + network.constant(layer)
     hidden = network.mlp_hidden(layer, x if network.graph.parallel else middle)
     return Block(middle + network.mlp_output(layer, hidden), hidden, k, v)
+
+
+def run_blocks(network: Network, tokens: Int[Tensor, "N T"], many: int | None = None) -> Iterator[Block]:
+    """The first blocks of the full model on some prompts, one after the other (None: all)."""
+    x = network.embed(tokens)
+    for layer in range(network.graph.n_layers if many is None else many):
+        block = run_block(network, layer, x)
+        x = block.after
+        yield block
 
 
 def _placed(

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_path
 from tqdm import tqdm
+
+from kcwb.files import user_folder
 
 #: The file of a folder that says where it comes from, and which files it has.
 MANIFEST = "kcwb.json"
@@ -30,8 +31,7 @@ MANIFEST = "kcwb.json"
 
 def model_cache() -> Path:
     """Where folders of models are kept: in the user's cache, or under the environment variable `KCWB_CACHE`."""
-    override = os.environ.get("KCWB_CACHE")
-    return (Path(override).expanduser().absolute() if override else user_cache_path("kcwb")) / "models"
+    return user_folder("models")
 
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)

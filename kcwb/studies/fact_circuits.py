@@ -22,6 +22,7 @@ from kcwb.circuits.provenance import record
 from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.draws import GRID
 from kcwb.discovery.selection import matched_circuit, select_edges
+from kcwb.errors import CircuitError
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.statistics import resample_counts
@@ -54,6 +55,15 @@ def resampled_circuit(circuit: Circuit, scores: Float[Tensor, "N S R"], weights:
     graph, own = circuit.graph, circuit.scores
     asked = int(((own >= own[circuit.kept].min()) & graph.exists).sum())
     return Circuit(graph, select_edges(graph, torch.tensordot(weights, scores, 1), edges=asked)).without_dangling()
+
+
+def require_connected(circuit: Circuit, name: str, edges: int, more: str) -> None:
+    """Refuse an empty circuit, of strongest edges that are not connected; `more` there might be. CircuitError."""
+    if not circuit.n_edges:
+        raise CircuitError(
+            f"The strongest edges of {name} are not connected: no circuit of about {edges} edges is left once "
+            f"dangling ones are dropped. Ask for more edges, more steps, or more {more}."
+        )
 
 
 def senders_in(circuit: Circuit) -> Bool[np.ndarray, " S"]:

@@ -35,6 +35,7 @@ from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.roles import head_roles
 from kcwb.settings import Count, Natural, Seed
+from kcwb.studies.fact_circuits import require_connected
 from kcwb.tasks.relations import Relation
 from kcwb.tasks.task import Task, ask_again, make_task
 from kcwb.verbs import verb
@@ -60,7 +61,7 @@ def over_training(
     ----------
     load
         Loads one of the checkpoints by its name, for example `lambda name: load_model("EleutherAI/pythia-160m",
-        revision=name)`. One is held at a time.
+        revision=name)`. One is held at a time, the last one first.
     revisions
         Their names in the order of training; the last is the one whose facts and circuits the others are compared with.
     relations
@@ -90,6 +91,8 @@ def over_training(
         If there are fewer than two revisions or no relation, or the graph has fewer edges.
     DataError
         If the last checkpoint knows none of a relation's facts.
+    CircuitError
+        If its circuit falls apart: its strongest edges are not connected.
     ModelError
         If a checkpoint has another shape than the last, or cannot be loaded.
     """
@@ -102,21 +105,28 @@ def over_training(
         task = make_task(last, relation, n=n, n_test=n_test, seed=seed)
         if not len(task.test):
             raise DataError(f"{task.relation.name} has no fact for D_test: take a smaller n.")
-        found[task.relation.name] = task, _circuit(last, task, edges), _movers(last, task, seed)
-    rows = []
-    with track(progress, len(revisions) * len(found), "checkpoints") as step:
-        for revision in revisions:
-            model = last if revision == revisions[-1] else load(revision)
-            if model.graph != last.graph:
+        circuit = _circuit(last, task, edges)
+        require_connected(circuit, task.relation.name, edges, "facts")
+        found[task.relation.name] = task, circuit, _movers(last, task, seed)
+    graph, rows = last.graph, {}
+    with track(progress, len(set(revisions)) * len(found), "checkpoints") as step:
+
+        def look(model: Model, revision: str) -> None:
+            if model.graph != graph:
                 raise ModelError(f"The checkpoint {revision!r} has another shape than {revisions[-1]!r}.")
+            rows[revision] = []
             for name, (task, circuit, movers) in found.items():
                 here = ask_again(model, task)
-                rows.append(
-                    {"revision": revision, "relation": name, "facts": len(here.test)}
-                    | _row(model, here, circuit, movers, edges, k, draws, seed)
-                )
+                row = {"revision": revision, "relation": name, "facts": len(here.test)}
+                rows[revision].append(row | _row(model, here, circuit, movers, edges, k, draws, seed))
                 step(note=f"{revision}, {name}")
-    return pd.DataFrame(rows)
+
+        look(last, revisions[-1])
+        del last  # before another is loaded
+        for revision in revisions:
+            if revision not in rows:
+                look(load(revision), revision)
+    return pd.DataFrame([row for revision in revisions for row in rows[revision]])
 
 
 def _circuit(model: Model, task: Task, edges: int) -> Circuit:
@@ -144,14 +154,16 @@ def _row(
 
     known, full = ask(None)
     empty = ask(Circuit.empty(model.graph))[1]
-    told = float((empty - full).mean()) > LEAST_GAIN
-    row: dict[str, Any] = {"known": known.mean()}
+    possible = empty - full
+    told = float(possible.mean()) > LEAST_GAIN
+    hits, shares = {}, {}
     for ending, circuits in {"": [own], "_last": [last], "_random": random}.items():
-        hits, losses = (np.mean(column, 0) for column in zip(*map(ask, circuits), strict=True))
-        row[f"hit{ending}"] = hits.mean()
-        row[f"faithfulness{ending}"] = float(recovered_share(empty - losses, empty - full)) if told else np.nan
-    row |= {"iou": own.iou(last), "iou_random": np.mean([one.iou(last) for one in random])}
-    row |= {"movers": len(mine), "D_S": mine["D_S"].sum()}
-    row["movers_last"] = len(mine.index.intersection(movers.index)) / len(movers) if len(movers) else np.nan
-    order = ("known", "hit", "hit_last", "hit_random", "faithfulness", "faithfulness_last", "faithfulness_random")
-    return {name: row[name] for name in (*order, *(name for name in row if name not in order))}
+        hit, losses = (np.mean(column, 0) for column in zip(*map(ask, circuits), strict=True))
+        hits[f"hit{ending}"] = hit.mean()
+        shares[f"faithfulness{ending}"] = float(recovered_share(empty - losses, possible)) if told else np.nan
+    kept = len(mine.index.intersection(movers.index)) / len(movers) if len(movers) else np.nan
+    return {
+        "known": known.mean(), **hits, **shares,
+        "iou": own.iou(last), "iou_random": np.mean([one.iou(last) for one in random]),
+        "movers": len(mine), "D_S": mine["D_S"].sum(), "movers_last": kept,
+    }  # fmt: skip

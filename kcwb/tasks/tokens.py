@@ -50,8 +50,11 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "
 
 
 def text_tokens(model: Model, text: str) -> list[int]:
-    """The tokens of a text, after BOS where the model's prompts have one."""
-    return located_tokens(model, text, 0, 0)[0]
+    """The tokens of a text, after BOS where the model's prompts have one; DataError if there are none."""
+    found = located_tokens(model, text, 0, 0)[0]
+    if not found:
+        raise DataError(f"The text {text!r:.60} has no token, after which {model.name} could go on.")
+    return found
 
 
 def located_tokens(model: Model, text: str, start: int, stop: int) -> tuple[list[int], int, int]:

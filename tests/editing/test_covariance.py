@@ -110,3 +110,11 @@ def test_the_same_weights_with_a_shorter_context_have_texts_of_their_own(tmp_pat
     assert long.digest == short.digest
     whole = covariance(long, 0)
     assert covariance(short, 0).n_tokens != whole.n_tokens
+
+
+def test_the_users_folder_may_be_told_from_home(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KCWB_CACHE", "~/kept")
+    monkeypatch.chdir(tmp_path)
+    covariance(model, 1, tokens=300)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and len([*tmp_path.rglob("layer1.safetensors")]) == 1

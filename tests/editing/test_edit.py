@@ -12,6 +12,7 @@ import torch
 from kcwb.discovery.discover import discover
 from kcwb.editing import known
 from kcwb.editing.edit import EditError, default_layer, edit
+from kcwb.editing.methods.base import Fit
 from kcwb.editing.registry import METHODS
 from kcwb.editing.scores import generate
 from kcwb.errors import KcwbError, ModelError, SettingError
@@ -248,6 +249,14 @@ def test_an_edit_that_diverges_is_refused(model, method):
     with pytest.raises(EditError, match="diverged"):
         edit(model, FACT, "w50", method, layer=0, **more)
     assert same_bits(model, before)
+
+
+def test_the_loss_of_a_diverged_edit_is_told_whichever_request_it_is_of(model, monkeypatch):
+    losses = [{"request": 0.0, "loss": 0.01}, {"request": 1.0, "loss": math.nan}]
+    fit = Fit({0: torch.zeros_like(model.network.layers[0].W_out)}, losses, 0.01, [["w1 {}"]])
+    monkeypatch.setitem(METHODS, "memit", replace(METHODS["memit"], function=lambda *_: fit))
+    with pytest.raises(EditError, match="its loss is nan"):
+        edit(model, FACT, "w50", "memit", template="w1 {} w2", progress=False)
 
 
 # --- the built-in model ---

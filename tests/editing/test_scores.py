@@ -10,21 +10,24 @@ import pandas as pd
 import pytest
 import torch
 
+from kcwb.editing import scores
 from kcwb.editing.answers import says
 from kcwb.editing.cases import EditCase
 from kcwb.editing.edit import edit
 from kcwb.editing.scores import (
     SCORES,
+    Asked,
     edit_scores,
     generate,
     layer_sweep,
     score_summary,
 )
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import DataError, ModelError, SettingError
 from kcwb.statistics import mean_interval, proportion_interval
 from kcwb.tasks.relations import Fact
 from tests.editing.conftest import same_bits, weights
 from tests.tasks import prompt_ids
+from tests.tiny import tiny_model
 
 TUNING = {"layer": 0, "steps": 3, "lr": 0.05, "clamp": 0.2}
 CASE = EditCase(
@@ -150,6 +153,12 @@ def test_without_tokens_the_model_is_not_asked_what_it_says(model, monkeypatch):
     assert score_summary(table.drop(columns=["begins"]))["score"].tolist().count("S") == 2
 
 
+@pytest.mark.parametrize("target", ["the", "?"])
+def test_nobody_says_an_object_of_which_squad_s_rules_leave_nothing(model, target):
+    nothing = Asked(model, replace(CASE, target=target))
+    assert np.isnan([*nothing.said([""] * len(nothing.questions)).values()]).all()
+
+
 def test_a_case_without_some_prompts_has_no_such_scores(model):
     bare = EditCase(CASE.fact, CASE.target, CASE.template, (), CASE.neighbours)
     table = edit_scores(model, [bare], "ft_m", progress=False, **TUNING)
@@ -189,6 +198,17 @@ def test_a_case_that_cannot_be_asked_is_refused_before_the_first_edit(model, wro
         edit_scores(model, [CASE, replace(CASE, target="w51")], "memit", batch=2, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("more", "words"), [({"layer": [0, 2]}, "layers 0 to 1"), ({"stepz": 2}, "steps"), ({"steps": 0}, "at least 1")]
+)
+def test_settings_and_models_of_no_edit_are_refused_before_anything_runs(model, more, words, monkeypatch):
+    monkeypatch.setattr("kcwb.editing.scores.measure", lambda *a: pytest.fail("work was done"))
+    with pytest.raises(SettingError, match=words):
+        edit_scores(model, [CASE, CASE], "ft_m", bound=1.0, progress=False, **more)
+    with pytest.raises(ModelError, match="not covered"):
+        edit_scores(tiny_model("gemma2"), [CASE], "ft_m", progress=False)
+
+
 def test_a_diverged_edit_counts_as_one_that_changed_nothing(model):
     table = edit_scores(model, [CASE], "ft_m", progress=False, layer=0, steps=2, lr=3e37, clamp=1e38).set_index("run")
     assert table.loc["ft_m", list(SCORES)].equals(table.loc["unedited", list(SCORES)]) is True
@@ -225,6 +245,28 @@ def test_generation_is_greedy(model):
     for word in generate(model, text, tokens=4).split():
         assert model.tokenizer.decode([likeliest(model, text)]).strip() == word
         text = f"{text} {word}"
+
+
+def test_several_methods_are_scored_as_each_alone_and_the_unedited_model_is_asked_once(model, monkeypatch):
+    cases, more = [CASE, replace(CASE, target="w51")], {"layer": 1, "lr": 0.05, "progress": False, "tokens": 4}
+    settings = {"ft_m": {"steps": 3, "clamp": 0.2}, "ft_l": {"steps": 1, "clamp": 0.1}}
+    alone = {name: edit_scores(model, cases, name, **more, **own) for name, own in settings.items()}
+    unedited, measured = 0, scores.measure
+
+    def counted(*args):
+        nonlocal unedited
+        unedited += "+" not in model.name
+        return measured(*args)
+
+    monkeypatch.setattr(scores, "measure", counted)
+    table = edit_scores(model, cases, settings, **more)
+    assert unedited == 1 and table["run"].tolist() == ["unedited", "ft_m", "ft_l"] * 2
+    for name, expected in alone.items():
+        found = table[table["run"].isin(["unedited", name])].reset_index(drop=True)
+        pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"))
+    assert not table.query("run == 'ft_m'")["nll"].equals(table.query("run == 'ft_l'")["nll"])
+    with pytest.raises(SettingError, match="0 editors"):
+        edit_scores(model, cases, {})
 
 
 def test_each_case_may_have_a_layer_of_its_own(model):

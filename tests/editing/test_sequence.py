@@ -226,9 +226,11 @@ def test_a_signal_at_any_time_leaves_the_model_as_it_was(model, monkeypatch):
         ([EditCase(Fact("w5", "w40"), "w40", "w80 {}", (), ())], {}, SettingError, "has already"),
         ([EditCase(Fact("w5", "w40"), "w50", "{} " + "w1 " * 70, (), ())], {}, DataError, "reads 64"),
         (CASES, {"method": "romee"}, SettingError, "rome"),
+        (CASES, {"layer": 2}, SettingError, "layers 0 to 1"),
+        (CASES, {"stepz": 2}, SettingError, "steps"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_the_first_edit(model, cases, more, error, words, monkeypatch):
-    monkeypatch.setattr("kcwb.editing.sequence.try_edit", lambda *a: pytest.fail("work was done"))
+def test_what_cannot_be_meant_is_refused_before_anything_runs(model, cases, more, error, words, monkeypatch):
+    monkeypatch.setattr("kcwb.editing.sequence.measure", lambda *a: pytest.fail("work was done"))
     with pytest.raises(error, match=words):
         sequential_edits(model, cases, **{"method": "ft_m", "at": (1,), "progress": False, **more})

@@ -10,7 +10,7 @@ import torch
 from kcwb.editing.covariance import sample_texts
 from kcwb.editing.scores import generate
 from kcwb.editing.writing import continuations
-from kcwb.errors import DataError
+from kcwb.errors import DataError, SettingError
 from tests.tasks import prompt_ids
 from tests.tiny import ARCHITECTURES, tiny_model
 
@@ -87,3 +87,10 @@ def test_a_text_ends_with_the_context():
     assert generate(model, text, 50) == greedy(model, text, room)
     with pytest.raises(DataError, match="reads 8"):
         generate(model, " ".join(["w1"] * 9), 3)
+
+
+def test_nothing_goes_on_after_no_token_or_for_no_tokens(tiny):
+    with pytest.raises(DataError, match="has no token"):
+        generate(tiny("llama"), "")
+    with pytest.raises(SettingError, match="tokens=0"):
+        generate(tiny("llama"), "w1", 0)

@@ -109,3 +109,15 @@ def test_what_cannot_be_tested_is_refused(model, task, ensemble):
     larger = tiny_model("llama", num_hidden_layers=3)
     with pytest.raises(CircuitError, match="The ensemble is of"):
         confidence_curve(larger, ensemble, make_task(larger, known_relation(larger, 20), n=8), **QUIET)
+
+
+def test_facts_on_which_the_ablation_is_not_defined_are_left_out_of_either_split(model, task, ensemble):
+    lonely = ensemble.provenance["halves"][0][0]
+    paired = task.val.paired.clone()
+    paired[lonely] = False
+    val = replace(task.val, paired=paired)
+    with pytest.warns(UserWarning, match="left out"):
+        curve = confidence_curve(
+            model, ensemble, replace(task, val=val), confidences=[0.6], ablation="resample", draws=0, **QUIET
+        )
+    assert curve.set_index("split").loc["D_val, cross-fitted", "n"] == 7

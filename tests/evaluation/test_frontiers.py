@@ -91,3 +91,13 @@ def test_what_cannot_be_meant_is_refused(model, task, tiny) -> None:
     alone = make_task(model, known_relation(model, 12), n=4, n_test=1)
     with pytest.raises(DataError, match="two at least"):
         frontier(model, alone, known=False, progress=False)
+
+
+def test_what_cannot_be_compared_is_refused_before_edges_are_scored(model, task, tiny, monkeypatch) -> None:
+    monkeypatch.setattr("kcwb.evaluation.frontiers.score_edges", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(CircuitError):
+        other = Circuit.full(tiny("neox").graph)
+        frontier(model, task, ["eap"], circuits={"other": [other]}, known=False, progress=False)
+    for methods, circuits in ((["eap"], {"none": []}), ([], None)):
+        with pytest.raises(SettingError, match="nothing to compare"):
+            frontier(model, task, methods, circuits=circuits, known=False, progress=False)

@@ -208,3 +208,8 @@ def test_two_relations_of_one_model_share_the_mover_and_part_at_the_mixture():
     assert shared.loc["a1.h1", "roles"] == "mover 2" and shared.loc["a1.h3", "names"] == "capital"
     matrix = relation_matrix(tables)
     assert matrix.shape == (2, 4) and (matrix["a1.h0"] < 0).all() and matrix.loc["language", "a1.h3"] == 0
+
+
+def test_no_relations_have_no_matrix():
+    with pytest.raises(DataError, match="no relations"):
+        relation_matrix({})

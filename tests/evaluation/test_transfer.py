@@ -89,3 +89,19 @@ def test_what_cannot_be_asked_is_refused(tiny, tasks):
     nothing = replace(task, test=replace(task.test, ranks=torch.full_like(task.test.ranks, 50)))
     with pytest.raises(DataError, match="larger n_test"):
         transfer_matrix(model, {"x": circuit}, {"one": nothing}, progress=False)
+
+
+def test_a_circuit_of_nearly_all_edges_has_random_ones_of_no_more_than_there_are(tiny):
+    model = tiny("neox")
+    assert module._about(model.graph.n_edges) > model.graph.n_edges
+    task = make_task(model, known_relation(model, 16), n=4, n_test=8)
+    table = transfer_matrix(model, {"all": Circuit.full(model.graph)}, {"one": task}, draws=2, progress=False)
+    assert table["chance"].to_numpy() == pytest.approx(table["faithfulness"].to_numpy(), abs=1e-5)
+
+
+def test_a_task_of_which_nothing_can_be_asked_is_refused_before_any_circuit_is_run(tiny, tasks, monkeypatch):
+    monkeypatch.setattr(module, "Scores", lambda *_: pytest.fail("work was done"))
+    two = tasks["two"]
+    nothing = replace(two, test=replace(two.test, ranks=torch.full_like(two.test.ranks, 50)))
+    with pytest.raises(DataError, match="larger n_test"):
+        transfer_matrix(tiny("llama"), {"x": Circuit.empty(tiny("llama").graph)}, {**tasks, "two": nothing})

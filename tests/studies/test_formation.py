@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import numpy as np
@@ -14,8 +16,8 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery.baselines import random_circuit
 from kcwb.discovery.discover import discover
-from kcwb.errors import DataError, ModelError, SettingError
-from kcwb.models.loading import load_model
+from kcwb.errors import CircuitError, DataError, ModelError, SettingError
+from kcwb.models.loading import Model, load_model
 from kcwb.reading.roles import head_roles
 from kcwb.studies.formation import over_training
 from kcwb.tasks.metrics import answer_ranks, make_loss
@@ -73,6 +75,20 @@ def test_every_number_is_that_of_plain_runs_in_these_weights(folder):
     assert table["known"].iloc[2] > table["known"].iloc[0]  # something was learnt
 
 
+def test_one_checkpoint_is_held_at_a_time(folder):
+    loaded: list[weakref.ref[Model]] = []
+
+    def load(revision: str) -> Model:
+        gc.collect()
+        assert not [one for one in loaded if one() is not None]
+        model = load_model(folder, device="cpu", revision=revision)
+        loaded.append(weakref.ref(model))
+        return model
+
+    table = over_training(load, ["step0", "step20", "step0", "step20"], [make_world().relation("city_country")], **MORE)
+    assert len(loaded) == 2 and table["revision"].tolist() == ["step0", "step20", "step0", "step20"]
+
+
 def test_the_same_facts_are_asked_of_other_weights():
     one, other = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
     task = make_task(one, known_relation(one), n=4)
@@ -113,5 +129,7 @@ def test_what_is_no_series_is_said(folder):
     with pytest.raises(ModelError, match="another shape"):
         models = {"a": tiny_model("llama"), "b": load(revision="step20")}
         over_training(models.__getitem__, ["a", "b"], [relation], **MORE)
+    with pytest.raises(CircuitError, match="are not connected"):
+        over_training(lambda name: load(revision=name), ["step0", "step20"], [relation], **{**MORE, "edges": 1})
     with pytest.raises(DataError, match="smaller n"):
         over_training(lambda name: load(revision=name), ["step0", "step20"], [relation], **{**MORE, "n_test": 0})

@@ -110,10 +110,11 @@ def _null_space(
     model: Model, number: int, settings: AlphaSettings, last: int, seed: int, progress: Progress
 ) -> tuple[Tensor, float | None]:
     """The null space of a layer's keys, from memory if it was asked for lately."""
-    wanted = text_digest(model), writer(model), str(model.dtype), str(model.device), seed, number, settings.share
+    about = text_digest(model), writer(model), str(model.dtype), str(model.device), model.network.n_ctx
+    wanted = *about, seed, number, settings.share
     if wanted not in _SPACES:
-        about = covariances(model, settings.layers(last), seed=seed, progress=progress)
-        _SPACES[wanted] = null_space(about[number].matrix, settings.share)
+        found = covariances(model, settings.layers(last), seed=seed, progress=progress)
+        _SPACES[wanted] = null_space(found[number].matrix, settings.share)
         while len(_SPACES) > _HELD:
             _SPACES.popitem(last=False)
     _SPACES.move_to_end(wanted)

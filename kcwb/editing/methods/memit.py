@@ -67,12 +67,7 @@ class MemitSettings(SpreadSettings):
 
 
 def memit(
-    model: Model,
-    requests: Sequence[Request],
-    layer: int,
-    settings: MemitSettings,
-    seed: int,
-    progress: Progress = False,
+    model: Model, requests: Sequence[Request], layer: int, settings: MemitSettings, seed: int, progress: Progress
 ) -> Fit:
     """Fit a MEMIT edit of all requests; `layer` is the last that is changed. The steps are the module's."""
     about: dict[int, Tensor] = {}

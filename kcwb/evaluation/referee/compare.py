@@ -10,8 +10,9 @@ import pandas as pd
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
 from kcwb.errors import SettingError
+from kcwb.evaluation.referee.hearing import subjects_of
 from kcwb.evaluation.referee.judgement import NO, YES, Judgement
-from kcwb.evaluation.referee.referee import referee
+from kcwb.evaluation.referee.referee import check_judged, referee
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Share
@@ -52,11 +53,15 @@ def rank_circuits(
     ------
     SettingError
         If there are fewer than two circuits.
+    CircuitError
+        If one is empty or whole, or belongs to another model.
     """
     if len(circuits) < 2:
         raise SettingError(f"{len(circuits)} circuits: there is nothing to rank; give two at least.")
     settled = {name: one if isinstance(one, Circuit) else one.consensus(confidence) for name, one in circuits.items()}
-    seen = {str(subject) for one in settled.values() for subject in _subjects(one, task)}
+    for one in settled.values():
+        check_judged(model, one)
+    seen = set().union(*(subjects_of(one, task) for one in settled.values()))
     exclude = sorted(seen | set(settings.pop("exclude", ())))
     judged = {
         name: referee(model, one, task, exclude=exclude, progress=progress, **settings) for name, one in settled.items()
@@ -74,11 +79,3 @@ def rank_circuits(
         ["no", "yes", "faithfulness"], ascending=[True, False, False], kind="stable", ignore_index=True
     )
     return order, judged
-
-
-def _subjects(circuit: Circuit, task: Task) -> list[str]:
-    recorded = circuit.provenance.get("facts")
-    try:
-        return [subject for subject, _ in recorded]  # type: ignore[union-attr]
-    except (TypeError, ValueError):
-        return [fact.subject for fact in task.val.facts]

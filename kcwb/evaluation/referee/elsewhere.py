@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
+from kcwb.circuits.provenance import part
 from kcwb.discovery.discover import score_edges
 from kcwb.discovery.methods import METHODS, scoring
 from kcwb.discovery.registry import DEFAULT
@@ -74,10 +75,10 @@ def other_templates(task: Task, most: int) -> list[str]:
     return [template for template in task.relation.prompt_templates_zs if template != task.template][:most]
 
 
-def other_relations(task: Task, given: int | Sequence[Relation | str], seed: int) -> Iterable[Relation]:
+def other_relations(task: Task, given: int | Sequence[Relation], seed: int) -> Iterable[Relation]:
     """Relations to try the circuit on: those that are given, or those that come with the package, in random order."""
     if not isinstance(given, int):
-        yield from (load_relation(one) if isinstance(one, str) else one for one in given)
+        yield from given
         return
     names = [name for name in relation_files() if name != task.relation.name]
     for name in np.random.default_rng(seed).permutation(names) if given else []:
@@ -112,7 +113,7 @@ def found_under(model: Model, task: Task, circuit: Circuit, own: str, step: Step
 
     For a method that does not score edges, or is not known, the default method stands in.
     """
-    found: dict[str, Circuit] = {}
+    found = {} if own in ABLATIONS else {own: circuit}
     for ablation in ABLATIONS:
         if ablation == own:
             found[ablation] = circuit
@@ -120,23 +121,16 @@ def found_under(model: Model, task: Task, circuit: Circuit, own: str, step: Step
             scores = edge_scores(model, task, circuit, ablation)
             found[ablation] = matched_circuit(model.graph, scores, circuit.n_edges, chosen_by(circuit))
         step()
-    if own not in found:
-        found = {own: circuit, **found}
     return found
 
 
-def edge_scores(
-    model: Model, task: Task, circuit: Circuit, ablation: str | AblationKind, metric: str | None = None
-) -> Float[Tensor, "S R"]:
+def edge_scores(model: Model, task: Task, circuit: Circuit, ablation: str | AblationKind) -> Float[Tensor, "S R"]:
     """Scores of all edges on D_val by the method, and in the metric, that the circuit was found with."""
     recorded = circuit.provenance
-    method = str(recorded.get("method"))
-    method = method if method in scoring() else DEFAULT
-    given = recorded.get("parameters")
-    own: dict[str, Any] = {}
-    if isinstance(given, dict) and method == recorded.get("method"):
-        own = {name: given[name] for name in METHODS[method].own if name in given}
-    metric = metric or str(recorded.get("metric", "nll"))
+    method, given = str(recorded.get("method")), part(recorded, "parameters")
+    method, given = (method, given) if method in scoring() else (DEFAULT, {})
+    own = {name: given[name] for name in METHODS[method].own if name in given}
+    metric = str(recorded.get("metric", "nll"))
     try:
         return score_edges(model, task, method, metric=metric, ablation=ablation, progress=False, **own)
     except SettingError as error:  # a metric, or a setting, of another version

@@ -60,18 +60,20 @@ class Effort:
     again: bool = True
 
 
+def subjects_of(circuit: Circuit, task: Task) -> set[str]:
+    """Whom the facts that a circuit was found on are about: those of D_val, if it does not record them."""
+    recorded = circuit.provenance.get("facts")
+    try:
+        return {str(subject) for subject, _ in recorded}  # type: ignore[union-attr]
+    except (TypeError, ValueError):
+        return {fact.subject for fact in task.val.facts}
+
+
 def judged_facts(
     model: Model, circuit: Circuit, task: Task, most: int, seed: int, exclude: Sequence[str] = ()
 ) -> tuple[Prompts, Prompts]:
-    """Facts that the model knows: those that the circuit was found on, and up to `most` others.
-
-    Of a circuit that does not record its facts, those of D_val count as them.
-    """
-    recorded = circuit.provenance.get("facts")
-    try:
-        subjects = {str(subject) for subject, _ in recorded}  # type: ignore[union-attr]
-    except (TypeError, ValueError):
-        subjects = {fact.subject for fact in task.val.facts}
+    """Facts that the model knows: those that the circuit was found on, and up to `most` others."""
+    subjects = subjects_of(circuit, task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of facts that cannot be told apart make_task has warned
         every = told_apart(model, task.relation.facts, task.template, task.relation)
@@ -88,17 +90,20 @@ class Hearing:
 
     def __init__(
         self, model: Model, circuit: Circuit, task: Task, cuts: Ablation, metric: str, effort: Effort,
-        others: int | Sequence[Relation | str], exclude: Sequence[str], seed: int,
+        others: int | Sequence[Relation], exclude: Sequence[str], seed: int,
     ) -> None:  # fmt: skip
         self.model, self.circuit, self.task, self.cuts = model, circuit, task, cuts
         self.metric, self.effort, self.others, self.seed = metric, effort, others, seed
+        self.used = subjects_of(circuit, task) | {*exclude}
         seen, fresh = judged_facts(model, circuit, task, effort.facts, seed, exclude)
-        if len(fresh) < 4:
-            raise DataError(
-                f"{model.name} knows {len(fresh)} facts of {task.relation.name} that the circuit was not found on; a "
-                "judgement needs 4 at least. Take a relation with more facts, or find the circuit on fewer."
-            )
         self.prompts = cuts.usable(fresh)
+        if len(self.prompts) < 4:
+            usable = "" if len(self.prompts) == len(fresh) else f" ({cuts.kind} ablation takes {len(self.prompts)})"
+            raise DataError(
+                f"{model.name} knows {len(fresh)} facts of {task.relation.name} that the circuit was not found on"
+                f"{usable}; a judgement needs 4 at least. Take a relation with more facts, or find the circuit on "
+                "fewer."
+            )
         metrics = metrics_of(self.prompts)
         choose("The metric", metric, metrics)
         self.scores = Scores(model, self.prompts, cuts, metrics)
@@ -148,7 +153,8 @@ class Hearing:
         seeds = range(self.seed, self.seed + self.effort.circuits)
         random = list(on_each_core(partial(random_circuit, graph, size), seeds, self.model.device))
         whole = [Circuit.full(graph), self.circuit, self.circuit.complement()]
-        full, own, left = (self._run(self.scores, one) for one in whole)
+        full, own, left = map(self.scores, whole)
+        self.step(3)
         model, alone, rest = (self.few(one) for one in whole)
         drawn = self.few.each(random, self.step)
         without = self.few.each([one.complement() for one in random[: self.effort.complements]], self.step)
@@ -172,11 +178,6 @@ class Hearing:
             }
         return asked
 
-    def _run(self, scores: Scores, circuit: Circuit) -> Answered:
-        found = scores(circuit)
-        self.step()
-        return found
-
     def _recovered(self, scores: Scores, circuit: Circuit | None = None) -> np.ndarray:
         return scores.recovered(circuit or self.circuit, self.metric)
 
@@ -185,7 +186,6 @@ class Hearing:
         task, effort, own = self.task, self.effort, self._recovered(self.scores)
         rows = [{"kind": "facts", "name": "others", **self._measured(self.scores)}]
         asked: dict[tuple[str, str], _Test] = {}
-        seen = {fact.subject for fact in self.seen.prompts.facts} if self.seen else set()
         if self.seen is not None and other.tells(self.seen, self.metric):
             rows.insert(0, {"kind": "facts", "name": "found on", **self._measured(self.seen)})
             if len(self.seen.prompts) >= 4:
@@ -208,7 +208,7 @@ class Hearing:
             return True
 
         for template in other.other_templates(task, effort.templates):
-            add("template", template, self._scores_of(task.relation, template, seen))
+            add("template", template, self._scores_of(task.relation, template, self.used))
         count = effort.relations if isinstance(self.others, int) else len(self.others)
         for relation in other.other_relations(task, self.others, self.seed):
             count -= add("relation", relation.name, self._scores_of(relation, 0, ()))
@@ -254,8 +254,7 @@ class Hearing:
     def _rivals(self) -> tuple[pd.DataFrame, dict[tuple[str, str], _Test]]:
         """The best circuits without the strongest edges of this one."""
         circuit, scores = self.circuit, self.circuit.scores
-        whole = scores is not None and not bool(scores[circuit.graph.exists].isnan().any())
-        if scores is None or not whole or was_pruned(circuit):
+        if scores is None or bool(scores[circuit.graph.exists].isnan().any()) or was_pruned(circuit):
             scores = other.edge_scores(self.model, self.task, circuit, self.cuts.kind)
         size = circuit.n_edges
         tenth = math.ceil(size / 10)

@@ -69,8 +69,9 @@ class Judgement:
 
     def to_json(self) -> str:
         """All of it as text; a table is a mapping from columns to lists, NaN is null."""
-        tables = {name: json.loads(getattr(self, name).to_json(orient="split", index=False)) for name in _TABLES}
-        return json.dumps({"format": _FORMAT, **tables, "provenance": dict(self.provenance)}, ensure_ascii=False)
+        tables = {name: getattr(self, name).astype(object) for name in _TABLES}
+        written = {name: one.where(one.notna(), None).to_dict("split", index=False) for name, one in tables.items()}
+        return json.dumps({"format": _FORMAT, **written, "provenance": dict(self.provenance)}, ensure_ascii=False)
 
     @classmethod
     @verb

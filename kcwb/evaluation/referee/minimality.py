@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
-from kcwb.circuits.ablation import AblationKind, make_ablation
+from kcwb.circuits.ablation import AblationKind
 from kcwb.circuits.circuit import Circuit
-from kcwb.circuits.run import check_same_model
 from kcwb.errors import CircuitError, choose
+from kcwb.evaluation.completeness import cuts_of
 from kcwb.evaluation.referee.hypotheses import QUANTILE, holm
 from kcwb.evaluation.referee.scores import Scores
 from kcwb.models.graph import Graph
@@ -29,7 +29,7 @@ from kcwb.parallel import on_each_core
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
 from kcwb.tasks.metrics import METRICS
-from kcwb.tasks.task import Task, check_same_weights
+from kcwb.tasks.task import Task
 from kcwb.verbs import verb
 
 _TRIES = 1000
@@ -78,10 +78,8 @@ def minimality(
     CircuitError
         If the circuit keeps no edge, or every one; or belongs to another model.
     """
-    check_same_model(model, circuit)
-    check_same_weights(model, task)
     choose("The metric", metric, METRICS)
-    cuts = make_ablation(model, task, ablation or circuit.ablation)
+    cuts = cuts_of(model, circuit, task, ablation)
     scores = Scores(model, cuts.usable(task.val), cuts, [metric])
     chosen = choose_edges(circuit, most, paths, seed)
     with track(progress, chosen.runs, "minimality") as step:
@@ -119,15 +117,11 @@ def choose_edges(circuit: Circuit, most: int, paths: int, seed: int) -> Chosen:
         )
     others, inflated = [], []
     for _ in range(paths):
-        path = new = torch.empty(0, 2)
-        for _ in range(_TRIES):
-            path = random_path(graph, generator)
-            new = path[~circuit.kept[*path.T]]
-            if len(new):
-                break
-        else:
+        tried = (random_path(graph, generator) for _ in range(_TRIES))
+        path = next((some for some in tried if not circuit.kept[*some.T].all()), None)
+        if path is None:
             raise CircuitError(f"{circuit!r} keeps nearly every path: no random one has an edge that it does not.")
-        kept = circuit.kept.clone()
+        new, kept = path[~circuit.kept[*path.T]], circuit.kept.clone()
         kept[*path.T] = True
         others.append(new[int(torch.randint(len(new), (), generator=generator))])
         inflated.append(kept)
@@ -160,12 +154,9 @@ def edge_changes(
     for (_, edges), changed in zip(jobs, on_each_core(changes, jobs, scores.model.device), strict=True):
         found.append(changed)
         step(1 + len(edges))
-    lots = len(chosen.lots)
+    own, random = found[: len(chosen.lots)], found[len(chosen.lots) :]
     return {
-        key: (
-            np.concatenate([one[key] for one in found[:lots]]),
-            np.concatenate([one[key] for one in found[lots:]]),
-        )
+        key: (np.concatenate([one[key] for one in own]), np.concatenate([one[key] for one in random]))
         for key in scores.metrics
     }
 
@@ -180,8 +171,7 @@ def minimality_table(graph: Graph, chosen: Chosen, changes: tuple[np.ndarray, np
     frame["kept"] = np.arange(len(frame)) < len(own)
     frame["effect"] = np.concatenate([own, random])
     frame["cost"] = np.concatenate([some.mean(1) for some in changes])
-    adjusted = holm(p)
-    for column, values in {"exceeds": exceeds, "p": p, "holm": adjusted}.items():
+    for column, values in {"exceeds": exceeds, "p": p, "holm": holm(p)}.items():
         frame[column] = np.concatenate([values, np.full(len(random), np.nan)])
     frame["superfluous"] = frame["holm"] <= 0.05
     return frame.sort_values(["kept", "effect"], ascending=[False, True], kind="stable", ignore_index=True)

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from platformdirs import user_cache_path
 
 from kcwb.circuits.ablation import AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
@@ -29,18 +26,16 @@ from kcwb.circuits.run import check_same_model
 from kcwb.errors import CircuitError, DataError, choose
 from kcwb.evaluation.referee.hearing import Effort, Hearing
 from kcwb.evaluation.referee.judgement import Judgement
-from kcwb.files import write_text
+from kcwb.files import user_folder, write_text
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Count, Natural, Seed, Share
 from kcwb.tasks.metrics import METRICS
-from kcwb.tasks.relations import Relation
+from kcwb.tasks.relations import Relation, load_relation
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
 
-_VERSION = 3  # of what is asked; a kept judgement of another one is not read
-
-
+_VERSION = 4  # of what is asked; a kept judgement of another one is not read
 FULL = Effort()
 QUICK = Effort(12, 5, 30, 62, 62, 30, 1, 1, 12, again=False)
 
@@ -104,20 +99,19 @@ def referee(
     CircuitError
         If the circuit is empty or whole, or belongs to another model.
     DataError
-        If there are fewer than 4 facts to judge it on, or nothing to be gained on them.
+        If there are fewer than 4 facts to judge it on, nothing to be gained on them, or no such relation.
     """
     if isinstance(circuit, Ensemble):
         circuit = circuit.consensus(confidence)
     choose("The metric", metric, [one for one in METRICS if one != "kl"])
-    check_same_model(model, circuit)
+    check_judged(model, circuit)
     check_same_weights(model, task)
-    if not 0 < circuit.n_edges < model.graph.n_edges:
-        raise CircuitError(f"{circuit!r} has {'no' if not circuit.n_edges else 'every'} edge: nothing to judge.")
     effort = QUICK if quick else FULL
     effort = replace(effort, facts=facts or effort.facts)
-    if draws:
-        effort = replace(effort, paths=draws, circuits=draws, complements=draws)
+    effort = replace(effort, paths=draws, circuits=draws, complements=draws) if draws else effort
     others = effort.relations if relations is None else relations
+    if not isinstance(others, int):
+        others = [load_relation(one) if isinstance(one, str) else one for one in others]
     cuts = make_ablation(model, task, ablation or circuit.ablation)
     settings = {"ablation": str(cuts.kind), "metric": metric, "seed": seed, **vars(effort)}
     path = _kept_at(model, circuit, task, settings, others, exclude) if cache else None
@@ -129,26 +123,32 @@ def referee(
     found = Hearing(model, circuit, task, cuts, metric, effort, others, exclude, seed).judge(progress, settings)
     if path is not None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, found.to_json())
         except OSError as error:
             warnings.warn(f"The judgement cannot be kept as {path} ({error.strerror}).", stacklevel=2)
     return found
 
 
+def check_judged(model: Model, circuit: Circuit) -> None:
+    """Refuse a circuit that is empty or whole, or belongs to another model; CircuitError."""
+    check_same_model(model, circuit)
+    if not 0 < circuit.n_edges < model.graph.n_edges:
+        raise CircuitError(f"{circuit!r} has {'no' if not circuit.n_edges else 'every'} edge: nothing to judge.")
+
+
 def _kept_at(
-    model: Model, circuit: Circuit, task: Task, settings: Mapping[str, Any], others: Any, exclude: Sequence[str]
-) -> Path:
+    model: Model, circuit: Circuit, task: Task, settings: Mapping[str, Any], others: int | Sequence[Relation],
+    exclude: Sequence[str],
+) -> Path:  # fmt: skip
     """Where a judgement is kept, by what determines it."""
-    root = os.environ.get("KCWB_CACHE")
-    folder = (Path(root).expanduser() if root else user_cache_path("kcwb")) / "judgements"
-    names = others if isinstance(others, int) else [one if isinstance(one, str) else one.digest for one in others]
     scores = circuit.scores
     what = {
-        "version": _VERSION, "model": model.digest, "dtype": str(model.dtype), "circuit": circuit.digest,
+        "version": _VERSION, "model": model.digest, "dtype": str(model.dtype), "prepend_bos": model.prepend_bos,
+        "circuit": circuit.digest,
         "scores": None if scores is None else hashlib.sha256(scores.numpy().tobytes()).hexdigest(),
         "from": [circuit.provenance.get(key) for key in ("method", "metric", "facts", "parameters")],
         "relation": task.relation.digest, "template": task.template, "n": task.n, "task seed": task.seed,
-        "others": names, "exclude": sorted(exclude), **settings,
+        "others": others if isinstance(others, int) else [one.digest for one in others],
+        "exclude": sorted(exclude), **settings,
     }  # fmt: skip
-    return folder / f"{hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()}.json"
+    return user_folder("judgements") / f"{hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()}.json"

@@ -32,7 +32,18 @@ class Question(NamedTuple):
     open: str
 
 
-_RECOVERED = "difference of recovered shares"
+def _no_worse(where: str, less: str, there: str, unsettled: str = "") -> Question:
+    """A question of what the circuit recovers elsewhere, which is to be no less."""
+    return Question(
+        f"The circuit does as well {where}.",
+        f"recovered share {less}", "facts",
+        "it recovers .25 less", "of recovered share",
+        f"{there} it does no worse (by {{effect:+.2f}}; {{margin}} would be no matter).",
+        f"{there} it recovers {{effect:.2f}} less.",
+        f"Whether it does as well {unsettled or where} is not settled (less by {{effect:+.2f}}).",
+    )  # fmt: skip
+
+
 QUESTIONS = {
     "equivalence": Question(
         "The circuit answers as well as the whole model.",
@@ -74,37 +85,18 @@ QUESTIONS = {
         "Cutting it harms the model more than cutting only {effect:.0%} of {n} random circuits of its size.",
         "Cutting it harms the model more than cutting {effect:.0%} of {n} random ones: which does not settle it.",
     ),
-    "other facts": Question(
-        "The circuit does as well on facts that it was not found on.",
-        "recovered share on its own facts less that on others", "facts",
-        "it recovers .25 less", "of recovered share",
-        "On facts that it was not found on it does no worse (by {effect:+.2f}; {margin} would be no matter).",
-        "On facts that it was not found on it recovers {effect:.2f} less.",
-        "Whether it does as well on facts that it was not found on is not settled (less by {effect:+.2f}).",
+    "other facts": _no_worse(
+        "on facts that it was not found on", "on its own facts less that on others", "On facts that it was not found on"
     ),
-    "prompt length": Question(
-        "The circuit does as well on longer prompts.",
-        "recovered share on the shorter half less that on the longer", "facts",
-        "it recovers .25 less", "of recovered share",
-        "On the longer half of the prompts it does no worse (by {effect:+.2f}; {margin} would be no matter).",
-        "On the longer half of the prompts it recovers {effect:.2f} less.",
-        "Whether it does as well on longer prompts is not settled (less by {effect:+.2f}).",
+    "prompt length": _no_worse(
+        "on longer prompts", "on the shorter half less that on the longer", "On the longer half of the prompts"
     ),
-    "other templates": Question(
-        "The circuit does as well in other wordings.",
-        "recovered share in its template less that in others", "facts",
-        "it recovers .25 less", "of recovered share",
-        "In other templates it does no worse (by {effect:+.2f}; {margin} would be no matter).",
-        "In other templates it recovers {effect:.2f} less.",
-        "Whether it does as well in other templates is not settled (less by {effect:+.2f}).",
+    "other templates": _no_worse(
+        "in other wordings", "in its template less that in others", "In other templates", "in other templates"
     ),
-    "other ablations": Question(
-        "The circuit does as well whatever cut edges deliver.",
-        "recovered share under its ablation less that under others", "facts",
-        "it recovers .25 less", "of recovered share",
-        "Under other ablations it does no worse (by {effect:+.2f}; {margin} would be no matter).",
-        "Under other ablations it recovers {effect:.2f} less.",
-        "Whether it does as well under other ablations is not settled (less by {effect:+.2f}).",
+    "other ablations": _no_worse(
+        "whatever cut edges deliver", "under its ablation less that under others", "Under other ablations",
+        "under other ablations",
     ),
     "specificity": Question(
         "The circuit does more for its relation than for others.",

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import pandas as pd
 
-from kcwb.editing.cases import EditCase
-from kcwb.editing.edit import EditError, edit, is_answer
-from kcwb.editing.registry import edit_method
+from kcwb.discovery.methods import check_size
+from kcwb.editing.cases import EditCase, check_targets
+from kcwb.editing.edit import EditError, check_edits, edit, is_answer
 from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -59,20 +59,26 @@ def compare_edits(
     Returns
     -------
     DataFrame
-        One row per edit and method: `relation`, `subject`, `true`, `target`, `method`, and `EditComparison.summary`.
+        One row per edit and method: `relation`, `subject`, `true`, `target`, `method`, `nll` (`Edit.nll`), and
+        `EditComparison.summary`.
 
     Raises
     ------
     SettingError
-        If there are no cases or editors, or there is no such editor.
+        If there are no cases or editors, there is no such editor or setting, a case's target is its true object, or the
+        graph has fewer edges.
+    ModelError
+        If the model's family cannot be edited.
     DataError
         If no edit could be compared.
     """
     methods = {method: {}} if isinstance(method, str) else method
     if not cases or not methods:
         raise SettingError(f"{len(cases)} cases, {len(methods)} editors: give at least one of each.")
-    for name in methods:
-        edit_method(name)  # before anything runs
+    for name, own in methods.items():
+        check_edits(model, name, **{"layer": layer, **settings, **own})
+    check_targets(cases)
+    check_size(model.graph, edges, model.name)
     tasks: dict[tuple[str, str], tuple[Task, list[str]]] = {}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
@@ -94,8 +100,7 @@ def compare_edits(
                 except (EditError, DataError) as error:
                     left_out.append(f"{case.fact.subject}, {name}: {error}")
                 else:
-                    head = {"relation": case.relation, "subject": case.fact.subject, "true": case.fact.object}
-                    rows.append({**head, "target": case.target, "method": name, "nll": made.nll, **like.summary})
+                    rows.append({**case.told, "method": name, "nll": made.nll, **like.summary})
                 step(note=case.fact.subject)
     if left_out:
         warnings.warn(

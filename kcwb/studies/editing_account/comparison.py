@@ -50,7 +50,7 @@ from kcwb.interventions.block import Block
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
-from kcwb.reading.dla import attribute
+from kcwb.reading.dla import attribute, named_heads
 from kcwb.reading.positions import check_prompts, position_groups, told_at_end
 from kcwb.reading.roles import role_labels, strongest_movers
 from kcwb.reading.trajectories import standing
@@ -189,10 +189,14 @@ def compare_edit(
     SettingError
         If the edit was made for another Model object (with equal weights, too), the task is not in the edit's template,
         `like` is of another fact, object, task or setting, or a setting cannot be meant.
+    CircuitError
+        If a named mover is not a head of the model.
     EditError
         If the edit is in the weights, or was made for other ones.
     """
     _check(model, made, task, edges)
+    if not isinstance(movers, int) and not named_heads(model, movers):
+        raise SettingError("movers=[]: name a head, or give a number.")
     fact, new = made.facts[0], Fact(made.facts[0].subject, made.targets[0])
     other = _paraphrase_of(task) if paraphrase is None else paraphrase
     asked = {answer: _asked(model, task, answer, made.templates[0]) for answer in (fact, new)}
@@ -294,15 +298,9 @@ def _ablations(model: Model, task: Task, drawn: Sequence[FactDraw] | None, seed:
 
 
 def _circuit(
-    model: Model,
-    task: Task,
-    fact: Fact,
-    template: str,
-    cuts: Sequence[Ablation],
-    *,
-    edges: int,
+    model: Model, task: Task, fact: Fact, template: str, cuts: Sequence[Ablation], *, edges: int,
     drawn: Sequence[FactDraw] | None,
-) -> Circuit | Ensemble:
+) -> Circuit | Ensemble:  # fmt: skip
     """The circuit of one prompt with one answer, by EAP-IG under mean ablation, at a size; or draws of it."""
     loss = make_loss(model, _asked(model, task, fact, template), "nll")
     scores = [attribution_scores(model, loss, one, steps=STEPS) for one in cuts]

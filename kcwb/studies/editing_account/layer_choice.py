@@ -21,6 +21,7 @@ scores pair by pair.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,6 @@ from kcwb.discovery.registry import DEFAULT
 from kcwb.editing.cases import EditCase
 from kcwb.editing.scores import SCORES, edit_scores
 from kcwb.errors import DataError, SettingError
-from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.roles import strongest_movers
@@ -134,10 +134,8 @@ def _asked_so(
     others = [text for text in task.relation.prompt_templates_zs if text != case.template]
     tasks = [task]
     for text in others[: wordings - 1]:
-        try:
+        with contextlib.suppress(DataError):  # the model knows none of the facts in these words
             tasks.append(make_task(model, case.relation, n=n, seed=seed, template=text))
-        except DataError:  # which the model knows none of the facts in
-            continue
     worded = [_Wording(one.template, one.relation.objects, make_ablation(model, one, "mean")) for one in tasks]
     try:
         return worded, strongest_movers(model, task, movers, seed)
@@ -160,17 +158,10 @@ def _reading(
                 raise
             continue
         scores.append(method.function(model, loss, one.cuts, **method.own))
-    drawn = fact_draws(model.graph, edges, draws, len(scores), seed)
-    pi = fact_ensemble(model.graph, scores, drawn, {}).inclusion
-    return pi[[[row] for row in _mlps(model.graph)], [_value(model.graph, name) for name in movers]]
-
-
-def _mlps(graph: Graph) -> list[int]:
-    return [graph.mlp_sender(layer) for layer in range(graph.n_layers)]
-
-
-def _value(graph: Graph, head: str) -> int:
-    return graph.receiver_names.index(f"{head}<v>")
+    graph = model.graph
+    pi = fact_ensemble(graph, scores, fact_draws(graph, edges, draws, len(scores), seed), {}).inclusion
+    mlps = [[graph.mlp_sender(layer)] for layer in range(graph.n_layers)]
+    return pi[mlps, [graph.receiver_names.index(f"{name}<v>") for name in movers]]
 
 
 def _chosen(pi: Float[Tensor, "layers movers"], movers: Sequence[str], confidence: float) -> dict[str, Any]:
@@ -254,18 +245,13 @@ def compare_layers(
         model, [cases[i] for _, i in edits], method, layer=[layer for layer, _ in edits], seed=seed, progress=progress,
         **settings,
     )  # fmt: skip
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
-    for (layer, i), pair in zip(edits, np.split(np.arange(len(table)), len(edits)), strict=True):
-        before, rows[layer, i] = (table.iloc[row].to_dict() | {"case": i} for row in pair)
-        rows.setdefault((-1, i), before)
+    found, rows = table.to_dict("records"), {}
+    for (layer, i), before, after in zip(edits, found[::2], found[1::2], strict=True):
+        rows[layer, i] = after | {"case": i}
+        rows.setdefault((-1, i), before | {"case": i})
     named = {"unedited": [-1] * len(cases), **layers}
-    scores = pd.DataFrame(
-        [
-            {"choice": name, "layer": layer, **rows[layer, i]}
-            for name, of_case in named.items()
-            for i, layer in enumerate(of_case)
-        ]
-    )
+    at = [(name, layer, i) for name, of_case in named.items() for i, layer in enumerate(of_case)]
+    scores = pd.DataFrame([{"choice": name, "layer": layer, **rows[layer, i]} for name, layer, i in at])
     return LayerComparison(scores, _paired(scores, list(choices), seed))
 
 
@@ -279,14 +265,10 @@ def _paired(scores: pd.DataFrame, choices: Sequence[str], seed: int) -> pd.DataF
             both = pd.DataFrame({"own": first[score], "other": of[name][score]}).astype(float).dropna()
             difference = (both["own"] - both["other"]).to_numpy()
             low, high = mean_interval(difference, seed)
-            rows.append(
-                {
-                    **{"choice": name, "score": score, "n": len(both), **both.mean()},
-                    **{"difference": difference.mean() if len(both) else np.nan, "low": low, "high": high},
-                    **{"same": same, "p": flipped_p(difference, seed)},
-                }
-            )
-    return pd.DataFrame(rows)
+            mean = difference.mean() if len(both) else np.nan
+            rows.append((name, score, len(both), *both.mean(), mean, low, high, same, flipped_p(difference, seed)))
+    columns = ["choice", "score", "n", "own", "other", "difference", "low", "high", "same", "p"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def flipped_p(differences: Float[np.ndarray, " n"], seed: int) -> float:

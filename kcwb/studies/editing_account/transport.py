@@ -14,7 +14,7 @@ from torch import Tensor
 from kcwb.editing.edit import Edit
 from kcwb.errors import DataError
 from kcwb.interventions.at_end import head_masks, logits_with
-from kcwb.interventions.block import Block, run_block
+from kcwb.interventions.block import Block, run_block, run_blocks
 from kcwb.models.loading import Model
 from kcwb.models.network import Network
 from kcwb.statistics import chance_range, matched_head_sets, p_value
@@ -24,11 +24,7 @@ from kcwb.tasks.prompts import Prompts
 @torch.no_grad()
 def trace_blocks(network: Network, tokens: Int[Tensor, "1 T"]) -> list[Block]:
     """All blocks of the full model on one prompt up to END."""
-    x, blocks = network.embed(tokens), []
-    for layer in range(network.graph.n_layers):
-        blocks.append(run_block(network, layer, x))
-        x = blocks[-1].after
-    return blocks
+    return [*run_blocks(network, tokens)]
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ be made of any heads without running the model again.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from kcwb.errors import DataError
+from kcwb.evaluation.knowledge import sample_facts
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
@@ -27,7 +27,7 @@ from kcwb.reading.roles import head_roles
 from kcwb.reading.trajectories import read_trajectories
 from kcwb.settings import Seed, at_least
 from kcwb.tasks.prompts import Prompts, encode
-from kcwb.tasks.relations import Fact, Relation, load_relation, require_subjects
+from kcwb.tasks.relations import Relation, load_relation, require_subjects
 from kcwb.tasks.task import Task
 from kcwb.tasks.tokens import object_tokens
 from kcwb.verbs import verb
@@ -186,12 +186,6 @@ def task_of(model: Model, relation: Relation, template: str, prompts: Prompts, r
     """A task whose D_val is some prompts that are there already, and which has no D_test."""
     some, none, n = prompts.select(rows), prompts.select([]), len(rows)
     return Task(model.name, model.digest, relation, template, n, seed, some, none, some, n, len(prompts))
-
-
-def sample_facts(relation: Relation, n: int, seed: int) -> list[Fact]:
-    """At most n facts of a relation, in its order."""
-    rows = sorted(random.Random(seed).sample(range(len(relation.facts)), min(n, len(relation.facts))))
-    return [relation.facts[row] for row in rows]
 
 
 def _without_copies(model: Model, prompts: Prompts, relation: Relation) -> Prompts:

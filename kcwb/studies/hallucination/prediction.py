@@ -30,7 +30,7 @@ How they are tried:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -171,19 +171,18 @@ def predict_wrong(
     # 1. each relation left out, with the others' movers and (4.) random heads
     chosen = [_strongest(measured, i, movers) for i in range(len(names))]
     random = _random_sets(measured, chosen, draws, seed)
-    some = {name: FEATURE_SETS[name] for name in _CONTROLLED}
     with track(progress, 1 + len(random), "leaving relations out") as step:
         found, weights = _out_of_relation(measured, place, wrong, chosen, FEATURE_SETS)
         step()
         chance = []
         for sets in random:
-            chance.append(np.stack(list(_out_of_relation(measured, place, wrong, sets, some)[0].values())))
+            chance += _out_of_relation(measured, place, wrong, sets, _CONTROLLED)[0].values()
             step()
     # 2. and 3. AUROC within relations, with intervals
     pairs = within_pairs(np.stack(list(found.values())), place, wrong)
-    by_chance = pairs_auroc(within_pairs(np.concatenate(chance), place, wrong)) if chance else np.empty(0)
+    by_chance = pairs_auroc(within_pairs(np.stack(chance), place, wrong)) if chance else np.empty(0)
     return HallucinationStudy(
-        scores=_scores(found, wrong, pairs, by_chance.reshape(len(random), len(some)), resamples, seed),
+        scores=_scores(found, wrong, pairs, by_chance.reshape(len(random), len(_CONTROLLED)), resamples, seed),
         relations=_by_relation(measured, list(found), pairs, chosen),
         weights=weights,
         recall=_recall(measured.prompts, seed),
@@ -232,12 +231,9 @@ def _random_sets(
 
 
 def _out_of_relation(
-    measured: Measured,
-    place: Int[np.ndarray, " N"],
-    wrong: Bool[np.ndarray, " N"],
-    heads: Sequence[Int[np.ndarray, " k"]],
-    sets: Mapping[str, tuple[tuple[str, ...], bool]],
-) -> tuple[dict[str, Float[np.ndarray, " N"]], pd.DataFrame]:
+    measured: Measured, place: Int[np.ndarray, " N"], wrong: Bool[np.ndarray, " N"],
+    heads: Sequence[Int[np.ndarray, " k"]], sets: Iterable[str],
+) -> tuple[dict[str, Float[np.ndarray, " N"]], pd.DataFrame]:  # fmt: skip
     """The probability of being wrong that each prompt gets from the other relations, by set; and the coefficients."""
     found = {name: np.full(len(wrong), np.nan) for name in sets}
     rows = []
@@ -245,7 +241,8 @@ def _out_of_relation(
         held, features = place == i, head_features(measured, chosen)
         if not held.any():
             continue
-        for name, (columns, _) in sets.items():
+        for name in found:
+            columns, _ = FEATURE_SETS[name]
             x = np.stack([features[column] for column in columns], 1)
             x = (x - x[~held].mean(0)) / np.maximum(x[~held].std(0), _LEAST_SPREAD)
             fitted = LogisticRegression(max_iter=1000).fit(x[~held], wrong[~held])
@@ -260,13 +257,9 @@ def _out_of_relation(
 
 
 def _scores(
-    found: Mapping[str, np.ndarray],
-    wrong: Bool[np.ndarray, " N"],
-    pairs: Mapping[int, np.ndarray],
-    chance: Float[np.ndarray, "draws c"],
-    resamples: int,
-    seed: int,
-) -> pd.DataFrame:
+    found: Mapping[str, np.ndarray], wrong: Bool[np.ndarray, " N"], pairs: Mapping[int, np.ndarray],
+    chance: Float[np.ndarray, "draws c"], resamples: int, seed: int,
+) -> pd.DataFrame:  # fmt: skip
     names = list(found)
     values, again = pairs_auroc(pairs), resampled_aurocs(pairs, resamples, seed)
     base = names.index(_BASELINE)

@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kcwb.errors import DataError, SettingError
+from kcwb.evaluation.knowledge import sample_facts
 from kcwb.interventions.at_end import at_end, head_masks, logits_with
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
@@ -39,7 +40,7 @@ from kcwb.reading.positions import check_prompts, rows_told_at_end, says_its_obj
 from kcwb.reading.roles import strongest_movers
 from kcwb.settings import Count, Seed, at_least
 from kcwb.statistics import matched_head_sets, mean_interval, p_value, proportion_interval
-from kcwb.studies.hallucination.measurement import FEWEST_FACTS, sample_facts, task_of
+from kcwb.studies.hallucination.measurement import FEWEST_FACTS, task_of
 from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.ranks import rank_of
 from kcwb.tasks.relations import Relation, load_relation, require_subjects
@@ -310,6 +311,9 @@ def _check(
     """Refuse what cannot be meant; the relations' templates."""
     if not relations:
         raise DataError("There is no relation to look at.")
+    names = [relation.name for relation in relations]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"The relation {twice[0]!r:.60} is given twice: a fact must be in one pair.")
     if len(set(templates)) < 2:
         raise SettingError(f"templates={list(templates)}: two different ones are needed, one right and one wrong.")
     if not isinstance(movers, int) and not named_heads(model, movers):

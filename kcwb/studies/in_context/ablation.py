@@ -80,6 +80,7 @@ def ablate_new(
     """
     check_same_weights(model, task)
     prompts = told_at_end(asked_prompts(task, split))
+    new, shared = (list(dict.fromkeys(heads)) for heads in (new, shared))
     random = matched_head_sets(model.graph, new, draws, seed)
     arms: dict[str, list[Sequence[str]]] = {"intact": [()]}
     arms |= {"new heads": [new]} if new else {}

@@ -17,7 +17,14 @@ from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed, Share
-from kcwb.studies.fact_circuits import found_with, resampled_circuit, resampled_weights, scores_by_fact, senders_in
+from kcwb.studies.fact_circuits import (
+    found_with,
+    require_connected,
+    resampled_circuit,
+    resampled_weights,
+    scores_by_fact,
+    senders_in,
+)
 from kcwb.tasks.shots import ShotTask
 from kcwb.tasks.task import check_same_weights
 from kcwb.verbs import verb
@@ -74,6 +81,8 @@ def context_circuits(
     ------
     DataError
         If the tasks ask different facts, or a single one, which every resample would repeat.
+    CircuitError
+        If a circuit falls apart: its strongest edges are not connected.
     """
     check_size(model.graph, edges, model.name)
     facts = {task.val.facts for task in tasks.values()}
@@ -91,6 +100,7 @@ def context_circuits(
                 model, task, range(n_facts), cuts, _METRIC, steps, lambda name=name: step(note=name)
             )
             circuit = matched_circuit(model.graph, scores.mean(0), edges)
+            require_connected(circuit, name, edges, "facts")
             shots = {"k": task.k, "kind": task.kind, "question": task.question}
             about = found_with(model, task, task.val.facts, _METRIC, _ABLATION, edges, steps, shots=shots)
             presence = np.stack([senders_in(resampled_circuit(circuit, scores, weights)) for weights in again])

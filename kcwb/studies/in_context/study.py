@@ -30,7 +30,7 @@ from kcwb.discovery.methods import STEPS, check_size
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Count, Natural, Seed
-from kcwb.studies.in_context.ablation import ablate_new
+from kcwb.studies.in_context.ablation import ablate_new, asked_prompts
 from kcwb.studies.in_context.accuracy import shot_accuracy
 from kcwb.studies.in_context.attention import demonstration_attention, reading_summary
 from kcwb.studies.in_context.circuits import ResampledCircuit, context_circuits, heads_with, new_heads
@@ -121,6 +121,7 @@ def in_context(
 
     more = {"n": n, "seed": seed, "template": template, "sets": sets, "n_test": n_test, "unrelated": unrelated}
     tasks = shot_tasks(model, relation, wanted, progress=within("questions"), **more)
+    asked_prompts(tasks[k, kind], "test")  # before circuits are looked for
     chosen = {"0 shots": tasks[0, "shots"], tasks[k, kind].label: tasks[k, kind]}
     # 1. circuits
     size = {"edges": edges, "steps": steps, "resamples": resamples, "seed": seed}

@@ -14,11 +14,11 @@ from kcwb.circuits.ablation import AblationKind, ablation_kind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.methods import check_method, check_size
 from kcwb.discovery.selection import matched_circuit
-from kcwb.errors import CircuitError, DataError, SettingError
+from kcwb.errors import DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.settings import Count
-from kcwb.studies.fact_circuits import found_with, scores_by_fact
+from kcwb.studies.fact_circuits import found_with, require_connected, scores_by_fact
 from kcwb.tasks.hops import HOPS, Hops
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
@@ -115,11 +115,7 @@ def hop_circuits(
             of_fact[name] = made if name in HOPS else [made[i % len(made)] for i in range(len(rows))]
             about = found_with(model, task, task.val.facts, metric, ablation, edges, steps)
             circuits[name] = replace(matched_circuit(model.graph, scores[name].mean(0), edges), provenance=about)
-            if not circuits[name].n_edges:
-                raise CircuitError(
-                    f"The strongest edges of {name} are not connected: no circuit of about {edges} edges is left once "
-                    "dangling ones are dropped. Ask for more edges, more steps, or more chains."
-                )
+            require_connected(circuits[name], name, edges, "chains")
             each()
     circuits[INTEGRATED] = circuits["hop 1"] | circuits["hop 2"]
     of_fact[INTEGRATED] = [one | two for one, two in zip(of_fact["hop 1"], of_fact["hop 2"], strict=True)]

@@ -70,9 +70,10 @@ def hop_lens(model: Model, hops: Hops, *, progress: Progress = True) -> pd.DataF
         parts = []
         for layer, residual in enumerate(layer_streams(model.network, prompts.tokens[rows]), start=-1):
             for place, at in places.items():
-                some = [i for i in range(rows.start, rows.stop) if at[i] is not None]
+                some = [(i, position) for i in range(rows.start, rows.stop) if (position := at[i]) is not None]
                 if some:
-                    found = _read(model, residual, rows.start, some, at, bridges, objects)
+                    streams = torch.stack([residual[i - rows.start, position] for i, position in some])
+                    found = _read(model, streams, [i for i, _ in some], bridges, objects)
                     parts.append(found.assign(layer=layer, place=place))
             step(rows.stop - rows.start)
         return pd.concat(parts)
@@ -163,20 +164,11 @@ def _places(model: Model, prompts: Prompts, words: Wording) -> dict[str, list[in
     }
 
 
-@torch.no_grad()
 def _read(
-    model: Model,
-    residual: Float[Tensor, "n T D"],
-    start: int,
-    rows: list[int],
-    at: list[int | None],
-    bridges: Int[Tensor, " N"],
-    objects: Int[Tensor, " N"],
+    model: Model, streams: Float[Tensor, "n D"], rows: list[int], bridges: Int[Tensor, " N"], objects: Int[Tensor, " N"]
 ) -> pd.DataFrame:
-    """Ranks at one place after one layer, for the chains `rows`; `residual` begins with chain `start`."""
-    place = [position for i in rows if (position := at[i]) is not None]
-    logits = model.network.logits(residual[[i - start for i in rows], place]).float()
-    parts = []
+    """Ranks at one place after one layer, for the chains `rows`."""
+    logits, parts = model.network.logits(streams).float(), []
     for (own_name, other_name), tokens in ((WHO[:2], bridges), (WHO[2:], objects)):
         every = tokens.unique()
         ranks = torch.stack([rank_of(logits, token.expand(len(rows))) for token in every], -1).double()

@@ -94,9 +94,10 @@ def hop_overlap(
     _check(found, ensembles)
     graph, n_facts = found.circuits["two-hop"].graph, len(found.of_fact["two-hop"])
     # 1. what each circuit has, and how much
+    whole = {name: _parts(one) for name, one in {**found.circuits, **ensembles}.items()}
     parts: dict[str, dict[str, list[_Parts]]] = {
         "one fact": {name: [_parts(one) for one in some] for name, some in found.of_fact.items()},
-        "all facts": {name: [one] for name, one in _united({**found.circuits, **ensembles}).items()},
+        "all facts": {name: [one] for name, one in _integrated(whole).items()},
     }
     sizes = {
         (level, name): np.mean([[one[part].sum() for part in PARTS] for one in some], axis=0)
@@ -104,10 +105,10 @@ def hop_overlap(
         for name, some in circuits.items()
     }
     # 2. resampled circuits, and random ones of each size (or with each pi) on either side of a pair
-    weights = {
-        (level, name): np.ones(round(size[0])) if level == "one fact" else _above_0(parts[level][name][0]["edges"])
-        for (level, name), size in sizes.items()
-    }
+    weights = {}
+    for (level, name), size in sizes.items():
+        pi = parts[level][name][0]["edges"]
+        weights[level, name] = np.ones(round(size[0])) if level == "one fact" else pi[pi > 0]
     pools = {(key[1] != "two-hop", some.tobytes()): some for key, some in weights.items()}
     with track(progress, resamples + draws * len(pools), "overlap") as step:
         again = []
@@ -122,13 +123,13 @@ def hop_overlap(
     # 3. overlaps, with intervals and beside chance
     rows: list[dict[str, Any]] = []
     for level, name in itertools.product(parts, found.singles):
-        own = np.array([_overlap(*pair) for pair in zip(parts[level]["two-hop"], parts[level][name], strict=True)])
+        both = list(zip(parts[level]["two-hop"], parts[level][name], strict=True))
+        own = np.array([_overlap(*pair) for pair in both])
         spread = own if level == "one fact" else np.array([_overlap(one["two-hop"], one[name]) for one in again])
         left, right = sizes[level, "two-hop"], sizes[level, name]
         keys = (weights[level, one].tobytes() for one in ("two-hop", name))
         pairs = zip(*(random[pool] for pool in zip((False, True), keys, strict=True)), strict=True)
         edges = np.array([float(torch.minimum(a, b).sum()) for a, b in pairs])
-        both = list(zip(parts[level]["two-hop"], parts[level][name], strict=True))
         chance = _chance(edges, (left[0], right[0]), both, np.random.default_rng(seed + len(rows)))
         for i, part in enumerate(PARTS):
             row: dict[str, Any] = {"level": level, "circuit": name, "part": part}
@@ -170,16 +171,8 @@ def _of_nodes(graph: Graph, edges: np.ndarray, nodes: np.ndarray) -> _Parts:
     return {"edges": edges, "nodes": grid, "heads": grid[:, :-1]}
 
 
-def _above_0(pi: np.ndarray) -> np.ndarray:
-    return pi[pi > 0]
-
-
-def _united(circuits: Mapping[str, Circuit | Ensemble]) -> dict[str, _Parts]:
-    """The parts of all circuits; the integrated one has the larger pi of the two hops."""
-    return _integrated({name: _parts(one) for name, one in circuits.items()})
-
-
 def _integrated(made: dict[str, _Parts]) -> dict[str, _Parts]:
+    """With the integrated one, which has the larger pi of the two hops."""
     return made | {INTEGRATED: {part: np.maximum(made["hop 1"][part], made["hop 2"][part]) for part in PARTS}}
 
 

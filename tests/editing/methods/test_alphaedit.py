@@ -9,7 +9,7 @@ import torch
 
 from kcwb.editing.covariance import covariance
 from kcwb.editing.edit import edit
-from kcwb.editing.methods.alphaedit import null_space, projected_change
+from kcwb.editing.methods.alphaedit import AlphaSettings, _null_space, null_space, projected_change
 from kcwb.editing.methods.memit import spread_change
 from kcwb.editing.partial_runs import make_rows, read_places
 from kcwb.tasks.relations import Fact
@@ -152,3 +152,13 @@ def test_the_null_space_is_that_of_the_asked_share(model):
         for share in (0.05, 0.5)
     )
     assert few["dimensions"] < many["dimensions"] and few["largest"] < many["largest"]
+
+
+def test_the_null_space_is_of_the_text_that_this_model_reads():
+    """The same weights may read less, so that their covariance is of other texts."""
+    long, short = (tiny_model("llama", max_position_embeddings=n) for n in (64, 8))
+    assert long.digest == short.digest
+    for model in (long, short):
+        space, _ = _null_space(model, 1, AlphaSettings(spread=1), 1, 0, False)
+        own, _ = null_space(covariance(model, 1).matrix, AlphaSettings().share)
+        assert torch.allclose(space @ space.T, own @ own.T, atol=1e-6)

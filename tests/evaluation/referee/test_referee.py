@@ -15,13 +15,13 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import run_circuit
 from kcwb.discovery.baselines import random_circuit
 from kcwb.errors import CircuitError, DataError, SettingError
-from kcwb.evaluation.referee import hypotheses
+from kcwb.evaluation.referee import elsewhere, hypotheses
 from kcwb.evaluation.referee import referee as module
 from kcwb.evaluation.referee.compare import rank_circuits
 from kcwb.evaluation.referee.elsewhere import best_circuit, of_nodes, rivals
-from kcwb.evaluation.referee.hearing import judged_facts
+from kcwb.evaluation.referee.hearing import Hearing, judged_facts
 from kcwb.evaluation.referee.judgement import NO, YES, Judgement
-from kcwb.evaluation.referee.referee import referee
+from kcwb.evaluation.referee.referee import QUICK, referee
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.task import make_task
 from tests import handmade
@@ -233,6 +233,99 @@ def test_a_judgement_of_another_format_is_refused(judged):
     for damaged in ("", "[]", "{}", text[:50], text.replace("kcwb-judgement/1", "other")):
         with pytest.raises(DataError, match="no judgement"):
             Judgement.from_json(damaged)
+
+
+def test_a_judgement_is_read_with_every_digit_that_was_written(judged):
+    truth = judged["truth"]
+    questions = truth.questions.assign(p_for=1.2345678901234567e-13, effect=1 / 3)
+    again = Judgement.from_json(replace(truth, questions=questions).to_json())
+    assert (again.questions["p_for"] == 1.2345678901234567e-13).all() and (again.questions["effect"] == 1 / 3).all()
+    for name in ("edges", "null", "matrix", "elsewhere", "rivals"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(truth, name), check_dtype=False, check_exact=True)
+
+
+def test_circuits_that_cannot_be_judged_are_refused_before_any_is(planted, heard):
+    found, task = planted
+    circuits = {"truth": circuit_of(planted, found.truth("zero")), "none": Circuit.empty(found.model.graph)}
+    with pytest.raises(CircuitError, match="nothing to judge"):
+        rank_circuits(found.model, circuits, task, progress=False)
+    assert not heard
+
+
+def test_an_unknown_relation_is_refused_before_anything_runs(planted, tmp_path, monkeypatch):
+    found, task = planted
+    monkeypatch.setattr(module, "Hearing", lambda *_: pytest.fail("work was done"))
+    for cache in (False, True):
+        with pytest.raises(DataError, match="no relation 'no_such'"):
+            truth = circuit_of(planted, found.truth("zero"))
+            referee(found.model, truth, task, relations=["no_such"], cache=cache, progress=False)
+
+
+@pytest.fixture
+def heard(tmp_path, monkeypatch):
+    """What the referee is asked, if it has kept no judgement of it."""
+    monkeypatch.setenv("KCWB_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    class Heard:
+        def __init__(self, *given):
+            asked.append(given)
+
+        def judge(self, *_):
+            return Judgement(*[pd.DataFrame({"a": [1.0]})] * 6)
+
+    monkeypatch.setattr(module, "Hearing", Heard)
+    return asked
+
+
+def test_a_judgement_beside_a_relation_that_has_changed_since_is_not_read(planted, tmp_path, heard):
+    found, task = planted
+    path, truth = tmp_path / "other.json", circuit_of(planted, found.truth("zero"))
+    for n in (9, 8, 8):
+        replace(found.relation, name="other", facts=found.relation.facts[:n]).save(path)
+        referee(found.model, truth, task, relations=[str(path)], progress=False)
+    assert [len(relations[0].facts) for *_, relations, _, _ in heard] == [9, 8]
+
+
+def test_a_judgement_with_bos_is_none_without(planted, heard):
+    found, task = planted
+    for bos in (False, True, True):
+        model = replace(found.model, prepend_bos=bos)
+        referee(model, circuit_of(planted, found.truth("zero")), task, **SETTINGS)
+    assert [model.prepend_bos for model, *_ in heard] == [False, True]
+
+
+def test_other_templates_are_not_tried_on_what_it_was_found_on_or_is_not_to_be_judged_on(planted, monkeypatch):
+    found, task = planted
+    circuit = circuit_of(planted, found.truth("zero"))
+    circuit = replace(circuit, provenance={**circuit.provenance, "facts": [["s2", "?"]]})  # a single one
+    relation = replace(found.relation, prompt_templates_zs=(*found.relation.prompt_templates_zs, "so {} is"))
+    left_out = []
+    monkeypatch.setattr(elsewhere, "task_elsewhere", lambda *given: left_out.append(set(given[5])))
+    other = replace(task, relation=relation)
+    referee(found.model, circuit, other, quick=True, draws=5, exclude=["s4"], cache=False, **SETTINGS)
+    assert left_out == [{"s2", "s4"}]
+
+
+def test_too_few_facts_that_the_ablation_is_defined_on_are_refused(planted):
+    found, task = planted
+    circuit = circuit_of(planted, found.truth("zero"))
+    lonely = Kept(make_ablation(found.model, task, "resample"), 3)
+    with pytest.raises(DataError, match=r"12 facts.*takes 3.*4 at least"):
+        Hearing(found.model, circuit, task, lonely, "nll", QUICK, 0, (), 0)
+
+
+class Kept:
+    """An ablation that is defined on some first facts alone."""
+
+    def __init__(self, cuts, most):
+        self.cuts, self.most, self.kind = cuts, most, cuts.kind
+
+    def usable(self, prompts):
+        return prompts.select(slice(self.most))
+
+    def values(self, prompts):
+        return self.cuts.values(prompts)
 
 
 def test_it_may_be_cancelled(planted):

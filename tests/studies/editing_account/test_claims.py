@@ -52,6 +52,9 @@ def test_many_edits_are_the_single_ones(model, relation, monkeypatch):
         ([], "rome", "0 cases"),
         ([EditCase(Fact("w5", "w40"), "w50", "w80 {}", (), ())], {}, "0 editors"),
         ([EditCase(Fact("w5", "w40"), "w50", "w80 {}", (), ())], {"rome": {}, "romee": {}}, "rome"),
+        ([EditCase(Fact("w5", "w40"), new, "w80 {}", (), ()) for new in ("w50", "w40")], "rome", "Case 1"),
+        ([EditCase(Fact("w5", "w40"), "w50", "w80 {}", (), ())], {"rome": {}, "ft_m": {"layer": 2}}, "layers 0 to 1"),
+        ([EditCase(Fact("w5", "w40"), "w50", "w80 {}", (), ())], "rome", "edges=300.*has 110"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(model, cases, method, words, monkeypatch):

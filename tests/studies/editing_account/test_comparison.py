@@ -11,7 +11,7 @@ from kcwb.circuits.ensemble import Ensemble, weighted_iou
 from kcwb.discovery.discover import score_edges
 from kcwb.discovery.selection import matched_circuit
 from kcwb.editing.edit import EditError
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.reading.roles import strongest_movers
 from kcwb.studies.editing_account.comparison import (
     compare_edit,
@@ -48,6 +48,12 @@ def test_a_matched_circuit_is_nearest_to_the_size_among_all_beginnings(model, ta
         for n in range(1, model.graph.n_edges + 1)
     ]
     assert abs(circuit.n_edges - edges) <= min(abs(size - edges) for size in sizes) + 1
+
+
+def test_movers_that_are_no_heads_are_refused(model, task, found):
+    for movers, error in ((["m0"], CircuitError), (["input"], CircuitError), ([], SettingError)):
+        with pytest.raises(error, match="head"):
+            compare_edit(model, found.edit, task, edges=30, movers=movers, draws=5, progress=False)
 
 
 def test_the_change_is_shared_out_over_layers(model, found):

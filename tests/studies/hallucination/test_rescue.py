@@ -212,6 +212,8 @@ def test_what_cannot_be_meant_is_refused_before_the_model_runs(monkeypatch):
     monkeypatch.setattr("kcwb.studies.hallucination.rescue.encode", lambda *_: pytest.fail("the model was asked"))
     with pytest.raises(DataError, match="no relation"):
         rescue(model, [], progress=False)
+    with pytest.raises(DataError, match="is given twice"):
+        rescue(model, [relation, relation], progress=False)
     with pytest.raises(CircuitError, match="not an attention head"):
         rescue(model, [relation], movers=["m0"], progress=False)
     for wrong in ({"templates": (0, 0)}, {"templates": (0, 2)}, {"n": 2}, {"pairs": 0}, {"draws": 3}, {"movers": []}):

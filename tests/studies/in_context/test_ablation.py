@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from kcwb.circuits.ablation import make_ablation
@@ -120,3 +121,9 @@ def test_the_built_in_model_without_heads_equals_its_cut_runs(smollm2):
         wanted = -logits[:, 0].log_softmax(-1).gather(-1, task.test.answers[:, :1])[:, 0]
         assert np.allclose(losses[i], wanted.numpy(), atol=2e-3)
         assert (abs(ranks[i] - answer_ranks(logits, task.test).numpy()) <= 0.01 * ranks[i]).all()
+
+
+def test_a_head_that_is_named_twice_counts_once(made):
+    model, task = made("llama")
+    once, twice = (ablate_new(model, task, heads, draws=5, progress=False) for heads in (["a1.h0"], ["a1.h0"] * 2))
+    pd.testing.assert_frame_equal(once, twice)

@@ -11,7 +11,7 @@ from kcwb.circuits.ablation import make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.attribution import attribution_scores
 from kcwb.discovery.selection import select_edges
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.graph import Graph
 from kcwb.studies.in_context.circuits import ResampledCircuit, context_circuits, new_heads
 from kcwb.tasks.metrics import make_loss
@@ -82,3 +82,9 @@ def test_a_single_fact_and_different_facts_are_refused(made):
         context_circuits(model, {"1": single}, edges=9, progress=False)
     with pytest.raises(DataError, match="ask different facts"):
         context_circuits(model, {"1": one, "other": other}, edges=9, progress=False)
+
+
+def test_a_circuit_that_falls_apart_is_refused(made):
+    model, task = made("llama")
+    with pytest.raises(CircuitError, match="are not connected"):
+        context_circuits(model, {"2": task}, edges=1, resamples=2, progress=False)

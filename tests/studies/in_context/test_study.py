@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from kcwb.errors import SettingError
+from kcwb.errors import DataError, SettingError
 from kcwb.studies.in_context.ablation import ablate_new
 from kcwb.studies.in_context.accuracy import shot_accuracy
 from kcwb.studies.in_context.study import in_context
@@ -97,6 +97,12 @@ def test_settings_that_cannot_be_meant_are_refused_before_any_work(planted, monk
     monkeypatch.setattr("kcwb.studies.in_context.study.shot_tasks", lambda *_, **__: pytest.fail("worked"))
     with pytest.raises(SettingError):
         in_context(planted[0], planted[1], **{"k": 2, "progress": False, **wrong})
+
+
+def test_facts_to_ask_are_needed_before_circuits_are_looked_for(planted, monkeypatch):
+    monkeypatch.setattr("kcwb.studies.in_context.study.context_circuits", lambda *_, **__: pytest.fail("worked"))
+    with pytest.raises(DataError, match="n_test >= 1"):
+        study(planted, n_test=0)
 
 
 def test_accuracy_is_the_share_of_first_choices(made):

@@ -167,16 +167,16 @@ def _requests(
         )
     if len(facts) > 1 and not editor.many:
         raise SettingError(f"{editor.name} changes one fact at a time; {many_at_once()} takes {len(facts)}.")
-    whole = next((fact for fact in facts if fact.span is not None), None)
-    if whole is not None:
-        raise SettingError(
-            f"{whole.subject!r:.60} is a whole prompt, and an edit is about a subject: give "
-            f"Fact({whole.named or 'the subject'!r:.60}, {whole.object!r:.60}) and a template with {{}} in its place."
-        )
+    for fact in facts:
+        if fact.span is not None:
+            raise SettingError(
+                f"{fact.subject!r:.60} is a whole prompt, and an edit is about a subject: give "
+                f"Fact({fact.named or 'the subject'!r:.60}, {fact.object!r:.60}) and a template with {{}} in its place."
+            )
     if len({fact.subject for fact in facts}) < len(facts):
         raise SettingError("A subject stands in more than one of the facts; edit those one after the other.")
-    whole = [_with_gap(fact, template) for fact, template in zip(facts, templates, strict=True)]
-    requests = [Request(*one) for one in zip(facts, targets, whole, strict=True)]
+    filled = map(_with_gap, facts, templates)
+    requests = [Request(*one) for one in zip(facts, targets, filled, strict=True)]
     for request in requests:
         fact, target, template = request
         if not target.strip() or target != target.strip():

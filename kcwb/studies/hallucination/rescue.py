@@ -238,7 +238,8 @@ def _patch_relation(
         source, target = asked.prompts[right].select(rows), asked.prompts[wrong].select(rows)
         outputs = head_outputs(network, attribute(model, source))
         before = network.logits(at_end(forward(network, target.tokens).residual, target)).float()
-        gold, rival = target.answers[:, 0], before.argmax(-1)
+        gold = target.answers[:, 0]
+        rival = before.scatter(-1, gold[:, None], -torch.inf).argmax(-1)  # with which the right answer may tie
         gap = _gap(before, gold, rival)
         after = []  # of movers and random sets, and of all heads: whether it rescues each prompt, and the rise
         for which in (sets, every):

@@ -13,14 +13,15 @@ import torch
 from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.interventions.at_end import at_end, head_masks, logits_with
 from kcwb.models.forward import forward
-from kcwb.models.loading import Model
+from kcwb.models.loading import Model, load_model
 from kcwb.reading.dla import attribute, head_outputs
 from kcwb.statistics import proportion_interval
-from kcwb.studies.hallucination.rescue import RUNS, Rescue, rescue
+from kcwb.studies.hallucination.rescue import RUNS, Rescue, _Asked, _Pair, _patch_relation, rescue
 from kcwb.tasks.prompts import Prompts, encode
-from kcwb.tasks.relations import Relation
+from kcwb.tasks.relations import Fact, Relation
 from tests.handmade import copying_head
-from tests.tasks import known_relation
+from tests.tasks import known_relation, prompt_ids
+from tests.tiny import tiny_hf, tiny_model, tokenizer
 
 #: The mover's query reads a flag that "is" has and "the" has not: in the second template it looks at all tokens alike,
 #: and moves most from s4, which is there three times. Only the two subjects whose object is that of s4 stay right.
@@ -193,6 +194,22 @@ def test_the_same_seed_gives_the_same_table():
     one, two = (rescue(model, [relation], pairs=4, draws=20, seed=2, progress=False) for _ in range(2))
     pd.testing.assert_frame_equal(one.summary, two.summary)
     pd.testing.assert_frame_equal(one.pairs, two.pairs)
+
+
+def test_a_wrong_answer_that_ties_with_the_right_one_is_another():
+    """A tie counts against the right answer, as it may be one in half precision."""
+    module, ids = tiny_hf("llama"), torch.tensor([prompt_ids(tiny_model("llama"), "w1 w10 w2")])
+    with torch.no_grad():
+        gold = int(module(ids).logits[0, -1].argmax())
+        twin = gold + 1
+        module.lm_head.weight[twin] = module.lm_head.weight[gold]
+    model = load_model(module, tokenizer(), device="cpu")
+    fact = Fact("w10", model.tokenizer.decode([gold]))
+    texts = ["w3 {} w4", "w1 {} w2"]
+    prompts = [encode(model, [fact], text, (fact.object, "w7")) for text in texts]
+    asked = _Asked(replace(copying()[1], facts=(fact,)), texts, prompts)
+    found = _patch_relation(model, asked, [_Pair(0, 0, 1)], ["a1.h0"], 2, 0).table
+    assert (found["gap"][0], found["predicted"][0]) == (0.0, model.tokenizer.decode([twin]))
 
 
 # --- what is refused ---

@@ -14,7 +14,6 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they and w
 
 import gc
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,10 +66,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Note the processor's seconds, which do not depend on what else the machine does."""
-    started = time.process_time()
+    """Note the processor's seconds, a test's processes' too, which do not depend on what else the machine does."""
+    started = sum(os.times()[:4])
     result = yield
-    _SECONDS.setdefault(item.nodeid.split("[")[0], []).append(time.process_time() - started)
+    _SECONDS.setdefault(item.nodeid.split("[")[0], []).append(sum(os.times()[:4]) - started)
     return result
 
 

@@ -23,7 +23,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
@@ -57,16 +57,23 @@ SCORES = (
 _SINGLE = ("ES", "generated", "begins")
 
 
+@overload
+def generate(model: Model, text: str, tokens: Count = 12) -> str: ...
+@overload
+def generate(model: Model, text: Sequence[str], tokens: Count = 12) -> list[str]: ...
 @verb
-def generate(model: Model, text: str, tokens: Count = 12) -> str:
+def generate(model: Model, text: str | Sequence[str], tokens: Count = 12) -> str | list[str]:
     """The likeliest continuation of a text, token by token, up to the context's end; the text itself is left out.
+
+    Of several texts, a list: they are written side by side, each as if alone.
 
     Raises
     ------
     DataError
-        If the text fills the context, or has no token.
+        If a text fills the context, or has no token.
     """
-    return continuations(model, [text], tokens)[0]
+    written = continuations(model, [text] if isinstance(text, str) else text, tokens)
+    return written[0] if isinstance(text, str) else written
 
 
 class Asked:

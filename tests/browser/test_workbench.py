@@ -9,12 +9,13 @@ import nbformat
 import pytest
 
 from tests.browser.conftest import ROOT, run_all
+from tests.notebooks import few
 from tests.workbench.pages import asked, ready, spot, until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 TESTED = re.compile("Hit@10 alone")
-SMALL = "edges = 60\nn = 2\ndraws = 1\nrelation = 'country_language'"
+SMALL = "edges = 60\nn = 2\ndraws = 1\nrelation = 'country_language.json'"
 
 pytestmark = [
     pytest.mark.browser,
@@ -30,6 +31,7 @@ def lab(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     settings = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     settings.source += f"\n{SMALL}"
     nbformat.write(notebook, folder / "01_discovery.ipynb")
+    few(folder, "country_language")
     return serve(folder)
 
 

@@ -46,7 +46,8 @@ def test_settings_that_came_with_a_model_do_not_change_what_it_writes(tiny, name
 def test_texts_of_any_length_are_continued_together_as_each_alone(tiny, name):
     model = tiny(name)
     texts = ["w1 w2", "w3", "w4 w5 w6 w7 w8", "w9 w10", "w11 w12 w13"]
-    assert continuations(model, texts, 6) == [greedy(model, text, 6) for text in texts]
+    assert generate(model, texts, 6) == [greedy(model, text, 6) for text in texts]
+    assert generate(model, [], 6) == []
 
 
 @pytest.mark.model

@@ -11,6 +11,7 @@ import nbformat
 import papermill
 import pytest
 
+from tests.notebooks import few
 from tests.notebooks.kernels import forked_kernels
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
@@ -87,8 +88,9 @@ def start(run, tmp_path_factory) -> Any:
 @pytest.fixture(scope="module")
 def discovery(run, tmp_path_factory) -> Any:
     folder = tmp_path_factory.mktemp("discovery")
-    yield run("01_discovery", folder, relation="country_language", edges=80, n=2, draws=1)
-    assert [path.name for path in folder.iterdir()] == ["01_discovery.ipynb"]  # nothing left lying about
+    (relation,) = few(folder, "country_language")
+    yield run("01_discovery", folder, relation=relation, edges=80, n=2, draws=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["01_discovery.ipynb", relation]  # nothing left behind
 
 
 def outputs(notebook: Any, source: str) -> Iterator[Any]:
@@ -184,7 +186,10 @@ def test_discovery_compares_ablations_and_keeps_the_circuit(discovery):
 
 @pytest.mark.model
 def test_completeness_tabulates_two_relations_and_keeps_its_circuits(run, tmp_path):
-    executed = run("02_completeness", tmp_path, relations=["country_capital", "antonym"], edges=80, n=4, draws=1)
+    relations = few(tmp_path, "country_capital", "antonym")
+    executed = run(
+        "02_completeness", tmp_path, relations=relations, curve_relation=relations[0], edges=80, n=4, draws=1
+    )
     table = shown(executed, 'table.loc["average"]')
     for words in ("country_capital", "antonym", "average", "random circuits"):
         assert words in table
@@ -203,8 +208,9 @@ def test_threshold_sensitivity_finds_a_core_of_two_thresholds(run, tmp_path):
 
 @pytest.mark.model
 def test_head_roles_follows_a_fact_and_says_what_holds(run, tmp_path):
+    relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
-        "04_head_roles", tmp_path, relations=["country_capital", "antonym"], edges=120, n=5, draws=1, random_heads=19
+        "04_head_roles", tmp_path, relation=relation, relations=[other], edges=120, n=5, draws=1, random_heads=19
     )
     assert "the model ranks it" in next(outputs(executed, "subjects = [fact")).text
     for cell in ("fact=fact.subject", "plot_heads(", "plot_attention(", "sns.clustermap("):
@@ -222,8 +228,8 @@ def test_head_roles_follows_a_fact_and_says_what_holds(run, tmp_path):
 @pytest.mark.model
 def test_editing_changes_a_fact_and_weighs_the_papers_account(run, tmp_path):
     executed = run(
-        "05_editing", tmp_path, edits=1, compared=1, prefixes=1, covariance="identity", draws=4, size=60,
-        bears=["rome"], at=[1],
+        "05_editing", tmp_path, relation=few(tmp_path, "country_capital")[0], edits=1, compared=1, draws=4, size=60,
+        bears=["rome"], at=[1], rome_settings={"prefixes": 1, "covariance": "identity", "steps": 10},
     )  # fmt: skip
     assert shown(executed, "edit_claims(")
     assert "perplexity" in shown(executed, "lasting.set_index")
@@ -252,7 +258,7 @@ def test_in_context_learning_makes_the_papers_table(run, tmp_path):
 def test_multi_hop_counts_what_is_left_and_compares_circuits(run, tmp_path):
     executed = run(
         "08_multi_hop", tmp_path, first="food_country", second="country_capital", pairs=[], n=2, edges=300, controls=[],
-        draws=2, resamples=2, steps=3, reversed_relations=["superhero_person"],
+        draws=2, resamples=2, steps=2, reversed_relations=["superhero_person"],
     )  # fmt: skip
     assert "not by relation alone" in shown(executed, "funnel(answers.ranks")
     for cell in ("read at: END", "plot_bars(one_fact", "plot_bars(shown"):
@@ -304,11 +310,12 @@ def test_across_models_trains_finds_roles_and_judges_each_model(run, tmp_path, m
 
 @pytest.mark.model
 def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(run, tmp_path):
+    relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
-        "11_how_sure", tmp_path, relations=["antonym"], edges=120, n=5, n_test=4, draws=10, levels=1,
-        confidences=[0.5, 0.9], within=40, orders=2,
+        "11_how_sure", tmp_path, relation=relation, relations=[other], edges=120, n=4, n_test=4, draws=6, levels=1,
+        confidences=[0.5, 0.9], within=20, orders=2,
     )  # fmt: skip
-    assert "Ensemble(10 draws" in next(outputs(executed, "ensemble.edges.head")).text
+    assert "Ensemble(6 draws" in next(outputs(executed, "ensemble.edges.head")).text
     for cell in ("plot_inclusion(", "plot_sources(", "plot_confidence("):
         assert shown(executed, cell, "image/png")
     for source in ("facts", "setting", "everything"):
@@ -322,9 +329,11 @@ def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(run, tmp_path
 
 @pytest.mark.model
 def test_the_referee_judges_circuits_and_puts_claims_beside_them(run, tmp_path):
+    relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
-        "12_referee", tmp_path, relations=["antonym"], methods=["eap", "gim"], edges=120, n=4, facts=5, draws=3
-    )
+        "12_referee", tmp_path, relation=relation, relations=[other], methods=["eap", "gim"], edges=120, n=4, facts=5,
+        draws=3,
+    )  # fmt: skip
     assert "equivalence" in shown(executed, "judgement.questions[")
     assert "of 5 facts" in next(outputs(executed, 'judgement.questions["sentence"]')).text
     for cell in ("plot_matrix(", "plot_minimality("):
@@ -337,8 +346,8 @@ def test_the_referee_judges_circuits_and_puts_claims_beside_them(run, tmp_path):
 def test_the_frontier_compares_methods_of_every_kind(run, tmp_path):
     methods = {"eap": {}, "gim, tuned": {"method": "gim", "select": "tuned"}}
     executed = run(
-        "13_frontier", tmp_path, relations=["antonym"], others=["ioi"], methods=methods, sizes=[100, 400], n=2,
-        n_test=4, learned=60, updates=5, searched=60,
+        "13_frontier", tmp_path, relations=few(tmp_path, "antonym"), others=["ioi"], methods=methods, sizes=[100, 400],
+        n=2, n_test=4, learned=60, updates=5, searched=60,
     )  # fmt: skip
     assert shown(executed, "plot_frontier(curves", "image/png")
     table = "".join(shown(executed, "ninety.pivot"))
@@ -350,9 +359,11 @@ def test_the_frontier_compares_methods_of_every_kind(run, tmp_path):
 
 @pytest.mark.model
 def test_open_questions_end_in_verdicts(run, tmp_path):
+    relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
-        "14_open_questions", tmp_path, relations=["country_capital", "antonym"], scaled=["antonym"], edges=120, n=6,
-        n_test=6, heads=2, draws=2, edits=2, prefixes=1, covariance="identity", wordings=1, seeds=2, marks=[0, 40, 80],
+        "14_open_questions", tmp_path, relation=relation, other=other, relations=[relation, other], scaled=[other],
+        edges=120, n=6, n_test=6, heads=2, draws=2, edits=1, wordings=1, seeds=2, marks=[0, 40, 80],
+        rome_settings={"prefixes": 1, "covariance": "identity", "steps": 5},
     )  # fmt: skip
     for cell in ("plot_attending(", "sns.heatmap(", "sns.lineplot("):
         assert shown(executed, cell, "image/png")

@@ -228,8 +228,8 @@ def test_head_roles_follows_a_fact_and_says_what_holds(run, tmp_path):
 @pytest.mark.model
 def test_editing_changes_a_fact_and_weighs_the_papers_account(run, tmp_path):
     executed = run(
-        "05_editing", tmp_path, relation=few(tmp_path, "country_capital")[0], edits=1, compared=1, draws=4, size=60,
-        bears=["rome"], at=[1], rome_settings={"prefixes": 1, "covariance": "identity", "steps": 10},
+        "05_editing", tmp_path, edits=1, compared=1, draws=4, size=60, bears=["rome"], at=[1],
+        rome_settings={"prefixes": 1, "covariance": "identity", "steps": 10},
     )  # fmt: skip
     assert shown(executed, "edit_claims(")
     assert "perplexity" in shown(executed, "lasting.set_index")
@@ -362,7 +362,7 @@ def test_open_questions_end_in_verdicts(run, tmp_path):
     relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
         "14_open_questions", tmp_path, relation=relation, other=other, relations=[relation, other], scaled=[other],
-        edges=120, n=6, n_test=6, heads=2, draws=2, edits=1, wordings=1, seeds=2, marks=[0, 40, 80],
+        edges=120, n=6, n_test=6, heads=2, draws=2, edits=2, wordings=1, seeds=2, marks=[0, 40, 80],
         rome_settings={"prefixes": 1, "covariance": "identity", "steps": 5},
     )  # fmt: skip
     for cell in ("plot_attending(", "sns.heatmap(", "sns.lineplot("):

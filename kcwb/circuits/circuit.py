@@ -35,7 +35,7 @@ class Circuit:
     graph
         The graph that it is part of.
     kept
-        `[S, R]`, on the CPU: True for the edges that it keeps; rows are senders, columns receivers.
+        `[S, R]`: True for the edges that it keeps; rows are senders, columns receivers. Both are taken to the CPU.
     scores
         `[S, R]` float32: what cutting an edge alone is worth, by the method that found the circuit (nats; positive:
         cutting hurts); NaN where it was not scored. None if nothing was.
@@ -53,7 +53,7 @@ class Circuit:
     session: Session | None = None
 
     def __post_init__(self) -> None:
-        """Refuse masks that do not fit the graph."""
+        """Refuse masks that do not fit the graph; take what a method found on a GPU or in half precision."""
         exists = self.graph.exists
         if self.kept.shape != exists.shape or self.kept.dtype != torch.bool:
             raise CircuitError(
@@ -62,7 +62,10 @@ class Circuit:
             )
         if self.scores is not None and self.scores.shape != exists.shape:
             raise CircuitError(f"scores must have shape {tuple(exists.shape)}, found {tuple(self.scores.shape)}.")
-        wrong = (self.kept.cpu() & ~exists).nonzero()
+        object.__setattr__(self, "kept", self.kept.cpu())
+        if self.scores is not None:
+            object.__setattr__(self, "scores", self.scores.detach().to("cpu", torch.float32))
+        wrong = (self.kept & ~exists).nonzero()
         if len(wrong):
             raise CircuitError(f"{self.graph} has no edge {self.graph.edge_name(*wrong[0].tolist())}.")
         if self.session is not None and self.session.circuit != self.digest:

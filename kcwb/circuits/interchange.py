@@ -31,11 +31,12 @@ from typing import Any
 import torch
 
 from kcwb.circuits.circuit import Circuit
-from kcwb.circuits.circuitfile import read_bytes
+from kcwb.circuits.circuitfile import read_bytes, saving
 from kcwb.circuits.provenance import part
 from kcwb.errors import CircuitError
 from kcwb.files import write_text
 from kcwb.models.graph import Graph
+from kcwb.outputs import CIRCUIT
 from kcwb.settings import Count
 from kcwb.verbs import verb
 
@@ -120,14 +121,15 @@ def from_mib(data: Any, *, where: str = "The circuit") -> Circuit:
 
 @verb
 def save_mib(circuit: Circuit, path: str | Path, *, d_model: Count | None = None) -> None:
-    """Write a circuit as MIB's JSON; parameters as in `to_mib`."""
+    """Write a circuit as MIB's JSON, over any file that is there; parameters as in `to_mib`."""
     try:
         text = json.dumps(to_mib(circuit, d_model=d_model), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CircuitError(
             f"The circuit cannot be written as JSON: {error}. Look at its scores and provenance."
         ) from error
-    write_text(Path(path), text)
+    with saving(Path(path), CIRCUIT, force=True):
+        write_text(Path(path), text)
 
 
 @verb

@@ -184,6 +184,14 @@ def test_edges_are_all_the_kept_ones_with_their_scores(scored):
             assert math.isnan(edge.score)
 
 
+def test_scores_of_half_precision_and_with_a_gradient_are_taken_as_numbers(tmp_path):
+    scores = torch.linspace(-1, 1, GRAPH.exists.numel()).reshape(GRAPH.exists.shape).bfloat16()
+    circuit = Circuit(GRAPH, GRAPH.exists, scores.requires_grad_())
+    assert circuit.edges["score"].tolist() == sorted(scores[GRAPH.exists].tolist(), key=abs, reverse=True)
+    circuit.save(tmp_path / "circuit.json")
+    assert torch.equal(Circuit.load(tmp_path / "circuit.json").scores, scores.detach().float())
+
+
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
 @pytest.mark.parametrize("share", [0.03, 0.3])
 def test_nodes_count_and_weigh_their_edges(graph, share):

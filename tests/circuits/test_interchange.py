@@ -80,6 +80,9 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path) -
         with pytest.raises(CircuitError, match="cannot be written as JSON"):
             save_mib(circuit, tmp_path / "circuit.json")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(CircuitError, match="cannot be saved as"):
+        save_mib(Circuit.empty(Graph(1, 1)), tmp_path / "file" / "circuit.json")
 
 
 def test_d_model_survives_a_round_trip_of_a_foreign_file() -> None:

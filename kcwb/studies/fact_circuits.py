@@ -57,12 +57,12 @@ def resampled_circuit(circuit: Circuit, scores: Float[Tensor, "N S R"], weights:
     return Circuit(graph, select_edges(graph, torch.tensordot(weights, scores, 1), edges=asked)).without_dangling()
 
 
-def require_connected(circuit: Circuit, name: str, edges: int, more: str) -> None:
-    """Refuse an empty circuit, of strongest edges that are not connected; `more` there might be. CircuitError."""
+def require_connected(circuit: Circuit, name: str, edges: int, more: str = "") -> None:
+    """Refuse an empty circuit, of strongest edges that are not connected; `more` may help. CircuitError."""
     if not circuit.n_edges:
         raise CircuitError(
             f"The strongest edges of {name} are not connected: no circuit of about {edges} edges is left once "
-            f"dangling ones are dropped. Ask for more edges, more steps, or more {more}."
+            f"dangling ones are dropped. Ask for more edges{more}."
         )
 
 

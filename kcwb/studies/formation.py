@@ -106,7 +106,7 @@ def over_training(
         if not len(task.test):
             raise DataError(f"{task.relation.name} has no fact for D_test: take a smaller n.")
         circuit = _circuit(last, task, edges)
-        require_connected(circuit, task.relation.name, edges, "facts")
+        require_connected(circuit, task.relation.name, edges, ", more steps, or more facts")
         found[task.relation.name] = task, circuit, _movers(last, task, seed)
     graph, rows = last.graph, {}
     with track(progress, len(set(revisions)) * len(found), "checkpoints") as step:

@@ -12,7 +12,7 @@ import pandas as pd
 from kcwb.discovery.methods import check_size
 from kcwb.editing.cases import EditCase, check_targets
 from kcwb.editing.edit import EditError, check_edits, edit, is_answer
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.roles import strongest_movers
@@ -97,7 +97,7 @@ def compare_edits(
                     more = {"layer": layer, "seed": seed, "progress": False, **settings, **own}
                     made = edit(model, case.fact, case.target, name, template=case.template, **more)
                     like = compare_edit(model, made, task, movers=heads, like=like, **of)
-                except (EditError, DataError) as error:
+                except (EditError, DataError, CircuitError) as error:
                     left_out.append(f"{case.fact.subject}, {name}: {error}")
                 else:
                     rows.append({**case.told, "method": name, "nll": made.nll, **like.summary})

@@ -56,7 +56,7 @@ from kcwb.reading.roles import role_labels, strongest_movers
 from kcwb.reading.trajectories import standing
 from kcwb.settings import Count, Seed, at_least
 from kcwb.studies.editing_account.transport import mlp_outputs, trace_blocks, transport
-from kcwb.studies.fact_circuits import FactDraw, fact_draws, fact_ensemble, found_with
+from kcwb.studies.fact_circuits import FactDraw, fact_draws, fact_ensemble, found_with, require_connected
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts, encode
 from kcwb.tasks.relations import Fact
@@ -190,7 +190,7 @@ def compare_edit(
         If the edit was made for another Model object (with equal weights, too), the task is not in the edit's template,
         `like` is of another fact, object, task or setting, or a setting cannot be meant.
     CircuitError
-        If a named mover is not a head of the model.
+        If a named mover is not a head of the model, or so few of the strongest edges are no circuit.
     EditError
         If the edit is in the weights, or was made for other ones.
     """
@@ -307,7 +307,9 @@ def _circuit(
     about = {**found_with(model, task, [fact], "nll", "mean", edges, STEPS), "template": template}
     if drawn is not None:
         return fact_ensemble(model.graph, scores, drawn, about)
-    return replace(matched_circuit(model.graph, scores[0], edges), provenance=about)
+    found = replace(matched_circuit(model.graph, scores[0], edges), provenance=about)
+    require_connected(found, f"{fact.subject}, {fact.object}", edges)
+    return found
 
 
 def _overlap(circuits: Mapping[str, Circuit | Ensemble]) -> pd.DataFrame:

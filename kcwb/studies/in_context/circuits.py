@@ -100,7 +100,7 @@ def context_circuits(
                 model, task, range(n_facts), cuts, _METRIC, steps, lambda name=name: step(note=name)
             )
             circuit = matched_circuit(model.graph, scores.mean(0), edges)
-            require_connected(circuit, name, edges, "facts")
+            require_connected(circuit, name, edges, ", more steps, or more facts")
             shots = {"k": task.k, "kind": task.kind, "question": task.question}
             about = found_with(model, task, task.val.facts, _METRIC, _ABLATION, edges, steps, shots=shots)
             presence = np.stack([senders_in(resampled_circuit(circuit, scores, weights)) for weights in again])

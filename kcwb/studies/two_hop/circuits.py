@@ -115,7 +115,7 @@ def hop_circuits(
             of_fact[name] = made if name in HOPS else [made[i % len(made)] for i in range(len(rows))]
             about = found_with(model, task, task.val.facts, metric, ablation, edges, steps)
             circuits[name] = replace(matched_circuit(model.graph, scores[name].mean(0), edges), provenance=about)
-            require_connected(circuits[name], name, edges, "chains")
+            require_connected(circuits[name], name, edges, ", more steps, or more chains")
             each()
     circuits[INTEGRATED] = circuits["hop 1"] | circuits["hop 2"]
     of_fact[INTEGRATED] = [one | two for one, two in zip(of_fact["hop 1"], of_fact["hop 2"], strict=True)]

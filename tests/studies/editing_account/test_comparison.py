@@ -7,15 +7,15 @@ import pandas as pd
 import pytest
 import torch
 
+from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble, weighted_iou
 from kcwb.discovery.discover import score_edges
 from kcwb.discovery.selection import matched_circuit
 from kcwb.editing.edit import EditError
 from kcwb.errors import CircuitError, DataError, SettingError
 from kcwb.reading.roles import strongest_movers
-from kcwb.studies.editing_account.comparison import (
-    compare_edit,
-)
+from kcwb.studies.editing_account import comparison
+from kcwb.studies.editing_account.comparison import compare_edit
 from kcwb.studies.editing_account.transport import transport
 from kcwb.studies.fact_circuits import FactDraw
 from kcwb.tasks.task import make_task
@@ -40,7 +40,6 @@ def test_circuits_have_the_size_asked_for_and_say_whose_they_are(model, found):
 def test_a_matched_circuit_is_nearest_to_the_size_among_all_beginnings(model, task, edges):
     scores = score_edges(model, task, "eap", progress=False)
     circuit = matched_circuit(model.graph, scores, edges)
-    from kcwb.circuits.circuit import Circuit
     from kcwb.discovery.selection import select_edges
 
     sizes = [
@@ -54,6 +53,13 @@ def test_movers_that_are_no_heads_are_refused(model, task, found):
     for movers, error in ((["m0"], CircuitError), (["input"], CircuitError), ([], SettingError)):
         with pytest.raises(error, match="head"):
             compare_edit(model, found.edit, task, edges=30, movers=movers, draws=5, progress=False)
+
+
+def test_so_few_edges_that_there_is_no_circuit_are_refused(model, task, found, monkeypatch):
+    """Two empty circuits have all edges in common."""
+    monkeypatch.setattr(comparison, "matched_circuit", lambda graph, scores, edges: Circuit.empty(graph))
+    with pytest.raises(CircuitError, match="are not connected: no circuit of about 2 edges"):
+        compare_edit(model, found.edit, task, edges=2, movers=["a0.h0"], draws=5, progress=False)
 
 
 def test_the_change_is_shared_out_over_layers(model, found):

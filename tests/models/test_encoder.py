@@ -147,7 +147,7 @@ def test_the_mean_is_over_the_same_place_counted_from_the_mask(bert, words: Rela
 
 
 def test_the_mean_keeps_position_0_apart_and_rare_places_take_the_nearest(bert, monkeypatch) -> None:
-    monkeypatch.setattr("kcwb.tasks.masked.KNOWN_RANK", 100)
+    monkeypatch.setattr("kcwb.tasks.prompts.KNOWN_RANK", 100)
     subjects = ["w10", "w11", "w12", "w13 w3", "w14 w3", "w15 w3", "w16 w3 w5", "w17 w3 w5 w6 w7"]
     relation = Relation("r", "factual", "", "", False, ("{} w1",), ("{} w1",), tuple(Fact(s, "w40") for s in subjects))
     task = make_masked_task(bert, relation, n=4)

@@ -229,7 +229,9 @@ def test_head_roles_follows_a_fact_and_says_what_holds(run, tmp_path):
 def test_editing_changes_a_fact_and_weighs_the_papers_account(run, tmp_path):
     executed = run(
         "05_editing", tmp_path, edits=1, compared=1, draws=4, size=60, bears=["rome"], at=[1],
-        rome_settings={"prefixes": 1, "covariance": "identity", "steps": 10},
+        methods={
+            "rome": {"prefixes": 1, "covariance": "identity", "steps": 10}, "ft_m": {"steps": 5}, "ft_l": {"steps": 5},
+        },
     )  # fmt: skip
     assert shown(executed, "edit_claims(")
     assert "perplexity" in shown(executed, "lasting.set_index")

@@ -12,5 +12,5 @@ def few(folder: Path, *names: str) -> list[str]:
     """Files of the first facts of some relations, as a reader's own: what is asked of every fact is soon asked."""
     for name in names:
         relation = load_relation(name)
-        replace(relation, facts=relation.facts[:24]).save(folder / f"{name}.json")
+        replace(relation, facts=relation.facts[:16]).save(folder / f"{name}.json")
     return [f"{name}.json" for name in names]

@@ -199,7 +199,7 @@ def test_completeness_tabulates_two_relations_and_keeps_its_circuits(run, tmp_pa
 
 @pytest.mark.model
 def test_threshold_sensitivity_finds_a_core_of_two_thresholds(run, tmp_path):
-    executed = run("03_threshold_sensitivity", tmp_path, taus=[0.1, 0.02], within=150, n=1, n_test=3, draws=1)
+    executed = run("03_threshold_sensitivity", tmp_path, taus=[0.1, 0.02], within=100, n=1, n_test=3, draws=1)
     assert "near ties" in shown(executed, '"near ties"')
     assert "<iframe" in shown(executed, "graph_view(core")
     assert "loss" in shown(executed, "inside = core.nodes")
@@ -333,8 +333,8 @@ def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(run, tmp_path
 def test_the_referee_judges_circuits_and_puts_claims_beside_them(run, tmp_path):
     relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
-        "12_referee", tmp_path, relation=relation, relations=[other], methods=["eap", "gim"], edges=120, n=4, facts=5,
-        draws=3,
+        "12_referee", tmp_path, relation=relation, relations=[other], methods=["eap-ig", "gim"], edges=120, n=4,
+        facts=5, draws=3,
     )  # fmt: skip
     assert "equivalence" in shown(executed, "judgement.questions[")
     assert "of 5 facts" in next(outputs(executed, 'judgement.questions["sentence"]')).text
@@ -364,7 +364,7 @@ def test_open_questions_end_in_verdicts(run, tmp_path):
     relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
         "14_open_questions", tmp_path, relation=relation, other=other, relations=[relation, other], scaled=[other],
-        edges=120, n=6, n_test=6, heads=2, draws=2, edits=2, wordings=1, seeds=2, marks=[0, 40, 80],
+        edges=120, n=6, n_test=4, heads=2, draws=2, edits=2, wordings=1, seeds=2, marks=[0, 40, 80],
         rome_settings={"prefixes": 1, "covariance": "identity", "steps": 5},
     )  # fmt: skip
     for cell in ("plot_attending(", "sns.heatmap(", "sns.lineplot("):

@@ -112,7 +112,7 @@ def test_discovery_notebook_in_jupyterlab(lab, page):
     assert bench.counts() == cut
 
     # Another run of ACDC, within a few edges, is finished.
-    for control, value in (("τ, nats", "0.05"), ("Within", "100")):
+    for control, value in (("τ, nats", "0.05"), ("Within", "30")):
         bench.control(control).fill(value)
         bench.control(control).press("Tab")
     bench.button("Run").click()

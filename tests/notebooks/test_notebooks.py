@@ -188,7 +188,7 @@ def test_discovery_compares_ablations_and_keeps_the_circuit(discovery):
 def test_completeness_tabulates_two_relations_and_keeps_its_circuits(run, tmp_path):
     relations = few(tmp_path, "country_capital", "antonym")
     executed = run(
-        "02_completeness", tmp_path, relations=relations, curve_relation=relations[0], edges=80, n=4, draws=1
+        "02_completeness", tmp_path, relations=relations, curve_relation=relations[0], edges=50, n=4, draws=1
     )
     table = shown(executed, 'table.loc["average"]')
     for words in ("country_capital", "antonym", "average", "random circuits"):
@@ -199,7 +199,7 @@ def test_completeness_tabulates_two_relations_and_keeps_its_circuits(run, tmp_pa
 
 @pytest.mark.model
 def test_threshold_sensitivity_finds_a_core_of_two_thresholds(run, tmp_path):
-    executed = run("03_threshold_sensitivity", tmp_path, taus=[0.1, 0.02], within=100, n=1, n_test=3, draws=1)
+    executed = run("03_threshold_sensitivity", tmp_path, taus=[0.1, 0.02], within=60, n=1, n_test=3, draws=1)
     assert "near ties" in shown(executed, '"near ties"')
     assert "<iframe" in shown(executed, "graph_view(core")
     assert "loss" in shown(executed, "inside = core.nodes")
@@ -258,8 +258,9 @@ def test_in_context_learning_makes_the_papers_table(run, tmp_path):
 
 @pytest.mark.model
 def test_multi_hop_counts_what_is_left_and_compares_circuits(run, tmp_path):
+    (first,) = few(tmp_path, "food_country", facts=32)
     executed = run(
-        "08_multi_hop", tmp_path, first="food_country", second="country_capital", pairs=[], n=2, edges=300, controls=[],
+        "08_multi_hop", tmp_path, first=first, second="country_capital", pairs=[], n=2, edges=300, controls=[],
         draws=2, resamples=2, steps=2, reversed_relations=["superhero_person"],
     )  # fmt: skip
     assert "not by relation alone" in shown(executed, "funnel(answers.ranks")
@@ -274,8 +275,9 @@ def test_multi_hop_counts_what_is_left_and_compares_circuits(run, tmp_path):
 
 @pytest.mark.model
 def test_hallucination_tells_a_case_and_tries_it_on_many(run, tmp_path):
+    relations = ["country_capital", *few(tmp_path, "country_language", "city_country", facts=40)]
     executed = run(
-        "06_hallucination", tmp_path, relations=["country_capital", "country_language", "city_country"], n=8, movers=4,
+        "06_hallucination", tmp_path, relations=relations, n=8, movers=4,
         draws=20, pairs=2,
     )  # fmt: skip
     words = next(outputs(executed, "print(case.words)")).text
@@ -334,7 +336,7 @@ def test_the_referee_judges_circuits_and_puts_claims_beside_them(run, tmp_path):
     relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
         "12_referee", tmp_path, relation=relation, relations=[other], methods=["eap-ig", "gim"], edges=120, n=4,
-        facts=5, draws=3,
+        facts=5, draws=2,
     )  # fmt: skip
     assert "equivalence" in shown(executed, "judgement.questions[")
     assert "of 5 facts" in next(outputs(executed, 'judgement.questions["sentence"]')).text

@@ -24,7 +24,7 @@ from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
 from kcwb.circuits.run import check_same_model
 from kcwb.errors import CircuitError, DataError, choose
-from kcwb.evaluation.referee.hearing import Effort, Hearing
+from kcwb.evaluation.referee.hearing import Effort, Hearing, subjects_of
 from kcwb.evaluation.referee.judgement import Judgement
 from kcwb.files import user_folder, write_text
 from kcwb.models.loading import Model
@@ -141,7 +141,7 @@ def _kept_at(
     exclude: Sequence[str],
 ) -> Path:  # fmt: skip
     """Where a judgement is kept, by what determines it."""
-    scores = circuit.scores
+    scores, seen = circuit.scores, subjects_of(circuit, task)
     what = {
         "version": _VERSION, "model": model.digest, "dtype": str(model.dtype), "prepend_bos": model.prepend_bos,
         "circuit": circuit.digest,
@@ -149,6 +149,6 @@ def _kept_at(
         "from": [circuit.provenance.get(key) for key in ("method", "metric", "facts", "parameters")],
         "relation": task.relation.digest, "template": task.template, "n": task.n, "task seed": task.seed,
         "others": others if isinstance(others, int) else [one.digest for one in others],
-        "exclude": sorted(exclude), **settings,
+        "seen": sorted(seen), "exclude": sorted({*exclude} - seen), **settings,
     }  # fmt: skip
     return user_folder("judgements") / f"{hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()}.json"

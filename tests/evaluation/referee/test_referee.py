@@ -19,7 +19,7 @@ from kcwb.evaluation.referee import elsewhere, hypotheses
 from kcwb.evaluation.referee import referee as module
 from kcwb.evaluation.referee.compare import rank_circuits
 from kcwb.evaluation.referee.elsewhere import best_circuit, of_nodes, rivals
-from kcwb.evaluation.referee.hearing import Hearing, judged_facts
+from kcwb.evaluation.referee.hearing import Hearing, judged_facts, subjects_of
 from kcwb.evaluation.referee.judgement import NO, YES, Judgement
 from kcwb.evaluation.referee.referee import QUICK, referee
 from kcwb.tasks.metrics import make_loss
@@ -186,8 +186,12 @@ def test_a_judgement_is_kept_and_read_again(planted, tmp_path, monkeypatch):
     again = referee(found.model, circuit, task, quick=True, draws=10, **SETTINGS)
     assert again.answers.equals(first.answers) and again.provenance == json.loads(json.dumps(first.provenance))
     pd.testing.assert_frame_equal(again.questions, first.questions, check_dtype=False)
-    with pytest.raises(TypeError):
-        referee(found.model, circuit, task, quick=True, draws=11, **SETTINGS)
+    seen, unseen = next(iter(subjects_of(circuit, task))), task.test.facts[0].subject
+    same = referee(found.model, circuit, task, quick=True, draws=10, exclude=[seen], **SETTINGS)  # is not asked anyway
+    assert same.answers.equals(first.answers)
+    for more in ({"draws": 11}, {"draws": 10, "exclude": [unseen]}):
+        with pytest.raises(TypeError):
+            referee(found.model, circuit, task, quick=True, **more, **SETTINGS)
     (kept,) = (tmp_path / "judgements").iterdir()
     kept.write_text(kept.read_text()[:100])
     with pytest.raises(TypeError):

@@ -34,7 +34,7 @@ lab: setup ## open JupyterLab on the first notebook
 test: setup ## run the tests
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-fast: $(DONE) ## run those that need neither the built-in model nor a browser, and take no time (2 to 3 minutes)
+test-fast: $(DONE) ## run those that need neither the built-in model nor a browser, and take no time (2 minutes)
 	$(PYTEST) -m "not model and not browser and not slow" $(PYTEST_ARGS)
 
 reports: setup ## run every notebook and write it as one HTML file to reports/

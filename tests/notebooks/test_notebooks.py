@@ -319,10 +319,10 @@ def test_across_models_trains_finds_roles_and_judges_each_model(run, tmp_path, m
 def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(run, tmp_path):
     relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
-        "11_how_sure", tmp_path, relation=relation, relations=[other], edges=120, n=4, n_test=4, draws=6, levels=1,
+        "11_how_sure", tmp_path, relation=relation, relations=[other], edges=120, n=4, n_test=4, draws=5, levels=1,
         confidences=[0.5, 0.9], within=20, orders=2,
     )  # fmt: skip
-    assert "Ensemble(6 draws" in next(outputs(executed, "ensemble.edges.head")).text
+    assert "Ensemble(5 draws" in next(outputs(executed, "ensemble.edges.head")).text
     for cell in ("plot_inclusion(", "plot_sources(", "plot_confidence("):
         assert shown(executed, cell, "image/png")
     for source in ("facts", "setting", "everything"):
@@ -369,7 +369,7 @@ def test_open_questions_end_in_verdicts(run, tmp_path):
     relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
         "14_open_questions", tmp_path, relation=relation, other=other, relations=[relation, other], scaled=[other],
-        edges=120, n=6, n_test=4, heads=2, draws=2, edits=2, wordings=1, seeds=2, marks=[0, 40, 80],
+        edges=120, n=6, n_test=4, heads=2, draws=2, edits=2, against=["swept"], wordings=1, seeds=2, marks=[0, 40, 80],
         rome_settings={"prefixes": 1, "covariance": "identity", "steps": 5},
     )  # fmt: skip
     for cell in ("plot_attending(", "sns.heatmap(", "sns.lineplot("):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, stats
+import scipy
 
 from kcwb.errors import DataError
 from kcwb.models.graph import Graph
@@ -55,9 +55,9 @@ def proportion_interval(hits: npt.ArrayLike, weights: npt.ArrayLike | None = Non
     if not np.isin(values, (0.0, 1.0)).all():
         raise DataError("A proportion is a share of hits, each of which is 0 or 1. Of other values take the mean.")
     if weights is None or np.ptp(counts := np.asarray(weights, dtype=float)) == 0:
-        found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        found = scipy.stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
         return float(found.low), float(found.high)
-    n, share, z = counts.sum() ** 2 / (counts**2).sum(), np.average(values, weights=counts), stats.norm.ppf(0.975)
+    n, share, z = counts.sum() ** 2 / (counts**2).sum(), np.average(values, weights=counts), scipy.stats.norm.ppf(0.975)
     middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return float(max(0, middle - half) / (1 + z**2 / n)), float(min(1, (middle + half) / (1 + z**2 / n)))
 
@@ -96,11 +96,11 @@ def statistic_interval(
     n = len(arrays[0])
     if n < 2:
         return math.nan, math.nan
-    tail = stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1))
+    tail = scipy.stats.norm.cdf(math.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.025, n - 1))
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
         warnings.simplefilter("ignore", RuntimeWarning)  # where the statistic is not defined
-        found = stats.bootstrap(
+        found = scipy.stats.bootstrap(
             arrays, statistic, n_resamples=_RESAMPLES, batch=max(1, _BATCH_CELLS // n), paired=True, vectorized=True,
             method="percentile", rng=np.random.default_rng(seed),
         ).bootstrap_distribution  # fmt: skip
@@ -211,7 +211,7 @@ def matched_head_sets(
     while len(found) < draws and misses <= _MISSES * (1 + len(found)):
         # the fewest layers beyond what is allowed; among such sets, that of the smallest sum of random numbers
         order = generator.random(len(free)) / (1 + len(tested))
-        chosen = tuple(np.sort(optimize.linear_sum_assignment(beyond + order)[1]).tolist())
+        chosen = tuple(np.sort(scipy.optimize.linear_sum_assignment(beyond + order)[1]).tolist())
         misses = misses + 1 if chosen in found else 0
         found[chosen] = None
     return [[free[i] for i in chosen] for chosen in found]

@@ -18,10 +18,10 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Bool, Float
 from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from kcwb.errors import SettingError
@@ -67,11 +67,11 @@ def optimal_edges(graph: Graph, value: Float[Tensor, "S R"], edges: int) -> Bool
     blocks += [[-into.T[1:], own[1:]], [-out_of.T[:-1], own[:-1]]]
     most = np.zeros(2 + 2 * n_edges + 2 * (n_nodes - 1))
     most[:2] = edges, -1
-    result = milp(
+    result = scipy.optimize.milp(
         np.concatenate([-value.flatten()[flat].double().cpu().numpy(), np.zeros(n_nodes)]),
-        constraints=LinearConstraint(sparse.bmat(blocks, format="csr"), -np.inf, most),  # pyright: ignore
+        constraints=scipy.optimize.LinearConstraint(sparse.bmat(blocks, format="csr"), -np.inf, most),  # pyright: ignore
         integrality=np.ones(n_edges + n_nodes),
-        bounds=Bounds(0, 1),
+        bounds=scipy.optimize.Bounds(0, 1),
         options={"time_limit": _SECONDS, "mip_rel_gap": 1e-9},
     )
     if result.x is None:

@@ -42,7 +42,7 @@ from kcwb.tasks.relations import Fact
 from kcwb.verbs import noun, verb
 from kcwb.versions import versions
 
-_TEXTS, _LENGTH = 32, 64  # of how many texts of how many tokens the perplexity is
+_LENGTH = 64  # tokens of a text that the perplexity is of
 
 
 @noun
@@ -102,6 +102,7 @@ def sequential_edits(
     judged: Count = 10,
     layer: int | None = None,
     tokens: Natural = 20,
+    texts: Count = 32,
     seed: Seed = 0,
     progress: Progress = True,
     **settings: Any,
@@ -125,6 +126,8 @@ def sequential_edits(
         How many of the first edits, and of the last, are scored each time.
     tokens
         As in `edit_scores`.
+    texts
+        Of how many texts, 64 tokens each, the perplexity is, or of as many as our own sentences make.
 
     Returns
     -------
@@ -150,7 +153,7 @@ def sequential_edits(
     numbers = {n: sorted({*which["first"], *which["last"]}) for n, which in judged_at.items()}
     asked = {i: Asked(model, cases[i]) for i in sorted({i for some in numbers.values() for i in some})}
     length, subjects = min(_LENGTH, model.network.n_ctx), {case.fact.subject for case in cases}
-    text = torch.tensor(own_texts(model, _TEXTS, length, seed, subjects), device=model.device)
+    text = torch.tensor(own_texts(model, texts, length, seed, subjects), device=model.device)
     before = dict(zip(asked, measure(model, list(asked.values()), tokens), strict=True))
     states, rows, failed, spent = [_state(model, None, 0, text, 0, 0.0)], list[dict[str, Any]](), 0, 0.0
     all_of_them: Edit | None = None
@@ -185,7 +188,7 @@ def sequential_edits(
         "parameters": {} if all_of_them is None else dict(all_of_them.parameters),
         "settings": {"layer": layer, **settings},
         "cases": [[case.fact.subject, case.fact.object, case.target, case.template] for case in cases],
-        "at": looks, "judged": judged, "tokens": tokens, "seed": seed,
+        "at": looks, "judged": judged, "tokens": tokens, "texts": texts, "seed": seed,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 
 from kcwb.editing.cases import EditCase
 from kcwb.editing.change import kept_keys
+from kcwb.editing.covariance import own_texts
 from kcwb.editing.edit import edit
 from kcwb.editing.scores import SCORES, Asked, case_scores, measure, score_summary
 from kcwb.editing.sequence import perplexity, sequential_edits
@@ -87,7 +88,9 @@ def test_a_sequence_is_edits_put_on_top_of_each_other(model, method):
 
 
 def test_states_are_what_is_measured_by_hand(model):
-    found = sequential_edits(model, CASES, "ft_m", at=(2,), **OWN["ft_m"])
+    found = sequential_edits(model, CASES, "ft_m", at=(2,), texts=3, **OWN["ft_m"])
+    texts = torch.tensor(own_texts(model, 3, min(64, model.network.n_ctx), 0))
+    assert len(texts) == 3 and found.states["perplexity"][0] == pytest.approx(perplexity(model, texts))
     assert found.edit is not None and found.states["edits"].tolist() == [0, 2]
     delta, weight = found.edit.deltas[1], model.network.layers[1].W_out
     assert found.states["norm"].tolist() == pytest.approx([0, float(delta.norm() / weight.norm())], rel=1e-4)

@@ -231,7 +231,7 @@ def test_head_roles_follows_a_fact_and_says_what_holds(run, tmp_path):
 @pytest.mark.model
 def test_editing_changes_a_fact_and_weighs_the_papers_account(run, tmp_path):
     executed = run(
-        "05_editing", tmp_path, edits=1, compared=1, draws=4, size=60, bears=["rome"], at=[1],
+        "05_editing", tmp_path, edits=1, compared=1, draws=4, size=60, bears=["rome"], at=[1], texts=2,
         methods={
             "rome": {"prefixes": 1, "covariance": "identity", "steps": 10}, "ft_m": {"steps": 5}, "ft_l": {"steps": 5},
         },
@@ -338,7 +338,7 @@ def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(run, tmp_path
 def test_the_referee_judges_circuits_and_puts_claims_beside_them(run, tmp_path):
     relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
-        "12_referee", tmp_path, relation=relation, relations=[other], methods=["eap-ig", "gim"], edges=120, n=4,
+        "12_referee", tmp_path, relation=relation, relations=[other], methods=["gim"], edges=60, n=4,
         facts=5, draws=2,
     )  # fmt: skip
     assert "equivalence" in shown(executed, "judgement.questions[")

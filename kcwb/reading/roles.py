@@ -35,7 +35,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 
 from kcwb.circuits.circuit import Circuit
@@ -203,6 +202,8 @@ def role_agreement(roles: pd.DataFrame) -> pd.DataFrame:
         agree = np.average(same, weights=pi) if len(same) else math.nan
         rows[name] = {"heads": len(same), "agree": agree, "low": low, "high": high}
     several = len(set(counted["role"]) | set(counted["role_attention"])) > 1
+    from sklearn.metrics import cohen_kappa_score  # takes a second to import
+
     names, pi = (counted["role"], counted["role_attention"]), sureness(counted)
     rows["all"]["kappa"] = cohen_kappa_score(*names, sample_weight=pi) if several else math.nan
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("role")

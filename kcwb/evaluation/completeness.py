@@ -64,9 +64,7 @@ def completeness(
         over facts, given these circuits (NaN where it is the same for all facts). `attrs["k"]` is k.
     """
     cuts = cuts_of(model, circuit, task, ablation)
-    splits = {"D_val": cuts.usable(task.val)}
-    if len(task.test):
-        splits["D_test"] = cuts.usable(task.test)
+    splits = cuts.splits(task)
     runs: list[tuple[str, list[Circuit | None]]] = [
         ("full model", [None]),
         ("circuit", [circuit]),

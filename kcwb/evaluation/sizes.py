@@ -61,8 +61,7 @@ def size_curve(
             f"sizes={list(asked)}: give at least one up to {model.name}'s {model.graph.n_edges:,} edges."
         )
     cuts = cuts_of(model, circuit, task, ablation)
-    splits = {"D_val": task.val, "D_test": task.test}
-    splits = {name: cuts.usable(prompts) for name, prompts in splits.items() if len(prompts)}
+    splits = cuts.splits(task)
     rows = []
     with track(progress, len(sizes) * len(splits), "sizes") as step:
         for size in sizes:

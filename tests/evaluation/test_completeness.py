@@ -152,6 +152,17 @@ def test_facts_without_a_partner_are_left_out_under_resample(model, circuit):
     assert (totals == len(task.val) + len(task.test) - 1).all()
 
 
+def test_without_a_partner_for_any_fact_of_d_test_it_alone_is_left_out_under_resample(model, circuit):
+    task = make_task(model, known_relation(model, 9), n=4)
+    lonely = replace(task, test=replace(task.test, paired=torch.zeros_like(task.test.paired)))
+    with pytest.warns(UserWarning, match="there is none for .*: D_test is left out"):
+        table = table_of(model, circuit, lonely, ablation="resample")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = table_of(model, circuit, task, ablation="resample")
+    assert table.equals(whole[whole["split"] == "D_val"].reset_index(drop=True)) and len(table)
+
+
 def test_progress_counts_every_run(model, task, circuit):
     calls = []
     completeness(model, circuit, task, draws=4, progress=lambda *call: calls.append(call[:2]))

@@ -107,6 +107,24 @@ def test_layers_are_drawn_where_the_page_has_them(show: Any) -> None:
             assert texts[place["label"]].get_position() == pytest.approx((place["x"], place["y"]), abs=0.01)
 
 
+def test_marks_stand_below_labels_from_the_scale_at_which_the_page_writes_them(graph: CircuitGraph) -> None:
+    graph.show(Circuit.from_edges(GRAPH, SCORES), roles={"a1.h2": "mover", "a0.h0": "x" * 40})
+    assert graph._drawing is not None
+    marks = {node.name: node.mark for node in graph._drawing.nodes if node.mark}
+    assert marks.keys() == {"a1.h2", "a0.h0"} and marks["a1.h2"] == "mover"
+    view = {"width": 900, "height": 600, "left": 60.0, "top": 500.0, "stretch": 1.0}
+    for scale, told in ((1.0, set()), (1.3, {*marks.values()})):
+        axes = figure_of(graph._drawing, state_of(graph), {**view, "scale": scale}, 600).axes[0]
+        texts = {one.get_text(): one for one in axes.texts}
+        assert texts.keys() & {*marks.values()} == told
+    (x, y), below = texts["a1.h2"].get_position(), texts["mover"].get_position()
+    assert below == pytest.approx((x, y + (16 + 8) / 2 + 8)) and texts["mover"].get_fontsize() == 11 * 72 / 96
+    assert texts["a1.h2"].get_fontsize() == pytest.approx(16 * 72 / 96)
+    graph.groups = {"both": ["a1.h2", "a0.h0"]}
+    axes = figure_of(graph._drawing, state_of(graph), {**view, "scale": 1.3}, 600).axes[0]
+    assert not {one.get_text() for one in axes.texts} & {*marks.values()}
+
+
 def test_what_is_lit_is_as_opaque_as_it_is_sure() -> None:
     ensemble = ensemble_of({"input->m1": "1" * 20, "m1->logits": "1" * 3 + "0" * 17})
     graph = CircuitGraph(ensemble.consensus(0.05), ensemble=ensemble, selected=["m1"])

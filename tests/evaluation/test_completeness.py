@@ -74,7 +74,7 @@ def test_every_cell_is_what_counting_by_hand_gives(model, task, circuit, ablatio
         table = table_of(model, circuit, task, ablation=ablation, k=k, seed=11)
         cuts = make_ablation(model, task, ablation)
         splits = {"D_val": cuts.usable(task.val), "D_test": cuts.usable(task.test)}
-    assert list(table.columns) == ["run", "edges", "nodes", "split", "n", "hit", "low", "high", "nll"]
+    assert list(table.columns) == ["run", "edges", "nodes", "split", "n", "k", "hit", "low", "high", "nll"]
     assert list(zip(table["run"], table["split"], strict=True)) == [(run, split) for run in RUNS for split in SPLITS]
     draws = [random_circuit(model.graph, 70, 11 + draw) for draw in range(3)]
     circuits = dict(zip(RUNS, [[None], [circuit], [Circuit.empty(model.graph)], draws], strict=True))

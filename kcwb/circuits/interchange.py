@@ -44,12 +44,8 @@ PICKLES = (b"PK", b"\x80")
 """How a PyTorch file and a pickle begin."""
 
 
-def _of_ours(path: Path) -> bool:
-    content = path.read_bytes()
-    return content.startswith(b'{"cfg": {') and b'}, "provenance": {' in content
-
-
-_MIB = Kind("a circuit of MIB's form that kcwb wrote", _of_ours)
+_OURS = re.compile(rb'{"cfg": {.*}, "provenance": {', re.DOTALL)
+_MIB = Kind("a circuit of MIB's form that kcwb wrote", lambda path: _OURS.match(path.read_bytes()) is not None)
 
 
 def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:

@@ -207,6 +207,7 @@ class Ablation:
         warnings.warn(f"{words}: left out.", stacklevel=2)
         return prompts.select(rows)
 
+    @verb
     def splits(self, task: Task) -> dict[str, Prompts]:
         """The `usable` prompts of `D_val` and, if there are any, of `D_test`; warns where D_test has none."""
         found = {"D_val": self.usable(task.val)}

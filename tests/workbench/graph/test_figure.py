@@ -48,7 +48,8 @@ def graph() -> CircuitGraph:
 
 @pytest.mark.browser
 def test_what_is_drawn_is_what_the_page_shows(graph: CircuitGraph, show: Any) -> None:
-    drawing = graph._drawing
+    graph.show(Circuit.from_edges(GRAPH, SCORES), roles={"a1.h2": "mover", "a0.h0": "relation"})
+    drawing, marked = graph._drawing, set[str]()
     assert drawing is not None
     for state in STATES:
         for name, value in state.items():
@@ -74,8 +75,12 @@ def test_what_is_drawn_is_what_the_page_shows(graph: CircuitGraph, show: Any) ->
             place = asked(page, "graph.place(arg)", box.names[0])
             if place["labelled"] and box.label in texts:
                 assert texts[box.label] == pytest.approx((place["x"], place["y"]), abs=0.01)
+        marks = set(asked(page, "graph.painter.boxes.filter((box) => box.marked).map((box) => box.mark)"))
+        assert {"mover", "relation"} & texts.keys() == marks
+        marked |= marks
         for name in state:
             setattr(graph, name, type(getattr(graph, name))())
+    assert marked == {"mover", "relation"}
 
 
 def test_a_large_circuit_is_drawn_by_layers() -> None:

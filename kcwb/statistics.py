@@ -137,6 +137,17 @@ def p_value(own: float, chance: npt.ArrayLike) -> float:
     return float((1 + (drawn >= least).sum()) / (1 + len(drawn)))
 
 
+def holm(p: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """p-values after Holm's correction (Holm 1979) over those that are not NaN, in their order."""
+    values = np.asarray(p, float)
+    some = np.flatnonzero(~np.isnan(values))
+    order = some[np.argsort(values[some], kind="stable")]
+    steps = values[order] * np.arange(len(order), 0, -1)
+    found = np.full(len(values), math.nan)
+    found[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return found
+
+
 def chance_range(chance: npt.ArrayLike) -> tuple[float, float, float]:
     """Mean of the draws and ends of their middle 95%: where chance falls, not an interval of its mean. NaN for none."""
     drawn = np.asarray(chance, dtype=float)

@@ -137,10 +137,10 @@ def test_the_help_of_discover_names_every_choice_and_every_default(run) -> None:
 
 def test_the_defaults_are_those_of_the_functions() -> None:
     args = cli._parser().parse_args(["discover", "words"])
-    assert (args.device, args.dtype) == tuple(
-        inspect.signature(load_model).parameters[name].default for name in ("device", "dtype")
+    assert (args.device, args.model) == tuple(
+        inspect.signature(load_model).parameters[name].default for name in ("device", "model")
     )
-    assert args.model == inspect.signature(load_model).parameters["model"].default
+    assert (args.dtype, inspect.signature(load_model).parameters["dtype"].default) == ("float32", None)
     assert (args.facts, args.seed, args.template) == tuple(
         inspect.signature(make_task).parameters[name].default for name in ("n", "seed", "template")
     )

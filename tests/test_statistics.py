@@ -13,6 +13,7 @@ from kcwb.errors import CircuitError, DataError
 from kcwb.models.graph import Graph
 from kcwb.statistics import (
     chance_range,
+    holm,
     matched_head_sets,
     mean_interval,
     p_value,
@@ -194,6 +195,11 @@ def test_what_is_not_a_number_has_no_p():
 def test_the_range_of_chance_is_that_of_its_draws():
     assert chance_range(np.arange(101)) == pytest.approx((50, 2.5, 97.5))
     assert np.isnan(chance_range([])).all()
+
+
+def test_holm_is_the_one_of_the_textbook():
+    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, math.nan, 0.4]).tolist()[::2] == pytest.approx([0.8, 0.8]) and math.isnan(holm([math.nan])[0])
 
 
 # --- random heads ---

@@ -207,6 +207,16 @@ class Ablation:
         warnings.warn(f"{words}: left out.", stacklevel=2)
         return prompts.select(rows)
 
+    @verb
+    def splits(self, task: Task) -> dict[str, Prompts]:
+        """The `usable` prompts of `D_val` and, if there are any, of `D_test`; warns where D_test has none."""
+        found = {"D_val": self.usable(task.val)}
+        if len(task.test) and self.kind.paired and not bool(task.test.paired.any()):
+            warnings.warn(f"{self._lonely(task.test)}: D_test is left out.", stacklevel=2)
+        elif len(task.test):
+            found["D_test"] = self.usable(task.test)
+        return found
+
     def _lonely(self, prompts: Prompts) -> str:
         """Words that say which subjects have no partner."""
         without = [prompts.facts[i].subject for i in (~prompts.paired).nonzero()[:, 0].tolist()]

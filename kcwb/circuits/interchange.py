@@ -36,12 +36,16 @@ from kcwb.circuits.provenance import part
 from kcwb.errors import CircuitError
 from kcwb.files import write_text
 from kcwb.models.graph import Graph
-from kcwb.outputs import CIRCUIT
+from kcwb.outputs import Kind
 from kcwb.settings import Count
 from kcwb.verbs import verb
 
 PICKLES = (b"PK", b"\x80")
 """How a PyTorch file and a pickle begin."""
+
+
+_OURS = re.compile(rb'{"cfg": {.*}, "provenance": {', re.DOTALL)
+_MIB = Kind("a circuit of MIB's form that kcwb wrote", lambda path: _OURS.match(path.read_bytes()) is not None)
 
 
 def to_mib(circuit: Circuit, *, d_model: int | None = None) -> dict[str, Any]:
@@ -120,15 +124,21 @@ def from_mib(data: Any, *, where: str = "The circuit") -> Circuit:
 
 
 @verb
-def save_mib(circuit: Circuit, path: str | Path, *, d_model: Count | None = None) -> None:
-    """Write a circuit as MIB's JSON, over any file that is there; parameters as in `to_mib`."""
+def save_mib(circuit: Circuit, path: str | Path, *, d_model: Count | None = None, force: bool = False) -> None:
+    """Write a circuit as MIB's JSON; parameters as in `to_mib`. `force`: over any file, not only one of this function.
+
+    Raises
+    ------
+    CircuitError
+        If the circuit cannot be written as JSON, or the file cannot or must not be written.
+    """
     try:
         text = json.dumps(to_mib(circuit, d_model=d_model), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CircuitError(
             f"The circuit cannot be written as JSON: {error}. Look at its scores and provenance."
         ) from error
-    with saving(Path(path), CIRCUIT, force=True):
+    with saving(Path(path), _MIB, force):
         write_text(Path(path), text)
 
 

@@ -98,7 +98,7 @@ def save_submission(circuits: Mapping[str, Circuit | Sequence[Circuit]], folder:
                 )
             files[Path(folder) / name / f"{percentage}.json"] = circuit, size.d_model
     for path, (circuit, d_model) in files.items():
-        save_mib(circuit, path, d_model=d_model)
+        save_mib(circuit, path, d_model=d_model, force=True)
     return list(files)
 
 

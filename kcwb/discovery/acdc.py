@@ -316,7 +316,6 @@ class _Receiver:
     start: int = 0
 
 
-@torch.no_grad()
 def acdc(search: Search, *, progress: Progress = False, checkpoint: Path | None = None) -> Pruned:
     """Prune exactly as the definition does (`kcwb.discovery.sequential`), much faster.
 
@@ -342,6 +341,15 @@ def acdc(search: Search, *, progress: Progress = False, checkpoint: Path | None 
         If the checkpoint is damaged, or another search's.
     """
     state = None if checkpoint is None else Checkpoint(checkpoint, search)
+    found = run(search, state, progress)
+    if state is not None:
+        state.remove()
+    return found
+
+
+@torch.no_grad()
+def run(search: Search, state: Checkpoint | None, progress: Progress) -> Pruned:
+    """The same, for a caller that removes the checkpoint."""
     if state is not None:
         state.resume()
     with track(progress, int(search.start.sum()), "ACDC") as step:
@@ -350,8 +358,6 @@ def acdc(search: Search, *, progress: Progress = False, checkpoint: Path | None 
             search.visit(step)
             if state is not None:
                 state.write()
-    if state is not None:
-        state.remove()
     return search.result()
 
 

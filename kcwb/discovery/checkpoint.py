@@ -52,6 +52,11 @@ def fingerprint(search: Search) -> str:
     return digest.hexdigest()
 
 
+def usual_path(search: Search) -> Path:
+    """The file there of a search that no path is given for."""
+    return checkpoint_folder() / f"{fingerprint(search)}.safetensors"
+
+
 class Checkpoint:
     """Where a search keeps its state: in a file, for as long as that can be written.
 

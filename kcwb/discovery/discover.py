@@ -15,7 +15,8 @@ from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.provenance import record
 from kcwb.circuits.run import check_same_model
-from kcwb.discovery.acdc import Search, acdc
+from kcwb.discovery.acdc import Search, run
+from kcwb.discovery.checkpoint import Checkpoint, usual_path
 from kcwb.discovery.methods import METHODS, Pruning, check_method, check_size, scoring
 from kcwb.discovery.methods.acdc import pruning
 from kcwb.discovery.registry import DEFAULT, Settled, read_within
@@ -148,6 +149,7 @@ def tau_path(
     ablation: str | AblationKind | None = None,
     absolute: bool = False,
     within: Circuit | str | None = None,
+    checkpoint: bool = True,
     progress: Progress = True,
 ) -> dict[float, Circuit]:
     """ACDC at several thresholds, which share the ablation, the loss and the unpruned run.
@@ -156,6 +158,8 @@ def tau_path(
     ----------
     taus
         The thresholds; parameters otherwise as in `discover`.
+    checkpoint
+        Whether to keep in the user's cache, until all is done, how far each search is: the same call goes on from it.
 
     Returns
     -------
@@ -166,13 +170,17 @@ def tau_path(
     settled, cuts, loss, _ = _begin(model, task, "acdc", metric, ablation, same, progress)
     known = settled.settings
     search = Search(model, loss, cuts, tau=known["tau"], absolute=absolute, within=known["within"])
-    circuits = {}
+    circuits, states = {}, []
     for tau in taus:
         started = time.perf_counter()
         again = search.again(tau)
-        found = pruning(again, acdc(again, progress=progress))
+        states.append(Checkpoint(usual_path(again), again) if checkpoint else None)
+        found = pruning(again, run(again, states[-1], progress))
         at_tau = settled._replace(settings=known | {"tau": tau})
         circuits[tau] = _pruned(model, task, at_tau, loss, started, found)
+    for state in states:
+        if state is not None:
+            state.remove()
     return circuits
 
 

@@ -58,15 +58,13 @@ def completeness(
     -------
     DataFrame
         One row per run (`full model`, `circuit`, `empty circuit`, `random circuits`) and split (`D_val`, `D_test`, and
-        `D_test, known`: those of D_test that the full model knows): `edges`, `nodes`, number of facts `n`, `hit`
+        `D_test, known`: those of D_test that the full model knows): `edges`, `nodes`, number of facts `n`, `k`, `hit`
         (Hit@k), `low` and `high`, `nll` (mean, nats). `low` and `high` are the 95% Wilson interval of the share of
         facts; for `random circuits`, where each fact's hit is a mean over draws, the 95% bootstrap interval of the mean
-        over facts, given these circuits (NaN where it is the same for all facts). `attrs["k"]` is k.
+        over facts, given these circuits (NaN where it is the same for all facts).
     """
     cuts = cuts_of(model, circuit, task, ablation)
-    splits = {"D_val": cuts.usable(task.val)}
-    if len(task.test):
-        splits["D_test"] = cuts.usable(task.test)
+    splits = cuts.splits(task)
     runs: list[tuple[str, list[Circuit | None]]] = [
         ("full model", [None]),
         ("circuit", [circuit]),
@@ -88,11 +86,9 @@ def completeness(
                 hits, losses = (torch.stack(column).mean(0) for column in zip(*scored, strict=True))
                 parts = {split: slice(None)} | ({"D_test, known": prompts.known.cpu()} if split == "D_test" else {})
                 for label, chosen in parts.items():
-                    some = summarised(hits[chosen], losses[chosen], seed if name == "random circuits" else None)
+                    some = summarised(hits[chosen], losses[chosen], k, seed if name == "random circuits" else None)
                     rows.append({"run": name, **size, "split": label, **some})
-    table = pd.DataFrame(rows)
-    table.attrs["k"] = k
-    return table
+    return pd.DataFrame(rows)
 
 
 def cuts_of(model: Model, circuit: Circuit, task: Task, ablation: str | AblationKind | None) -> Ablation:
@@ -112,9 +108,9 @@ def answered(model: Model, circuit: Circuit | None, prompts: Prompts, cuts: Abla
     return hits.cpu(), losses.cpu()
 
 
-def summarised(hits: Tensor, losses: Tensor, seed: int | None) -> dict[str, float]:
+def summarised(hits: Tensor, losses: Tensor, k: int, seed: int | None = None) -> dict[str, float]:
     """One row; `seed` is that of the bootstrap where hits are means over draws."""
     if not len(hits):
-        return {"n": 0, "hit": np.nan, "low": np.nan, "high": np.nan, "nll": np.nan}
+        return {"n": 0, "k": k, "hit": np.nan, "low": np.nan, "high": np.nan, "nll": np.nan}
     low, high = proportion_interval(hits) if seed is None else mean_interval(hits, seed)
-    return {"n": len(hits), "hit": float(hits.mean()), "low": low, "high": high, "nll": float(losses.mean())}
+    return {"n": len(hits), "k": k, "hit": float(hits.mean()), "low": low, "high": high, "nll": float(losses.mean())}

@@ -65,7 +65,7 @@ def confidence_curve(
     DataFrame
         One row per confidence, split and run: `confidence`; `split`, `D_val, cross-fitted` (if the ensemble has halves)
         and `D_test` (if the task has one); `run`, `consensus` or `random circuits`; `edges`, the mean of the two
-        halves' where it is cross-fitted; `n`, how many facts; `hit`, the share of facts whose answer has rank k or
+        halves' where it is cross-fitted; `n`, how many facts; `k`; `hit`, the share of facts whose answer has rank k or
         better, with `low` and `high` (Wilson's interval of that share; of random circuits, whose mean it is, the
         bootstrap's); `nll`, nats.
 
@@ -111,13 +111,13 @@ def confidence_curve(
                 circuits = [of.consensus(confidence) for of, _ in parts]
                 edges = sum(circuit.n_edges for circuit in circuits) / len(circuits)
                 one = {"confidence": confidence, "split": split}
-                alone = summarised(*ask(circuits, parts), None)
+                alone = summarised(*ask(circuits, parts), k)
                 rows.append({**one, "run": "consensus", "edges": edges, **alone})
                 if draws:
                     others = ([_random(circuit, seed + draw) for circuit in circuits] for draw in range(draws))
                     drawn = [ask(some, parts) for some in others]
                     hits, losses = (torch.stack(column).mean(0) for column in zip(*drawn, strict=True))
-                    chance = summarised(hits, losses, seed)
+                    chance = summarised(hits, losses, k, seed)
                     rows.append({**one, "run": "random circuits", "edges": edges, **chance})
     return pd.DataFrame(rows)
 

@@ -45,7 +45,7 @@ def size_curve(
     Returns
     -------
     DataFrame
-        One row per size and split (`D_val`, `D_test`): `asked`; `edges`, those left on paths; `split`, `n`, `hit`
+        One row per size and split (`D_val`, `D_test`): `asked`; `edges`, those left on paths; `split`, `n`, `k`, `hit`
         (Hit@k), `low`, `high` (95%, Wilson's) and `nll` (mean, nats).
 
     Raises
@@ -61,14 +61,13 @@ def size_curve(
             f"sizes={list(asked)}: give at least one up to {model.name}'s {model.graph.n_edges:,} edges."
         )
     cuts = cuts_of(model, circuit, task, ablation)
-    splits = {"D_val": task.val, "D_test": task.test}
-    splits = {name: cuts.usable(prompts) for name, prompts in splits.items() if len(prompts)}
+    splits = cuts.splits(task)
     rows = []
     with track(progress, len(sizes) * len(splits), "sizes") as step:
         for size in sizes:
             one = resize(circuit, edges=size)
             for name, prompts in splits.items():
-                found = summarised(*answered(model, one, prompts, cuts, k), None)
+                found = summarised(*answered(model, one, prompts, cuts, k), k)
                 rows.append({"asked": size, "edges": one.n_edges, "split": name, **found})
                 step()
     return pd.DataFrame(rows)

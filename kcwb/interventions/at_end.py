@@ -96,7 +96,7 @@ def patched_answers(model: Model, prompts: Prompts, heads: Sequence[tuple[int, i
 
     def log_probability(x: Float[Tensor, "*c N D"]) -> Float[Tensor, "*c N"]:
         logp = network.logits(x.to(network.dtype)).float().log_softmax(-1)
-        return together(logp, prompts.answers[:, :1])
+        return together(logp, prompts.right[:, 0])
 
     before, found = log_probability(residual), []
     step = max(1, _LOGIT_BYTES // (len(prompts) * network.d_vocab * 4))

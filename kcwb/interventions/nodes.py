@@ -74,7 +74,7 @@ def ablate_nodes(
         check_same_model(model, circuit)
     check_same_weights(model, task)
     cuts = make_ablation(model, task, ablation or (circuit.ablation if circuit else "mean"))
-    splits = {"D_val": cuts.usable(task.val)} | ({"D_test": cuts.usable(task.test)} if len(task.test) else {})
+    splits = cuts.splits(task)
     gone = torch.zeros_like(model.graph.exists)
     gone[rows] = True
     runs = {("full model", "before"): None, ("full model", "after"): model.graph.exists & ~gone}

@@ -68,14 +68,14 @@ class RoleCheck:
     ----------
     heads
         One row per head with a role: `node`, `layer`, `head`, `role`, `pi`; `answer`, `others`, `generic`: by how much
-        the log-probability of the answer, of all other objects of the relation together, and of the generic tokens
-        together changes when it is ablated at END; `direct`: that of the answer's when its direct path is patched
-        (nats, mean over facts; NaN if no fact has a partner); `p_answer`, ... : the share of comparable heads (itself
-        counted in) for which the effect is as far out in the direction of the role's claim, for `direct` downwards
-        (upwards for a suppressor), NaN for what the role claims nothing about; `random_heads`, how many those are, and
-        `layers_away`, how far from it in the mean;
-        `verdict`: `holds` if every claimed effect has p <= .05, else `fails` ("too few to say" where the model has
-        fewer than 19 heads to compare with, and no p can be so small).
+        the log-probability of the answer (of several right ones together), of all other objects of the relation
+        together, and of the generic tokens together changes when it is ablated at END; `direct`: that of the answer's
+        when its direct path is patched (nats, mean over facts; NaN if no fact has a partner); `p_answer`, ... : the
+        share of comparable heads (itself counted in) for which the effect is as far out in the direction of the role's
+        claim, for `direct` downwards (upwards for a suppressor), NaN for what the role claims nothing about;
+        `random_heads`, how many those are, and `layers_away`, how far from it in the mean; `verdict`: `holds` if every
+        claimed effect has p <= .05, else `fails` ("too few to say" where the model has fewer than 19 heads to compare
+        with, and no p can be so small).
     roles
         One row per role: `heads`; `holds`, the share of them, with its 95% Wilson interval `low`, `high`; and for every
         effect its mean, `random_...`, the mean over random sets of as many comparable heads, and `p_...`, the share of
@@ -86,7 +86,7 @@ class RoleCheck:
         The effects of every head that took part, those of the random ones included.
     generic
         The generic tokens: the likeliest ones whatever the subject (highest mean log-probability over the facts) that
-        are neither an object of the relation nor a token of a subject.
+        are no object of the relation, no right answer and no token of a subject.
     """
 
     heads: pd.DataFrame
@@ -290,13 +290,14 @@ def _effects(
     if any(len(some) < 2 for some in firsts.values()):
         raise DataError(f"All objects of {task.relation.name} begin alike: there is no other object that could gain.")
     objects = sorted(set().union(*firsts.values()))
-    generic = _generic_tokens(model, prompts, full, set(objects))
+    generic = _generic_tokens(prompts, full, set(objects).union(*prompts.firsts))
     known = torch.tensor(objects, device=model.device)
     apart = [[token not in firsts[fact.space] for token in objects] for fact in prompts.facts]
-    no_other = (known[None] == prompts.answers[:, :1]) | torch.tensor(apart, device=model.device)
+    right = prompts.right[:, 0]
+    no_other = (known[:, None] == right[:, None]).any(-1) | torch.tensor(apart, device=model.device)
 
     def measure(logp: Float[Tensor, "*c N V"]) -> Float[Tensor, "m *c N"]:
-        answer = together(logp, prompts.answers[:, :1])
+        answer = together(logp, right)
         others = logp[..., known].masked_fill(no_other, -math.inf).logsumexp(-1)
         return torch.stack([answer, others, logp[..., generic].logsumexp(-1)])
 
@@ -316,10 +317,10 @@ def _effects(
     return table, tuple(token_text(model, token) for token in generic.tolist())
 
 
-def _generic_tokens(model: Model, prompts: Prompts, full: Float[Tensor, "N V"], objects: set[int]) -> Int[Tensor, " g"]:
-    """The tokens with the highest mean log-probability that are no object and no token of a subject."""
+def _generic_tokens(prompts: Prompts, full: Float[Tensor, "N V"], answers: set[int]) -> Int[Tensor, " g"]:
+    """The tokens with the highest mean log-probability that are no answer and no token of a subject."""
     mean = full.mean(0)
-    mean[sorted(objects | set(prompts.answers[:, 0].tolist()))] = -math.inf
+    mean[sorted(answers)] = -math.inf
     for row, start, stop in zip(prompts.tokens, prompts.subject_start, prompts.subject_stop, strict=True):
         mean[row[start:stop]] = -math.inf
     return mean.topk(min(_N_GENERIC, int(mean.isfinite().sum()))).indices

@@ -106,7 +106,9 @@ def scale_heads(
     check_same_weights(model, task)
     tried = sorted({1.0, *map(float, factors)})
     val, test = told_at_end(task.val), told_at_end(task.test)
-    if bool((test.ranks == 1).all()):
+    before, _ = answers_without(model, test, [()], progress=False)
+    wrong = before[0] > 1
+    if not wrong.any():
         raise DataError(
             f"{model.name} gets all {len(test)} facts of D_test right: nothing is left to improve. Make the task with "
             "a larger n_test, or of a relation that the model knows less well."
@@ -116,11 +118,11 @@ def scale_heads(
     nearest = np.lexsort((np.abs(np.log(tried)), curve["loss"]))[0]  # of equally good ones the smallest change
     factor = tried[nearest]
     random = matched_head_sets(model.graph, chosen, draws, seed) if draws and factor != 1.0 else []
-    sets = [(), chosen, *map(tuple, random)]
-    ranks, _ = answers_without(model, test, sets, factors=[factor] * len(sets), progress=progress)
+    sets = [chosen, *map(tuple, random)]
+    after, _ = answers_without(model, test, sets, factors=[factor] * len(sets), progress=progress)
+    ranks = np.concatenate([before, after])
     right = ranks == 1
-    wrong = ~right[0]
-    righted, kept, hits = (right[:, some].mean(1) if some.any() else np.full(len(sets), np.nan)
+    righted, kept, hits = (right[:, some].mean(1) if some.any() else np.full(len(ranks), np.nan)
                            for some in (wrong, ~wrong, np.ones_like(wrong)))  # fmt: skip
     mean, low, high = chance_range(righted[2:])
     counts = {"n_wrong": int(wrong.sum()), "n_right": int((~wrong).sum())}

@@ -26,7 +26,7 @@ from kcwb.progress import Progress
 from kcwb.reading.dla import named_heads
 from kcwb.reading.positions import told_at_end
 from kcwb.settings import Natural, Seed
-from kcwb.statistics import chance_range, matched_head_sets, mean_interval, p_value
+from kcwb.statistics import chance_range, holm, matched_head_sets, mean_interval, p_value
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task, check_same_weights
 from kcwb.verbs import verb
@@ -62,8 +62,8 @@ def heads_together(
         One row per pair, the largest |I| first: `left`, `right`; `interaction`, the mean of I over facts (nats of the
         answer's first token), with its 95% bootstrap interval `low` to `high`; `without_left`, `without_right`,
         `without_both`, the rise of the loss; `chance`, `chance_low`, `chance_high`, the mean and middle 95% of I of the
-        random pairs; `p`, two-sided, not corrected for the number of pairs (NaN without draws); `draws`, how many
-        random pairs there were.
+        random pairs; `p`, two-sided, and `holm`, the same after Holm's correction over the pairs (NaN without draws:
+        of n pairs none can be below n / (1 + draws)); `draws`, how many random pairs there were.
 
     Raises
     ------
@@ -117,4 +117,5 @@ def heads_together(
             }
         )
     table = pd.DataFrame(rows)
+    table.insert(len(table.columns) - 1, "holm", holm(table["p"]))
     return table.sort_values("interaction", key=abs, ascending=False, kind="stable", ignore_index=True)

@@ -91,7 +91,7 @@ def load_encoder(
     *,
     revision: str | None = None,
     device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = None,
 ) -> Encoder:
     """Load a BERT-like encoder with its masked-token head.
 
@@ -112,9 +112,9 @@ def load_encoder(
     SettingError
         If device or precision are not known, or a tokenizer is missing or superfluous.
     """
-    place, precision = known_device(device), known_dtype(dtype)
-    read = partial(read_pretrained, dtype=precision, covered=covered_encoder, masked=True)
-    module, words, name = named_or_given(model, tokenizer, read, "load_encoder", revision)
+    place, precision = known_device(device), None if dtype is None else known_dtype(dtype)
+    read = partial(read_pretrained, dtype=precision or torch.float32, covered=covered_encoder, masked=True)
+    module, words, name = named_or_given(model, tokenizer, read, "load_encoder", revision, precision)
     _require_masked(module)
     require_fast(words, name)
     if words.mask_token_id is None:

@@ -168,7 +168,7 @@ def load_model(
     revision: str | None = None,
     device: str | torch.device = "auto",
     device_map: str | Mapping[str, str | int] | None = None,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = None,
     prepend_bos: bool | None = None,
 ) -> Model:
     """Load a model, wrap it, and check that its graph computes what it computes.
@@ -193,7 +193,7 @@ def load_model(
         of the embedding, which needs room for them; circuits of edges are covered, roles and editing are not. Layers
         that are kept on disk, or in memory for a GPU to fetch, are refused.
     dtype
-        `"float32"`, `"bfloat16"` or `"float16"`; a model in memory keeps its own.
+        `"float32"` (None), `"bfloat16"` or `"float16"`; a model in memory keeps its own, and another is refused.
     prepend_bos
         Whether prompts start with the BOS token; None does what the model's tokenizer does by itself, or what a folder
         that `Model.save` has written says.
@@ -216,9 +216,9 @@ def load_model(
     for place in device_map.values() if isinstance(device_map, Mapping) else ():
         if place != "disk":
             known_device(f"cuda:{place}" if isinstance(place, int) else place)
-    device, dtype = known_device(device), known_dtype(dtype)
-    read = partial(read_pretrained, dtype=dtype, covered=covered_family, device_map=device_map)
-    module, tokenizer, name = named_or_given(model, tokenizer, read, "load_model", revision)
+    device, precision = known_device(device), None if dtype is None else known_dtype(dtype)
+    read = partial(read_pretrained, dtype=precision or torch.float32, covered=covered_family, device_map=device_map)
+    module, tokenizer, name = named_or_given(model, tokenizer, read, "load_model", revision, precision)
     if module is model and device_map is not None:
         raise SettingError("A model in memory is where it is; device_map is for one that is loaded by its name.")
     covered_family(module.config)

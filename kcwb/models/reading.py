@@ -223,12 +223,13 @@ def _require_whole(found: Mapping[str, Collection[Any]], name: str) -> None:
 
 
 def named_or_given(
-    model: Any, tokenizer: Any, read: Callable[[str], tuple[Any, Any]], verb: str, revision: str | None = None
-) -> tuple[Any, Any, str]:
+    model: Any, tokenizer: Any, read: Callable[[str], tuple[Any, Any]], verb: str, revision: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Any, str]:  # fmt: skip
     """Module, tokenizer and name of what `read` makes of a name, or of a model in memory, for which `verb` is called.
 
     A `revision` becomes part of the name, so that whoever has the name can load the same model. SettingError if a
-    tokenizer is missing or superfluous.
+    tokenizer is missing or superfluous, or a model in memory has another precision than `dtype`.
     """
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
@@ -239,6 +240,10 @@ def named_or_given(
         raise SettingError("A model in memory is one revision already; a revision is of a name or a folder.")
     if tokenizer is None:
         raise SettingError(f"A model in memory needs its tokenizer: {verb}(model, tokenizer).")
+    if dtype is not None and model.dtype != dtype:
+        raise SettingError(
+            f"A model in memory keeps its precision, {model.dtype}. Convert it first: model.to({dtype})."
+        )
     return model, tokenizer, str(model.config.name_or_path or type(model).__name__)
 
 

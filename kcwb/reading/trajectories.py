@@ -10,7 +10,6 @@ wrong, its runner-up where it is right.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ from kcwb.models.network import Network
 from kcwb.reading.positions import check_prompts, position_groups
 from kcwb.tasks.metrics import at_end
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts
-from kcwb.tasks.ranks import rank_of
+from kcwb.tasks.ranks import best_right_and_wrong, rank_of, rank_of_best
 
 #: The two tokens that are followed, in the order of all axes of size 2.
 WHO = ("right answer", "rival")
@@ -88,9 +87,9 @@ class Trajectories:
     Attributes
     ----------
     tokens
-        `[N, 2]`: the right answer's first token, and the rival.
+        `[N, 2]`: the right answer's first token (of several the likeliest), and the rival.
     right
-        `[N]`: whether the right answer is the likeliest token; ties count against it.
+        `[N]`: whether a right answer is the likeliest token; ties count against it.
     ranks, probabilities
         `[w, M, N, 2]`, as `follow` has them; after the last layer they are the model's own.
     logits
@@ -147,12 +146,12 @@ def _read_chunk(network: Network, prompts: Prompts) -> tuple[Tensor, ...]:
     """The fields of Trajectories."""
     streams = layer_streams(network, prompts.tokens)
     final = network.logits(at_end(streams[-1], prompts)).float()
-    gold = prompts.answers[:, 0]
-    tokens = torch.stack([gold, final.scatter(-1, gold[:, None], -math.inf).argmax(-1)], -1)
+    right = prompts.right[:, 0]
+    tokens = best_right_and_wrong(final, right)
     logp = final.log_softmax(-1)
     return (
         tokens,
-        rank_of(final, gold) == 1,
+        rank_of_best(final, right) == 1,
         *follow(network, streams, prompts, tokens, position_groups(prompts)[0]),
         final.gather(-1, tokens) - final.mean(-1, keepdim=True),
         logp.max(-1).values.exp(),

@@ -75,6 +75,13 @@ def rank_of_best(logits: Float[Tensor, "... V"], tokens: Int[Tensor, "... K"]) -
     return (~(logits < best)).sum(-1) - (~(own < best) & real).sum(-1) + 1
 
 
+def best_right_and_wrong(logits: Float[Tensor, "N V"], right: Int[Tensor, "N K"]) -> Int[Tensor, "N 2"]:
+    """The likeliest of each row's right tokens, and of all others; -1 stands for none, but not in the first place."""
+    right = torch.where(right < 0, right[:, :1], right)
+    best = right.gather(-1, logits.gather(-1, right).argmax(-1, keepdim=True))
+    return torch.cat([best, logits.scatter(-1, right, -torch.inf).argmax(-1, keepdim=True)], -1)
+
+
 def rank_product(ranks: Int[Tensor, "... N A"], decides: Int[Tensor, " N"]) -> Int[Tensor, "... N"]:
     """The rank of each answer from those of its tokens (see the top of this module), at most `WORST`."""
     product = torch.full_like(ranks[..., 0], 1)

@@ -158,6 +158,12 @@ def estimate(value: float, low: float, high: float) -> str:
     return f"{value:.2f}{ends}".replace("-", "\u2212")
 
 
+def hit_at(frame: pd.DataFrame) -> str:
+    """`Hit@k`, with the one k of a table that has `k`; of one that has not, the usual 10."""
+    found = set(frame["k"]) if "k" in frame else {10}
+    return f"Hit@{found.pop() if len(found) == 1 else 'k'}"
+
+
 def completeness_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """The long table of `kcwb.completeness` with one row per run, as it reads best."""
     known = frame[frame["split"] == "D_test, known"]["n"].max()
@@ -168,7 +174,7 @@ def completeness_rows(frame: pd.DataFrame) -> pd.DataFrame:
         first: Any = part.iloc[0]
         row: dict[str, object] = {"run": run, "edges": int(first["edges"]), "nodes": float(first["nodes"])}
         for one in part.to_dict("records"):
-            row[f"Hit@10, {one['split']} (n={one['n']})"] = estimate(one["hit"], one["low"], one["high"])
+            row[f"{hit_at(frame)}, {one['split']} (n={one['n']})"] = estimate(one["hit"], one["low"], one["high"])
             row[f"nll, {one['split']}"] = "–" if not one["n"] else f"{one['nll']:.2f}"
         rows.append(row)
     return pd.DataFrame(rows)

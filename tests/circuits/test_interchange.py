@@ -85,6 +85,18 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path) -
         save_mib(Circuit.empty(Graph(1, 1)), tmp_path / "file" / "circuit.json")
 
 
+@pytest.mark.parametrize("theirs", ['{"cells": []}', '{"cfg": {}, "nodes": {}, "edges": {}}'])
+def test_a_file_that_is_no_mib_circuit_of_ours_is_kept(tmp_path, theirs: str) -> None:
+    path, circuit = tmp_path / "circuit.json", Circuit.from_edges(Graph(1, 1), ["input->m0"], provenance={"n": 1})
+    path.write_text(theirs)
+    with pytest.raises(CircuitError, match="is left as it is"):
+        save_mib(circuit, path)
+    assert path.read_text() == theirs
+    save_mib(Circuit.empty(Graph(1, 1)), path, force=True)
+    save_mib(circuit, path)  # its own is overwritten
+    assert_same(load_mib(path), circuit)
+
+
 def test_d_model_survives_a_round_trip_of_a_foreign_file() -> None:
     data = {"cfg": {**CFG, "d_model": 64}, "edges": {"input->logits": {"score": 1.0, "in_graph": True}}}
     assert to_mib(from_mib(data))["cfg"]["d_model"] == 64

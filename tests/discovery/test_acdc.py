@@ -267,6 +267,32 @@ def stop_after(reports: int):
     return progress
 
 
+def test_a_cancelled_tau_path_goes_on_behind_the_thresholds_that_are_done(tiny, words, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("KCWB_CACHE", str(tmp_path))
+    model, taus = tiny("gpt2"), [0.2, 0.05, 0.01]
+    task = make_task(model, words, n=3)
+    visits, visit = [], Search.visit
+    monkeypatch.setattr(Search, "visit", lambda self, step: visits.append(self.tau) or visit(self, step))
+    whole = tau_path(model, task, taus, checkpoint=False, progress=False)
+    each, visits[:] = visits.count(0.2), []
+    seen = [0]
+
+    def cancel(done: int, total: int, note: str) -> None:  # within the second search
+        seen[0] += visits.count(0.05) == each // 2
+        if seen[0]:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        tau_path(model, task, taus, progress=cancel)
+    visits.clear()
+    found = tau_path(model, task, taus, progress=False)
+    assert visits.count(0.2) == 0 and visits.count(0.05) == each - each // 2 + 1 and visits.count(0.01) == each
+    for tau, circuit in found.items():
+        assert torch.equal(circuit.kept, whole[tau].kept)
+        assert circuit.provenance["evaluations"] == whole[tau].provenance["evaluations"]
+    assert not [one for one in tmp_path.rglob("*") if one.is_file()]
+
+
 @pytest.mark.parametrize("reports", [2, 5, 9, 14, 20, 26])
 def test_a_cancelled_search_resumes_to_the_identical_result(tiny, words, tmp_path: Path, reports: int) -> None:
     model = tiny("gpt2")

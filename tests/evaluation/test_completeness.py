@@ -74,7 +74,7 @@ def test_every_cell_is_what_counting_by_hand_gives(model, task, circuit, ablatio
         table = table_of(model, circuit, task, ablation=ablation, k=k, seed=11)
         cuts = make_ablation(model, task, ablation)
         splits = {"D_val": cuts.usable(task.val), "D_test": cuts.usable(task.test)}
-    assert list(table.columns) == ["run", "edges", "nodes", "split", "n", "hit", "low", "high", "nll"]
+    assert list(table.columns) == ["run", "edges", "nodes", "split", "n", "k", "hit", "low", "high", "nll"]
     assert list(zip(table["run"], table["split"], strict=True)) == [(run, split) for run in RUNS for split in SPLITS]
     draws = [random_circuit(model.graph, 70, 11 + draw) for draw in range(3)]
     circuits = dict(zip(RUNS, [[None], [circuit], [Circuit.empty(model.graph)], draws], strict=True))
@@ -150,6 +150,17 @@ def test_facts_without_a_partner_are_left_out_under_resample(model, circuit):
         table = table_of(model, circuit, task, ablation="resample")
     totals = table[table["split"] != "D_test, known"].groupby("run")["n"].sum()
     assert (totals == len(task.val) + len(task.test) - 1).all()
+
+
+def test_without_a_partner_for_any_fact_of_d_test_it_alone_is_left_out_under_resample(model, circuit):
+    task = make_task(model, known_relation(model, 9), n=4)
+    lonely = replace(task, test=replace(task.test, paired=torch.zeros_like(task.test.paired)))
+    with pytest.warns(UserWarning, match="there is none for .*: D_test is left out"):
+        table = table_of(model, circuit, lonely, ablation="resample")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = table_of(model, circuit, task, ablation="resample")
+    assert table.equals(whole[whole["split"] == "D_val"].reset_index(drop=True)) and len(table)
 
 
 def test_progress_counts_every_run(model, task, circuit):

@@ -30,7 +30,7 @@ from kcwb.tasks.task import Task, make_task
 from tests.ensembles import certain, drawn
 from tests.handmade import Handmade, additive, copying_head, key_value_lookup
 from tests.tasks import prompt_ids, relation_of, spaced_tokenizer
-from tests.tiny import tiny_hf
+from tests.tiny import tiny_hf, tokenizer
 
 
 @cache
@@ -185,6 +185,41 @@ def test_effects_are_log_probabilities_of_the_ablated_run():
         assert row[name] == pytest.approx(np.mean(each), abs=1e-4)
     subjects = {int(prompts.tokens[n, prompts.subject_stop[n] - 1]) for n in range(len(prompts))}
     assert not set(generic) & (set(objects) | subjects)
+
+
+def test_of_several_right_answers_none_is_another_object_or_a_generic_token():
+    """Against plain sums of probabilities: each object is right for the fact before, too, as later years are."""
+    model = load_model(tiny_hf("llama"), tokenizer(), device="cpu")
+    names = ["w10", "w11", "w12", "w13"]
+    facts = [Fact(f"w{i + 1}", name, also=(names[i - 1], f"w{60 + i}")) for i, name in enumerate(names)]
+    prompts = encode(model, facts, "{} w30 w31", names)
+    parts = {"val": prompts, "test": prompts.select([]), "reference": prompts}
+    task = Task(
+        model.name, model.digest, relation_of(facts, "{} w30 w31"), "{} w30 w31", 4, 0, **parts, n_known=4, n_facts=4
+    )
+    roles = pd.DataFrame({"node": ["a1.h1"], "layer": [1], "head": [1], "role": ["mover"]})
+    check = check_roles(model, roles, task, progress=False)
+    ids = model.tokenizer.convert_tokens_to_ids
+    change = {"answer": [], "others": []}
+    for fact, logits in zip(facts, next(logits_without(model, prompts, [(1, 1)]))[0], strict=True):
+        before = model.logits(torch.tensor([prompt_ids(model, f"{fact.subject} w30 w31")]))[0, -1]
+        for name, tokens in {
+            "answer": [*fact.right],
+            "others": [one for one in names if one not in fact.right],
+        }.items():
+            after, own = (float(one.softmax(-1)[ids(tokens)].sum().log()) for one in (logits, before))
+            change[name].append(after - own)
+    row = check.every.set_index("node").loc["a1.h1"]
+    cuts, kept = make_ablation(model, task, "resample"), model.graph.exists.clone()
+    kept[model.graph.edge_index("a1.h1->logits")] = False
+    direct = []
+    for fact, *both in zip(facts, *(run_circuit(model, one, prompts, cuts)[:, 0] for one in (kept, None)), strict=True):
+        after, own = (float(one.softmax(-1)[ids([*fact.right])].sum().log()) for one in both)
+        direct.append(after - own)
+    assert row["direct"] == pytest.approx(np.mean(direct), abs=1e-5)
+    assert row["answer"] == pytest.approx(np.mean(change["answer"]), abs=1e-5)
+    assert row["others"] == pytest.approx(np.mean(change["others"]), abs=1e-5)
+    assert not {name for fact in facts for name in fact.right} & {*check.generic}
 
 
 def test_p_is_the_share_of_comparable_heads_and_of_random_sets():

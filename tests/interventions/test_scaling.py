@@ -107,6 +107,19 @@ def test_where_nothing_is_better_than_the_model_nothing_is_changed():
     assert row["righted"] == 0 and row["kept"] == 1 and np.isnan(row["p"])
 
 
+def test_which_facts_are_wrong_is_what_the_model_says_here(tiny):
+    """The ranks of the task are those of another run, in which ties may have fallen otherwise."""
+    model = tiny("llama")
+    task = make_task(model, known_relation(model, 30, unknown=6), n=8, n_test=20)
+    turned = replace(task, test=replace(task.test, ranks=torch.ones_like(task.test.ranks)))
+    found = [scale_heads(model, one, HEADS, draws=3, progress=False) for one in (task, turned)]
+    assert found[0].summary.equals(found[1].summary) and not found[0].summary["righted"].isna().any()
+    right = task.test.select((task.test.ranks == 1).nonzero()[:, 0].tolist())
+    one_wrong = replace(right, ranks=right.ranks.index_fill(0, torch.tensor(0), 2))
+    with pytest.raises(DataError, match=f"all {len(right)} facts of D_test right"):
+        scale_heads(model, replace(task, test=one_wrong), HEADS, progress=False)
+
+
 def test_what_cannot_be_meant_is_refused(tiny):
     model = tiny("llama")
     task = make_task(model, known_relation(model, 12), n=4)

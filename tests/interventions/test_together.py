@@ -34,6 +34,9 @@ def test_interactions_are_those_of_four_plain_runs(tiny, name):
     prompts = prompts.select(prompts.told_at_end.nonzero()[:, 0].tolist())
     table = heads_together(model, prompts, HEADS, draws=3, progress=False)
     assert len(table) == 3 and table["interaction"].abs().is_monotonic_decreasing
+    smallest_first = table["p"].sort_values(kind="stable")
+    steps = np.minimum(1, np.maximum.accumulate(smallest_first.to_numpy() * [3, 2, 1]))
+    assert table["holm"][smallest_first.index].tolist() == pytest.approx(steps.tolist())
     whole = losses_without(model, prompts, [])
     for row in table.itertuples():
         left, right, both = (losses_without(model, prompts, some) for some in ([row.left], [row.right], row[1:3]))
@@ -73,7 +76,7 @@ def test_a_backup_interacts_and_a_head_that_nobody_reads_does_not():
     assert (table["left"][0], table["right"][0]) == ("a1.h2", "a1.h1")
     assert table["interaction"][0] > 0.5 and table["low"][0] > 0
     assert table["interaction"][0] > 10 * table["interaction"][1:].abs().max()
-    assert table["p"].isna().all() and (table["draws"] == 0).all()
+    assert table[["p", "holm"]].isna().all(axis=None) and (table["draws"] == 0).all()
 
 
 def test_too_few_heads_and_what_is_none_are_refused(tiny):

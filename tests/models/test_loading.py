@@ -322,6 +322,9 @@ def test_device_maps_that_cannot_be_meant_are_refused(folder: Path) -> None:
         load_model(folder, device="cpu", device_map="auto")
     with pytest.raises(SettingError, match="where it is"):
         load_model(tiny_hf("llama"), tokenizer(), device_map="auto")
+    with pytest.raises(SettingError, match=r"keeps its precision, torch.float32.*\.to\(torch.bfloat16\)"):
+        load_model(tiny_hf("llama"), tokenizer(), dtype="bfloat16")
+    assert load_model(tiny_hf("llama").bfloat16(), tokenizer(), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
     with pytest.raises(SettingError, match="'warp'"):
         load_model(folder, device_map={"": "warp"})
     with pytest.raises(SettingError, match=f"'cuda:{torch.cuda.device_count()}'"):

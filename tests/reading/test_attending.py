@@ -179,7 +179,7 @@ def test_prompts_in_parts_give_the_same(llama, monkeypatch):
 
 
 def test_half_precision_is_split_in_single_precision():
-    half = load_model(tiny_hf("llama"), tokenizer(), device="cpu", dtype="bfloat16")
+    half = load_model(tiny_hf("llama").bfloat16(), tokenizer(), device="cpu")
     exact = load_model(tiny_hf("llama").bfloat16().float(), tokenizer(), device="cpu")
     task = task_of(exact)
     found, table = (

@@ -44,6 +44,24 @@ def test_answers_are_those_of_the_hugging_face_model(tiny, name):
         torch.testing.assert_close(found.logits[n], above, atol=1e-4, rtol=1e-4)
 
 
+def test_of_several_right_answers_the_likeliest_is_followed_and_none_is_the_rival(tiny):
+    model = tiny("llama")
+    relation = known_relation(model, 12, unknown=6)
+    facts = []
+    for fact in (one for one in relation.facts if " " not in one.object):
+        first, second = unpadded_logits(model, fact)[0][4:].topk(2).indices.tolist()
+        facts.append(replace(fact, also=(f"w{second}", f"w{first}") if len(facts) % 2 else (f"w{second}",)))
+    prompts = encode(model, facts, relation.template(0), [fact.object for fact in facts])
+    found = read_trajectories(model, prompts)
+    assert 0 < int(found.right.sum()) < len(facts)
+    assert found.right.tolist() == (prompts.ranks == 1).tolist()
+    for n, fact in enumerate(facts):
+        logits = unpadded_logits(model, fact)[0]
+        right = model.tokenizer.convert_tokens_to_ids([*fact.right])
+        wrong = [token for token in range(len(logits)) if token not in right]
+        assert found.tokens[n].tolist() == [max(some, key=lambda one: float(logits[one])) for some in (right, wrong)]
+
+
 @pytest.mark.filterwarnings("ignore:The object begins")
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_readings_equal_the_lens_for_both_tokens(tiny, name):

@@ -8,7 +8,7 @@ from typing import Any
 from kcwb.circuits.ablation import Ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.discovery.acdc import Search, acdc, predict_seconds
-from kcwb.discovery.checkpoint import checkpoint_folder, fingerprint
+from kcwb.discovery.checkpoint import usual_path
 from kcwb.discovery.registry import Method, Pruning
 from kcwb.discovery.sequential import Pruned
 from kcwb.models.loading import Model
@@ -42,10 +42,7 @@ def prune(
     """The method; settings as in `kcwb.discover`, which has made a circuit of a `within` that is a text."""
     assert not isinstance(within, str)
     search = Search(model, loss, ablation, tau=tau, absolute=absolute, within=within, order=order)
-    if isinstance(checkpoint, bool):
-        path = checkpoint_folder() / f"{fingerprint(search)}.safetensors" if checkpoint else None
-    else:
-        path = Path(checkpoint)
+    path = None if checkpoint is False else usual_path(search) if checkpoint is True else Path(checkpoint)
     return pruning(search, acdc(search, progress=progress, checkpoint=path))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from kcwb.statistics import mean_interval, p_value
+from kcwb.statistics import holm, mean_interval, p_value
 
 #: Of the share of facts on which the circuit does better than the model, and of a recovered share: what is no matter.
 MARGIN = 0.1
@@ -226,17 +226,6 @@ def difference(here: npt.ArrayLike, there: npt.ArrayLike, alpha: float, *, paire
 
 def _apart(one: npt.NDArray, other: npt.NDArray, axis: int = -1) -> npt.NDArray:
     return one.mean(axis) - other.mean(axis)
-
-
-def holm(p: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """p-values after Holm's correction (Holm 1979) over those that are not NaN, in their order."""
-    values = np.asarray(p, float)
-    some = np.flatnonzero(~np.isnan(values))
-    order = some[np.argsort(values[some], kind="stable")]
-    steps = values[order] * np.arange(len(order), 0, -1)
-    found = np.full(len(values), math.nan)
-    found[order] = np.minimum(1.0, np.maximum.accumulate(steps))
-    return found
 
 
 def _least(power: Callable[[float], float], offs: npt.NDArray) -> float:

@@ -21,13 +21,14 @@ from kcwb.circuits.ablation import AblationKind
 from kcwb.circuits.circuit import Circuit
 from kcwb.errors import CircuitError, choose
 from kcwb.evaluation.completeness import cuts_of
-from kcwb.evaluation.referee.hypotheses import QUANTILE, holm
+from kcwb.evaluation.referee.hypotheses import QUANTILE
 from kcwb.evaluation.referee.scores import Scores
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
 from kcwb.parallel import on_each_core
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Seed
+from kcwb.statistics import holm
 from kcwb.tasks.metrics import METRICS
 from kcwb.tasks.task import Task
 from kcwb.verbs import verb

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from kcwb.evaluation.referee.hypotheses import MARGIN, Tested, holm
+from kcwb.evaluation.referee.hypotheses import MARGIN, Tested
 from kcwb.evaluation.referee.judgement import NO, NOT_SHOWN, YES
+from kcwb.statistics import holm
 
 #: The chance of any wrong answer in a table.
 ALPHA = 0.05

@@ -49,7 +49,7 @@ from kcwb.studies.fact_circuits import fact_draws, fact_ensemble
 from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
-from kcwb.tasks.task import make_task
+from kcwb.tasks.task import Task, make_task
 from kcwb.verbs import verb
 
 _FLIPS = 9999  # of signs, in a test of paired differences (fewer pairs than 14: all of them)
@@ -103,13 +103,17 @@ def circuit_layers(
     if not cases:
         raise SettingError("cases=[]: give at least one edit, of kcwb.edit_cases.")
     check_size(model.graph, edges, model.name)
+    keys = [(case.relation, case.template) for case in cases]
+    first = {key: make_task(model, key[0], n=n, seed=seed, template=key[1]) for key in dict.fromkeys(keys)}
+    for key, case in zip(keys, cases, strict=True):
+        encode(model, [case.fact], case.template, first[key].relation.objects)
     tasks: dict[tuple[str, str], tuple[list[_Wording], list[str]]] = {}
     rows = []
     with track(progress, len(cases), "layers by circuits") as step:
         for i, case in enumerate(cases):
-            key = case.relation, case.template
+            key = keys[i]
             if key not in tasks:
-                tasks[key] = _asked_so(model, case, movers, n, wordings, seed)
+                tasks[key] = _asked_so(model, case, first[key], movers, wordings)
             worded, names = tasks[key]
             row = {"case": i, "relation": case.relation, "subject": case.fact.subject}
             pi = _reading(model, case.fact, worded, names, edges, draws, seed + i)
@@ -126,19 +130,16 @@ class _Wording(NamedTuple):
     cuts: Ablation
 
 
-def _asked_so(
-    model: Model, case: EditCase, movers: int, n: int, wordings: int, seed: int
-) -> tuple[list[_Wording], list[str]]:
+def _asked_so(model: Model, case: EditCase, task: Task, movers: int, wordings: int) -> tuple[list[_Wording], list[str]]:
     """Some wordings of the relation, the edited one first, and its mover heads."""
-    task = make_task(model, case.relation, n=n, seed=seed, template=case.template)
     others = [text for text in task.relation.prompt_templates_zs if text != case.template]
     tasks = [task]
     for text in others[: wordings - 1]:
         with contextlib.suppress(DataError):  # the model knows none of the facts in these words
-            tasks.append(make_task(model, case.relation, n=n, seed=seed, template=text))
+            tasks.append(make_task(model, case.relation, n=task.n, seed=task.seed, template=text))
     worded = [_Wording(one.template, one.relation.objects, make_ablation(model, one, "mean")) for one in tasks]
     try:
-        return worded, strongest_movers(model, task, movers, seed)
+        return worded, strongest_movers(model, task, movers, task.seed)
     except DataError:
         return worded, []
 

@@ -26,7 +26,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from kcwb.errors import DataError, choose
+from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.dla import Attribution, attribute, head_outputs, named_heads, top_tokens
@@ -42,7 +42,8 @@ from kcwb.tasks.task import Task, make_task
 from kcwb.verbs import verb
 
 FAILURES = ("none", "enrichment", "selection")
-_FEWEST_FACTS = 4
+#: Other facts that mover heads are told apart on, at least.
+FEWEST_FACTS = 4
 _TOP_TOKENS = 5
 
 
@@ -163,6 +164,10 @@ def diagnose(
         fact = facts[choose(f"The subject in {relation.name}", fact, facts)]
     if not isinstance(movers, int):
         named_heads(model, movers)
+    elif n < FEWEST_FACTS:
+        raise SettingError(
+            f"n={n}: at least {FEWEST_FACTS} other facts tell movers apart. Raise n, or name the movers."
+        )
     prompts = encode(model, [fact], text, relation.objects)
     check_prompts(prompts)
     prompts = without_copies(model, told_at_end(prompts))
@@ -208,8 +213,8 @@ def _other_facts(
     """A task of the relation's other facts; None where there are none to be had and they are not needed."""
     rest = tuple(other for other in relation.facts if other.subject != fact.subject)
     try:
-        if len(rest) < _FEWEST_FACTS:
-            raise DataError(f"{relation.name} has {len(rest)} other facts; at least {_FEWEST_FACTS} tell movers apart.")
+        if len(rest) < FEWEST_FACTS:
+            raise DataError(f"{relation.name} has {len(rest)} other facts; at least {FEWEST_FACTS} tell movers apart.")
         return make_task(model, replace(relation, facts=rest), n=n, seed=seed, template=template)
     except DataError as error:
         if needed:
@@ -219,10 +224,10 @@ def _other_facts(
 
 def _movers(model: Model, others: Task | None, most: int, seed: int) -> list[str]:
     assert others is not None  # they are needed where movers are not named
-    if len(others.val) < _FEWEST_FACTS:
+    if len(others.val) < FEWEST_FACTS:
         raise DataError(
             f"{model.name} knows {len(others.val)} other facts of {others.relation.name} in {others.template!r:.120}; "
-            f"at least {_FEWEST_FACTS} tell movers apart. Raise n, take another template, or name them: movers=[...]."
+            f"at least {FEWEST_FACTS} tell movers apart. Raise n, take another template, or name them: movers=[...]."
         )
     return strongest_movers(model, others, most, seed)
 

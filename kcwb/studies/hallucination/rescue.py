@@ -41,8 +41,9 @@ from kcwb.reading.roles import strongest_movers
 from kcwb.settings import Count, Seed, at_least
 from kcwb.statistics import matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.studies.hallucination.measurement import FEWEST_FACTS, task_of
+from kcwb.tasks.metrics import together
 from kcwb.tasks.prompts import Prompts, encode
-from kcwb.tasks.ranks import rank_of
+from kcwb.tasks.ranks import best_right_and_wrong, rank_of_best
 from kcwb.tasks.relations import Relation, load_relation, require_subjects
 from kcwb.verbs import verb
 
@@ -238,14 +239,14 @@ def _patch_relation(
         source, target = asked.prompts[right].select(rows), asked.prompts[wrong].select(rows)
         outputs = head_outputs(network, attribute(model, source))
         before = network.logits(at_end(forward(network, target.tokens).residual, target)).float()
-        gold = target.answers[:, 0]
-        rival = before.scatter(-1, gold[:, None], -torch.inf).argmax(-1)  # with which the right answer may tie
+        gold = target.right[:, 0]
+        rival = best_right_and_wrong(before, gold)[:, 1]  # with which the right answer may tie
         gap = _gap(before, gold, rival)
         after = []  # of movers and random sets, and of all heads: whether it rescues each prompt, and the rise
         for which in (sets, every):
             found = []
             for logits in logits_with(model, target, outputs, which):
-                first = rank_of(logits, gold.expand(len(logits), -1)) == 1
+                first = rank_of_best(logits, gold.expand(len(logits), -1, -1)) == 1
                 found.append(torch.stack([first.double(), (_gap(logits, gold, rival) - gap).double()]))
             after.append(torch.cat(found, 1).cpu().numpy())
         table = pd.DataFrame(
@@ -270,11 +271,9 @@ def _patch_relation(
     return _Patched(pd.concat(tables, ignore_index=True), np.concatenate(chances, 2))
 
 
-def _gap(logits: Float[Tensor, "*c N V"], gold: Int[Tensor, " N"], rival: Int[Tensor, " N"]) -> Float[Tensor, "*c N"]:
-    """The right answer's logit minus the wrong one's."""
-    pair = torch.stack([gold, rival], -1).expand(*logits.shape[:-1], 2)
-    own, other = logits.gather(-1, pair).unbind(-1)
-    return own - other
+def _gap(logits: Float[Tensor, "*c N V"], gold: Int[Tensor, "N K"], rival: Int[Tensor, " N"]) -> Float[Tensor, "*c N"]:
+    """The right answer's logit (of several, as of one) minus the wrong one's."""
+    return together(logits, gold) - together(logits, rival[:, None])
 
 
 # --- tables ---

@@ -29,6 +29,7 @@ _GUTTER, _HEAD = 40, 8  # pixels, for the labels of layers; above
 _PIXEL = 72 / 96  # points
 _FAINT = 0.13  # how opaque is what is not lit
 _WIDE = 1000  # pixels, where nobody looks
+_MARKED = 1.05  # from which scale on marks stand below labels
 
 
 def figure_of(drawing: Drawing, state: Mapping[str, Any], view: Mapping[str, Any], height: int) -> Plot:
@@ -182,6 +183,8 @@ class _Painter:
             )  # fmt: skip
         if box in self.labelled:
             self._write(box.label, x, y, self.size, text_on(fill), alpha=alpha)
+            if box.group is None and self.scale >= _MARKED:
+                self._write(box.members[0].mark, x, y + h / 2 + 8, 11, self.ink["muted"], alpha=alpha)
         for names, colour in ((self.state["notes"], "note"), (self.state["pinned"], "relation")):
             if set(names) & set(box.names):
                 dot = Circle((x + w / 2 - 1, y - h / 2 + 1), 3.5, facecolor=self.ink[colour], edgecolor=self.ink["bg"])

@@ -31,8 +31,9 @@ class Controls(Group):
         seed: int,
     ) -> None:
         check_method(method, metric, ablation)
-        check_edges(model, edges=edges, within=within)
         self._n_edges = model.graph.n_edges
+        edges = edges if "edges" in METHODS[method].defaults else min(edges, self._n_edges)
+        check_edges(model, edges=edges, within=within)
         usual = ("usual for the method", "")
         self.method = dropdown("Method", list(METHODS), method)
         chosen = "" if ablation is None else str(ablation_kind(ablation))

@@ -16,7 +16,7 @@ from kcwb.errors import SettingError
 from kcwb.models.loading import Model
 from kcwb.progress import ProgressCallback
 from kcwb.reading.trajectories import WHERE, WHO
-from kcwb.studies.hallucination.diagnosis import Diagnosis, diagnose
+from kcwb.studies.hallucination.diagnosis import FEWEST_FACTS, Diagnosis, diagnose
 from kcwb.tasks.prompts import KNOWN_RANK
 from kcwb.tasks.relations import Relation
 from kcwb.workbench import tables
@@ -93,8 +93,10 @@ class HallucinationPanel(Panel):
         seed: int = 0,
     ) -> None:
         most = model.graph.n_layers * model.graph.n_heads
-        if not 1 <= movers <= most or n < 1:
-            raise SettingError(f"movers={movers}, n={n}: 1 to {most} heads, and at least one other fact, are needed.")
+        if not 1 <= movers <= most or n < FEWEST_FACTS:
+            raise SettingError(
+                f"movers={movers}, n={n}: 1 to {most} heads, and {FEWEST_FACTS} other facts, are needed."
+            )
         super().__init__(model, button("Diagnose", "search", width=112, button_style="primary"))
         self.diagnosis: Diagnosis | None = None
         self._n, self._seed = n, seed

@@ -45,7 +45,7 @@ def summary(ensemble: Ensemble, circuit: Circuit, confidence: float) -> str:
 
 def curve(table: pd.DataFrame) -> str:
     """What each confidence is worth."""
-    shown = table.drop(columns=["low", "high"]).rename(columns={"hit": "Hit@10", "nll": "nll, nats"})
+    shown = table.drop(columns=["k", "low", "high"]).rename(columns={"hit": "Hit@10", "nll": "nll, nats"})
     shown["Hit@10"] = [tables.estimate(*row) for row in table[["hit", "low", "high"]].itertuples(index=False)]
     words = (
         "Facts that no draw of the circuit has seen: the consensus of one half of D_val is tested on the other half, "

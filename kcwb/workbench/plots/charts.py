@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from kcwb.errors import SettingError
 from kcwb.workbench.plots.figure import INK, MUTED, Plot, band, finish, levels, need, one_each, palette_of, panes, plain
+from kcwb.workbench.tables import hit_at
 
 _RUNS = {"full model": MUTED, "circuit": "#0072b2", "empty circuit": "#e69f00", "random circuits": "#cc79a7"}
 _QUANTITIES = {"rank": "rank (geometric mean)", "probability": "probability", "hit_10": "Hit@10"}
@@ -50,7 +51,7 @@ def plot_knowledge(table: pd.DataFrame) -> Plot:
 
 
 def plot_completeness(tables: Mapping[str, pd.DataFrame]) -> Plot:
-    """Draw tables of `kcwb.completeness` side by side: Hit@10 of each run with its 95% interval.
+    """Draw tables of `kcwb.completeness` side by side: Hit@k of each run with its 95% interval.
 
     Parameters
     ----------
@@ -62,7 +63,7 @@ def plot_completeness(tables: Mapping[str, pd.DataFrame]) -> Plot:
     rows = pd.concat([table.assign(title=title) for title, table in tables.items()], ignore_index=True)
     rows = rows[rows["split"].isin(["D_val", "D_test"]) & (rows["n"] > 0)]
     colours = {run: colour for run, colour in _RUNS.items() if run in set(rows["run"])}
-    figure = _bars(rows, "split", "hit", "run", "title", colours, "Hit@10", None)
+    figure = _bars(rows, "split", "hit", "run", "title", colours, hit_at(rows), None)
     for axes in figure.axes:
         axes.set_ylim(0, 1.02)
     return figure

@@ -16,6 +16,7 @@ from kcwb.circuits.ensemble import Ensemble
 from kcwb.errors import SettingError
 from kcwb.workbench.plots.charts import plot_bars
 from kcwb.workbench.plots.figure import Plot, band, finish, need, panes, plain
+from kcwb.workbench.tables import hit_at
 
 _COLOURS = {"consensus": "#0072b2", "random circuits": "#cc79a7"}
 _LINES: Any = ("-", "--", ":")
@@ -23,7 +24,7 @@ _CELL, _MARGIN = 0.14, 1.2  # inches: a layer, and what is around the map
 
 
 def plot_confidence(curve: pd.DataFrame, *, title: str | None = None) -> Plot:
-    """Draw a table of `kcwb.Ensemble.curve`: Hit@10, loss and size of the consensus circuit against its confidence.
+    """Draw a table of `kcwb.Ensemble.curve`: Hit@k, loss and size of the consensus circuit against its confidence.
 
     Colours tell the consensus from random circuits of its sizes, lines one split of the facts from another.
 
@@ -45,7 +46,7 @@ def plot_confidence(curve: pd.DataFrame, *, title: str | None = None) -> Plot:
         band(losses, bare, "confidence", "nll", colour, **style)
         if run == "consensus":
             band(sizes, bare, "confidence", "edges", colour, **style)
-    hits.set(ylabel="Hit@10, with its 95% interval", ylim=(-0.02, 1.02))
+    hits.set(ylabel=f"{hit_at(curve)}, with its 95% interval", ylim=(-0.02, 1.02))
     losses.set(ylabel="loss, nats")
     sizes.set(ylabel="edges of the consensus")
     if curve["edges"].max() > 0:

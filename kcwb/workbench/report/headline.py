@@ -21,7 +21,7 @@ _MOST, _LETTERS = 6, 400  # lines of a report, letters of a line
 
 
 def headline_of(circuit: Circuit, completeness: pd.DataFrame) -> str:
-    """A line: edges, and Hit@10 on D_test (D_val where there is none), beside full model and empty circuit."""
+    """A line: edges, and Hit@k on D_test (D_val where there is none), beside full model and empty circuit."""
     graph, made = circuit.graph, circuit.provenance
     names = [part(made, key).get("name") for key in ("relation", "model")]
     what = " of ".join(str(name) for name in names if name)
@@ -35,7 +35,7 @@ def headline_of(circuit: Circuit, completeness: pd.DataFrame) -> str:
     rows = found.to_dict("index")
     hits = {run: tables.interval(row["hit"], row["low"], row["high"]) for run, row in rows.items()}
     others = "".join(f"; {run} {hits[run]}" for run in ("full model", "empty circuit") if run in hits)
-    hit = f"Hit@{completeness.attrs.get('k', 10)} {hits['circuit']}"
+    hit = f"{tables.hit_at(table)} {hits['circuit']}"
     return f"{line}. Alone it has {hit} on the {int(rows['circuit']['n']):,} facts of {split}{others}."
 
 

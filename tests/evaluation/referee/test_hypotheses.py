@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from kcwb.evaluation.referee import hypotheses as module
-from kcwb.evaluation.referee.hypotheses import beats, difference, equivalence, holm, independence, minimal
+from kcwb.evaluation.referee.hypotheses import beats, difference, equivalence, independence, minimal
 
 ALPHA = 0.05
 
@@ -148,11 +148,6 @@ def test_a_difference_below_the_margin_is_no_matter():
     assert found.p_for < 0.001
     found = difference(far, np.zeros(40), ALPHA, paired=True)
     assert found.p_for > 0.9 and found.p_against < 0.001
-
-
-def test_holm_is_the_one_of_the_textbook():
-    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, math.nan, 0.4]).tolist()[::2] == pytest.approx([0.8, 0.8]) and math.isnan(holm([math.nan])[0])
 
 
 # --- how often they are wrong ---

@@ -13,7 +13,7 @@ from kcwb.discovery.discover import score_edges
 from kcwb.discovery.selection import matched_circuit
 from kcwb.editing.cases import EditCase
 from kcwb.editing.scores import SCORES, edit_scores
-from kcwb.errors import SettingError
+from kcwb.errors import DataError, SettingError
 from kcwb.studies.editing_account import layer_choice as module
 from kcwb.studies.editing_account.layer_choice import circuit_layers, compare_layers, flipped_p
 from kcwb.studies.fact_circuits import fact_draws
@@ -80,6 +80,17 @@ def test_pi_counts_the_draws_that_keep_the_edge(monkeypatch, model, relation):
         sure = [layer for layer, share in enumerate(pi.tolist()) if share >= confidence - 1e-6]
         assert row["layer"] == (sure[-1] if sure else int(pi.argmax())) and row["sure"] == bool(sure)
         assert row["pi"] == pytest.approx(float(pi[row["layer"]]))
+
+
+def test_a_late_fact_that_cannot_be_asked_is_refused_before_work(monkeypatch, model, relation):
+    asked(monkeypatch, relation)
+    fact = make_task(model, relation, n=4).val.facts[0]
+    case, steps = EditCase(fact, "", TEMPLATES[0], (), (), relation="words"), []
+    late = replace(case, fact=Fact(" ".join(["w5"] * 80), fact.object))
+    monkeypatch.setattr(module, "strongest_movers", lambda *args: steps.append(args) or ["a1.h0"])
+    with pytest.raises(DataError, match=r"tokens.* reads 64"):
+        circuit_layers(model, [case, late], edges=40, draws=2, n=4, progress=lambda *step: steps.append(step))
+    assert not steps
 
 
 def test_no_mover_proposes_nothing(monkeypatch, model, relation):

@@ -12,6 +12,7 @@ from kcwb.errors import CircuitError, DataError, ModelError, SettingError
 from kcwb.reading.dla import dla_by_source
 from kcwb.reading.lens import lens_by_fact
 from kcwb.reading.trajectories import WHERE, WHO
+from kcwb.studies.hallucination import diagnosis as module
 from kcwb.studies.hallucination.diagnosis import Diagnosis, diagnose
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
@@ -161,13 +162,16 @@ def test_what_cannot_be_meant_is_refused_before_the_model_runs(monkeypatch):
         diagnose(model, relation, "s1", template=3, progress=False)
 
 
-def test_too_few_other_facts_are_counted():
+def test_too_few_other_facts_are_counted(monkeypatch):
     model, relation = copying().model, copying().relation
     few = replace(relation, facts=relation.facts[:4])
     with pytest.raises(DataError, match=r"3 other facts.*movers="):
         diagnose(model, few, "s1", progress=False)
     with pytest.raises(DataError, match=r"knows 2 other facts.*n, "):
-        diagnose(model, relation, "s1", n=2, progress=False)
+        diagnose(model, replace(relation, facts=relation.facts[:6]), "s1", progress=False)
+    monkeypatch.setattr(module, "encode", None)
+    with pytest.raises(SettingError, match=r"n=3: at least 4 other facts"):
+        diagnose(model, relation, "s1", n=3, progress=False)  # before the model is asked
 
 
 def test_an_object_in_its_own_subject_is_refused():

@@ -127,6 +127,16 @@ def test_the_head_that_matters_rescues_and_random_heads_seldom_do():
     assert difference["rise_low"] > 1 and np.isnan(difference["rescued_low"])  # every fact alike: no spread is seen
 
 
+def test_any_of_several_right_answers_rescues():
+    """The object that the model says is another right answer of each fact; what is called its object it never says."""
+    model, relation = copying()
+    facts = tuple(replace(fact, object="we", also=(fact.object,)) for fact in relation.facts)
+    more = {"pairs": 6, "movers": ["a1.h2"], "draws": 20, "progress": False}
+    own, also = (rescue(model, [replace(relation, facts=some)], **more) for some in (relation.facts, facts))
+    columns = ["subject", "predicted", *(f"rescued, {run}" for run in RUNS)]
+    assert also.pairs[columns].equals(own.pairs[columns]) and own.pairs["rescued, movers"].all()
+
+
 def test_a_head_that_does_not_matter_rescues_nothing():
     runs = rescued("a1.h1").summary.set_index("heads")
     assert runs.loc["movers", "rescued"] == 0 and abs(runs.loc["movers", "rise"]) < 0.5

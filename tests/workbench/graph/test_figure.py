@@ -48,7 +48,8 @@ def graph() -> CircuitGraph:
 
 @pytest.mark.browser
 def test_what_is_drawn_is_what_the_page_shows(graph: CircuitGraph, show: Any) -> None:
-    drawing = graph._drawing
+    graph.show(Circuit.from_edges(GRAPH, SCORES), roles={"a1.h2": "mover", "a0.h0": "relation"})
+    drawing, marked = graph._drawing, set[str]()
     assert drawing is not None
     for state in STATES:
         for name, value in state.items():
@@ -74,8 +75,12 @@ def test_what_is_drawn_is_what_the_page_shows(graph: CircuitGraph, show: Any) ->
             place = asked(page, "graph.place(arg)", box.names[0])
             if place["labelled"] and box.label in texts:
                 assert texts[box.label] == pytest.approx((place["x"], place["y"]), abs=0.01)
+        marks = set(asked(page, "graph.painter.boxes.filter((box) => box.marked).map((box) => box.mark)"))
+        assert {"mover", "relation"} & texts.keys() == marks
+        marked |= marks
         for name in state:
             setattr(graph, name, type(getattr(graph, name))())
+    assert marked == {"mover", "relation"}
 
 
 def test_a_large_circuit_is_drawn_by_layers() -> None:
@@ -105,6 +110,24 @@ def test_layers_are_drawn_where_the_page_has_them(show: Any) -> None:
         assert place["labelled"] == (place["label"] in texts)
         if place["labelled"]:
             assert texts[place["label"]].get_position() == pytest.approx((place["x"], place["y"]), abs=0.01)
+
+
+def test_marks_stand_below_labels_from_the_scale_at_which_the_page_writes_them(graph: CircuitGraph) -> None:
+    graph.show(Circuit.from_edges(GRAPH, SCORES), roles={"a1.h2": "mover", "a0.h0": "x" * 40})
+    assert graph._drawing is not None
+    marks = {node.name: node.mark for node in graph._drawing.nodes if node.mark}
+    assert marks.keys() == {"a1.h2", "a0.h0"} and marks["a1.h2"] == "mover"
+    view = {"width": 900, "height": 600, "left": 60.0, "top": 500.0, "stretch": 1.0}
+    for scale, told in ((1.0, set()), (1.3, {*marks.values()})):
+        axes = figure_of(graph._drawing, state_of(graph), {**view, "scale": scale}, 600).axes[0]
+        texts = {one.get_text(): one for one in axes.texts}
+        assert texts.keys() & {*marks.values()} == told
+    (x, y), below = texts["a1.h2"].get_position(), texts["mover"].get_position()
+    assert below == pytest.approx((x, y + (16 + 8) / 2 + 8)) and texts["mover"].get_fontsize() == 11 * 72 / 96
+    assert texts["a1.h2"].get_fontsize() == pytest.approx(16 * 72 / 96)
+    graph.groups = {"both": ["a1.h2", "a0.h0"]}
+    axes = figure_of(graph._drawing, state_of(graph), {**view, "scale": 1.3}, 600).axes[0]
+    assert not {one.get_text() for one in axes.texts} & {*marks.values()}
 
 
 def test_what_is_lit_is_as_opaque_as_it_is_sure() -> None:

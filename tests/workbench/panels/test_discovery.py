@@ -335,6 +335,16 @@ def test_settings_that_cannot_be_meant_are_refused_at_once(model, relation, sett
         DiscoveryPanel(model, **{"relation": relation, "edges": 60, **settings})
 
 
+def test_a_method_that_takes_no_number_of_edges_is_not_refused_for_one(model, relation):
+    assert model.graph.n_edges < 300
+    with DiscoveryPanel(model, relation, method="acdc") as panel:
+        assert "edges" not in panel.settings
+        panel.controls.method.value = "eap"
+        assert panel.settings["edges"] == model.graph.n_edges
+    with pytest.raises(SettingError, match="edges=300"):
+        DiscoveryPanel(model, relation, method="eap")
+
+
 # --- going wrong ---
 
 

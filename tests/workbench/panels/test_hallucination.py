@@ -94,11 +94,12 @@ def test_it_can_be_cancelled(panel):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"subject": "nobody"}, {"movers": 0}, {"movers": 9}, {"n": 0}, {"template": 2}, {"relation": "capitals"}]
+    "wrong", [{"subject": "nobody"}, {"movers": 0}, {"movers": 9}, {"n": 3}, {"template": 2}, {"relation": "capitals"}]
 )
 def test_what_cannot_be_meant_is_refused(copying, wrong):
+    HallucinationPanel(copying[0], copying[1], movers=3).close()
     with pytest.raises(KcwbError):
-        HallucinationPanel(copying[0], **{"relation": copying[1], **wrong})
+        HallucinationPanel(copying[0], **{"relation": copying[1], "movers": 3, **wrong})
 
 
 # --- pictures and text ---

@@ -27,8 +27,9 @@ def curve_table() -> pd.DataFrame:
 
 
 def test_the_confidence_curve_has_hits_losses_and_sizes_beside_random_circuits() -> None:
-    figure = drawn(plot_confidence(curve_table(), title="$x$"))
+    figure = drawn(plot_confidence(curve_table().assign(k=3), title="$x$"))
     hits, losses, sizes = figure.axes
+    assert hits.get_ylabel() == "Hit@3, with its 95% interval"
     assert [len(axes.lines) for axes in figure.axes] == [4, 4, 2]
     assert hits.lines[0].get_xdata().tolist() == [0.1, 0.5, 1.0]
     assert hits.lines[0].get_ydata().tolist() == pytest.approx([0.95, 0.75, 0.5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from kcwb.errors import SettingError
 from kcwb.evaluation.completeness import completeness
 from kcwb.models.graph import Graph
 from kcwb.tasks.task import make_task
+from kcwb.workbench.plots import plot_completeness
 from kcwb.workbench.report.headline import HEADLINE, headline_of
 from kcwb.workbench.report.provenance import provenance
 from kcwb.workbench.report.write import index, report
+from kcwb.workbench.tables import completeness_rows
 from tests.hostile import HOSTILE
 from tests.tasks import known_relation
 
@@ -58,6 +61,11 @@ def test_of_a_table_that_was_computed_it_says_its_k(tiny: Any) -> None:
     )
     row = found[(found["run"] == "circuit") & (found["split"] == "D_test")].iloc[0]
     assert f"Hit@3 {row['hit']:.2f}".replace(" 0.", " .") in headline_of(Circuit.full(model.graph), found)
+    kept = pd.read_csv(io.StringIO(found.to_csv(index=False)))  # which drops what pandas calls attrs, as a merge does
+    assert headline_of(Circuit.full(model.graph), kept) == headline_of(Circuit.full(model.graph), found)
+    (axes,) = plot_completeness({"": found}).axes
+    assert axes.get_ylabel() == "Hit@3" and any("Hit@3, D_test" in name for name in completeness_rows(found))
+    assert plot_completeness({"a": found, "b": found.assign(k=1)}).axes[0].get_ylabel() == "Hit@k"
 
 
 def test_provenance_displays_it_beside_what_results_come_from(circuit: Circuit, monkeypatch: Any) -> None:

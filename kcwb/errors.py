@@ -1,8 +1,11 @@
-"""The one family of exceptions: each says what is wrong, where, and what to do about it."""
+"""The one family of exceptions: each says what is wrong, where, and what to do about it. And warnings."""
 
 from __future__ import annotations
 
 import difflib
+import sys
+import traceback
+import warnings
 from collections.abc import Iterable
 
 
@@ -24,6 +27,13 @@ class CircuitError(KcwbError):
 
 class SettingError(KcwbError, ValueError):
     """A parameter has a value that cannot be meant."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called this package, from however deep within it: of one thing once for each such line."""
+    frames = [frame for frame, _ in traceback.walk_stack(sys._getframe(1))]
+    ours = [i for i, frame in enumerate(frames) if frame.f_globals.get("__name__", "").split(".")[0] == "kcwb"]
+    warnings.warn(message, category, stacklevel=max(ours, default=-1) + 3)
 
 
 def nearest(name: str, known: Iterable[str], few: int | None = None) -> str:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import re
 import uuid
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from kcwb.errors import SettingError
+from kcwb.errors import SettingError, warn
 
 PAGE_MARK = '<meta name="generator" content="kcwb">'
 """In the head of every page that we write."""
@@ -64,7 +63,7 @@ def settle(path: Path, kind: Kind, *, force: bool = False) -> Path:
     if force or not _refusal(Path(os.path.realpath(path)), kind, (), force):
         return path
     free = next(one for i in range(2, 10_000) if not os.path.lexists(one := path.with_stem(f"{path.stem} ({i})")))
-    warnings.warn(f"Meanwhile something else wrote {path}, which is kept: this is in {free}.", stacklevel=2)
+    warn(f"Meanwhile something else wrote {path}, which is kept: this is in {free}.")
     return free
 
 

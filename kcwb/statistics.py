@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy
 
-from kcwb.errors import DataError
+from kcwb.errors import DataError, warn
 from kcwb.models.graph import Graph
 
 _RESAMPLES, _BATCH_CELLS = 9999, 10**7
@@ -208,10 +208,9 @@ def matched_head_sets(
     out = {*tested, *taken}
     free = [name for name in graph.sender_names if name not in out and graph.node(name).kind == "head"]
     if len(free) < len(tested):
-        warnings.warn(
+        warn(
             f"{len(out)} of the model's {graph.n_layers * graph.n_heads} heads are taken: too few are left to draw "
-            f"{len(tested)} others. There are no random heads to compare with.",
-            stacklevel=2,
+            f"{len(tested)} others. There are no random heads to compare with."
         )
         return []
     layers, others = (np.array([graph.node(name).layer for name in names], dtype=int) for names in (tested, free))

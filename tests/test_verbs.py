@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from kcwb.discovery.registry import check_method
 from kcwb.errors import SettingError
 from kcwb.evaluation.completeness import completeness
 from kcwb.settings import Count, Positive, fits, plain
-from kcwb.tasks.relations import Fact
+from kcwb.tasks.relations import Fact, load_relations
 from kcwb.verbs import MARK, _check, check_settings, verb
 from kcwb.verbs import _hints as hints_of
+from tests.tiny import word_relation
 
 #: What no setting or only some setting can be.
 WRONG: list[Any] = [
@@ -158,3 +160,17 @@ def test_settings_are_checked_without_a_call():
         check_method("eap-ig", "nll", steps=0)
     with pytest.raises(SettingError, match=r"^eap-ig: edges=-5 is not a whole number of at least 1 or None\.$"):
         check_method("eap-ig", "nll", edges=-5)
+
+
+def test_a_warning_is_told_once_where_the_package_was_called(tmp_path):
+    word_relation().save(tmp_path / "words.json")
+    (tmp_path / "cut off.json").write_text("{")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            load_relations(tmp_path)
+        load_relations(tmp_path)
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    first = 1 + next(i for i, line in enumerate(lines) if line.strip() == "load_relations(tmp_path)")
+    assert [(one.filename, one.lineno) for one in caught] == [(__file__, first), (__file__, first + 1)]
+    assert all("cut off.json" in str(one.message) for one in caught)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import warnings
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -25,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.errors import DataError, SettingError, choose, shown
+from kcwb.errors import DataError, SettingError, choose, shown, warn
 from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.models.memory import by_prompts
@@ -204,7 +203,7 @@ class Ablation:
         rows = prompts.paired.nonzero()[:, 0].tolist()
         if not rows:
             raise DataError(f"{words}. Use zero or mean ablation, or a relation with more facts.")
-        warnings.warn(f"{words}: left out.", stacklevel=2)
+        warn(f"{words}: left out.")
         return prompts.select(rows)
 
     @verb
@@ -212,7 +211,7 @@ class Ablation:
         """The `usable` prompts of `D_val` and, if there are any, of `D_test`; warns where D_test has none."""
         found = {"D_val": self.usable(task.val)}
         if len(task.test) and self.kind.paired and not bool(task.test.paired.any()):
-            warnings.warn(f"{self._lonely(task.test)}: D_test is left out.", stacklevel=2)
+            warn(f"{self._lonely(task.test)}: D_test is left out.")
         elif len(task.test):
             found["D_test"] = self.usable(task.test)
         return found

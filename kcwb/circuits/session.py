@@ -13,14 +13,13 @@ for whoever shows it to escape it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from kcwb.errors import CircuitError, KcwbError, SettingError, nearest, shown
+from kcwb.errors import CircuitError, KcwbError, SettingError, nearest, shown, warn
 from kcwb.settings import fits
 from kcwb.verbs import noun, verb
 
@@ -177,7 +176,7 @@ def with_session_of_json(circuit: Circuit, data: Any, where: object) -> Circuit:
             raise CircuitError("it does not say of which circuit it is.")
         return circuit.with_session(Session(**given))
     except (KcwbError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        warnings.warn(f"The session in {where} is left out: {error}", stacklevel=5)
+        warn(f"The session in {where} is left out: {error}")
         return circuit
 
 

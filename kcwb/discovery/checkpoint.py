@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kcwb.errors import CircuitError, shown
+from kcwb.errors import CircuitError, shown, warn
 from kcwb.files import user_folder, write_tensors
 
 if TYPE_CHECKING:
@@ -102,10 +101,9 @@ class Checkpoint:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                warnings.warn(
+                warn(
                     f"No checkpoint can be kept in {self.path} ({error.strerror}): the search goes on, but if it is "
-                    "interrupted it starts anew.",
-                    stacklevel=2,
+                    "interrupted it starts anew."
                 )
 
     def _read(self) -> tuple[Tensor, Tensor, dict[str, Any]]:

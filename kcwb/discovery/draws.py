@@ -17,7 +17,6 @@ where a method scores, because the score of some facts is the mean of theirs.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from kcwb.circuits.ablation import ablation_kind
 from kcwb.discovery.registry import Settled, check_size
-from kcwb.errors import DataError, SettingError, choose
+from kcwb.errors import DataError, SettingError, choose, warn
 from kcwb.models.loading import Model
 from kcwb.statistics import resample_counts
 from kcwb.tasks.task import Task
@@ -127,7 +126,7 @@ def make_plan(
         if name in values.left_out and vary is not None:
             raise SettingError(f"{name} cannot be varied: {values.left_out[name]}.")
     if vary is None and values.refused:  # that there is nothing to vary is no news, but that there could be is
-        warnings.warn(f"This ensemble does not vary the template: {values.left_out['template']}.", stacklevel=5)
+        warn(f"This ensemble does not vary the template: {values.left_out['template']}.")
     return values.plan(draws, twins, halves, shuffled)
 
 

@@ -15,8 +15,6 @@ The graph has no cycles, so that a node with a kept edge in and one out lies on 
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import scipy
 import torch
@@ -24,7 +22,7 @@ from jaxtyping import Bool, Float
 from scipy import sparse
 from torch import Tensor
 
-from kcwb.errors import SettingError
+from kcwb.errors import SettingError, warn
 from kcwb.models.graph import Graph
 
 #: Edges that are considered for each one of the budget, at least `_LEAST` in all.
@@ -80,10 +78,9 @@ def optimal_edges(graph: Graph, value: Float[Tensor, "S R"], edges: int) -> Bool
             f"({result.message}) Ask for more edges, or use select='greedy'."
         )
     if result.status != 0:
-        warnings.warn(
+        warn(
             f"The best choice of {edges} edges is not proven: another may have a sum up to {result.mip_gap:.1%} higher "
-            f"({_SECONDS} s are over).",
-            stacklevel=3,
+            f"({_SECONDS} s are over)."
         )
     kept = torch.zeros_like(graph.exists)
     chosen = torch.from_numpy(result.x[:n_edges] > 0.5)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from kcwb.discovery.checkpoint import add_tensors, checkpoint_folder
 from kcwb.discovery.draws import Condition, Draw, Plan
 from kcwb.discovery.methods import METHODS, check_method
 from kcwb.discovery.registry import Method, Settled, recorded, register_method
-from kcwb.errors import SettingError
+from kcwb.errors import SettingError, warn
 from kcwb.files import write_tensors
 from kcwb.models.loading import Model
 from kcwb.models.worker import WORKER, leave_with_parent, pinned_device, results
@@ -140,10 +139,9 @@ class Finished:
         try:
             write_tensors(self.folder / self.keys[number], output)
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"Runs cannot be kept in {self.folder} ({error.strerror}): the ensemble goes on, but if it is "
-                "interrupted it starts anew.",
-                stacklevel=4,
+                "interrupted it starts anew."
             )
             self.folder = None
 

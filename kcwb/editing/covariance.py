@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import math
 import random
-import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kcwb.editing.writing import continued, text_digest, text_store, text_tokens, writer
-from kcwb.errors import DataError, KcwbError, SettingError
+from kcwb.errors import DataError, KcwbError, SettingError, warn
 from kcwb.files import user_folder, write_tensors
 from kcwb.interventions.block import run_blocks
 from kcwb.models.loading import Model
@@ -278,4 +277,4 @@ def _keep(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
     try:
         write_tensors(path, tensors, metadata)
     except OSError as error:
-        warnings.warn(f"{path} cannot be kept ({error.strerror}): it is made anew the next time.", stacklevel=2)
+        warn(f"{path} cannot be kept ({error.strerror}): it is made anew the next time.")

@@ -18,14 +18,13 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kcwb.errors import ModelError
+from kcwb.errors import ModelError, warn
 from kcwb.models.cache import (
     build_folder,
     damaged_files,
@@ -89,17 +88,16 @@ def with_builtin(read: Callable[[Path], tuple[Any, Any]], dtype: Any) -> tuple[A
                         raise
             damaged = checked.result()
             if damaged:
-                warnings.warn(f"{folder} is damaged ({', '.join(damaged)}) and is converted again.", stacklevel=2)
+                warn(f"{folder} is damaged ({', '.join(damaged)}) and is converted again.")
                 discard_damaged(folder)
             elif found is not None:
                 return found
         reason = "it is damaged again and again"
     except OSError as error:
         reason = f"it cannot be written: {error}"
-    warnings.warn(
+    warn(
         f"The cache {_folder_of(gguf).parent} is not used, since {reason}. {BUILTIN_NAME} is converted in memory, "
-        "which takes a while each time. The environment variable KCWB_CACHE can name another folder, with 0.6 GB free.",
-        stacklevel=2,
+        "which takes a while each time. The environment variable KCWB_CACHE can name another folder, with 0.6 GB free."
     )
     return _read_gguf(gguf, dtype)
 

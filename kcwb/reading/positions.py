@@ -7,13 +7,11 @@ belongs to END, one that is the first token belongs to SUBJECT.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from kcwb.errors import DataError, choose
+from kcwb.errors import DataError, choose, warn
 from kcwb.models.loading import Model
 from kcwb.tasks.prompts import Prompts
 from kcwb.tasks.task import Task
@@ -79,11 +77,11 @@ def split_of(task: Task, split: str) -> Prompts:
 
 def told_at_end(prompts: Prompts) -> Prompts:
     """The prompts whose answer is told apart by the token that is read at END, its first; see `rows_told_at_end`."""
-    rows = rows_told_at_end(prompts, stacklevel=4)
+    rows = rows_told_at_end(prompts)
     return prompts if len(rows) == len(prompts) else prompts.select(rows)
 
 
-def rows_told_at_end(*asked: Prompts, stacklevel: int = 3) -> list[int]:
+def rows_told_at_end(*asked: Prompts) -> list[int]:
     """The rows in which the first token of every answer tells it apart from the relation's other objects.
 
     What END says of a token with which another object begins as well does not tell which of them is meant. Warns of the
@@ -113,7 +111,7 @@ def rows_told_at_end(*asked: Prompts, stacklevel: int = 3) -> list[int]:
     )
     if not any(told):
         raise DataError(f"{words}. No fact is left; use a relation or template whose objects start differently.")
-    warnings.warn(f"{words}: left out.", stacklevel=stacklevel)
+    warn(f"{words}: left out.")
     return [i for i, apart in enumerate(told) if apart]
 
 
@@ -133,7 +131,7 @@ def without_copies(model: Model, prompts: Prompts) -> Prompts:
     rest = [i for i in range(len(prompts)) if i not in set(mixed)]
     if not rest:
         raise DataError(f"{words}. No fact is left; use facts whose object is not in their subject.")
-    warnings.warn(f"{words}: left out.", stacklevel=3)
+    warn(f"{words}: left out.")
     return prompts.select(rest)
 
 

@@ -16,14 +16,13 @@ paired), and an answer is tokenised as it continues its prompt: after a space, u
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from kcwb.errors import DataError, choose
+from kcwb.errors import DataError, choose, warn
 from kcwb.settings import Count
 from kcwb.tasks.pairs import is_empty, read_pairs, read_table
 from kcwb.tasks.relations import Relation
@@ -95,10 +94,9 @@ def load_mib_task(
     if not rows:
         raise DataError(f"{path} has no row of the task {task}.")
     if left_out:
-        warnings.warn(
+        warn(
             f"{path}: {left_out} rows are left out, whose prompt stood there before or whose counterfactual has the "
-            "same answer or is the same.",
-            stacklevel=3,
+            "same answer or is the same."
         )
     return read_pairs(pd.DataFrame(list(rows.values()), dtype=object), name=task)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kcwb.errors import DataError
+from kcwb.errors import DataError, warn
 
 Place = TypeVar("Place")
 Read = TypeVar("Read")
@@ -27,7 +26,7 @@ def readable(places: Iterable[Place], read: Callable[[Place], Read], what: str) 
         words = f"{len(reasons)} of {len(found) + len(reasons)} {what} cannot be read: {' '.join(shown)}"
         if not found:
             raise DataError(words if len(reasons) > 1 else reasons[0])
-        warnings.warn(f"Left out: {words}", stacklevel=3)
+        warn(f"Left out: {words}")
     return found
 
 

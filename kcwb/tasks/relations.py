@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kcwb.errors import DataError, SettingError, nearest
+from kcwb.errors import DataError, SettingError, nearest, warn
 from kcwb.files import write_text
 from kcwb.tasks.records import read_json, readable
 from kcwb.verbs import noun, verb
@@ -346,10 +345,9 @@ def _facts(samples: list[Any], path: Path) -> tuple[Fact, ...]:
             others.append(fact)
     if others:
         one = others[0]
-        warnings.warn(
+        warn(
             f"{path}: {len(others)} of {len(samples)} facts give a subject another object than one before, and are "
-            f"left out, the first {one.subject!r:.60}: {one.object!r:.60} (kept: {first[one.subject].object!r:.60}).",
-            stacklevel=4,
+            f"left out, the first {one.subject!r:.60}: {one.object!r:.60} (kept: {first[one.subject].object!r:.60})."
         )
     return tuple(first.values())
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from kcwb.errors import SettingError
+from kcwb.errors import SettingError, warn
 from kcwb.models.loading import Model
 from kcwb.progress import Progress
 from kcwb.settings import Count, Natural, Seed
@@ -123,10 +122,9 @@ def make_task(
     known = known_rows(model, everything.ranks, f"{relation.name} in {text!r}")
     lonely = [fact for i, fact in enumerate(facts) if fact.corrupted and not everything.paired[i]]
     if lonely:
-        warnings.warn(
+        warn(
             f"{len(lonely)} of {len(facts)} corrupted prompts of {relation.name} do not have as many tokens as the "
-            f"clean one (the first: {lonely[0].corrupted!r:.60} for {lonely[0].subject!r:.60}), and are not used.",
-            stacklevel=3,
+            f"clean one (the first: {lonely[0].corrupted!r:.60} for {lonely[0].subject!r:.60}), and are not used."
         )
     rows = split(known, len(everything), n, seed, n_test)
     return Task(

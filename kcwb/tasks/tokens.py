@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kcwb.errors import DataError
+from kcwb.errors import DataError, warn
 from kcwb.models.loading import Model
 from kcwb.tasks.ranks import NEVER, beginnings, decides
 from kcwb.tasks.relations import Fact, Relation
@@ -165,5 +164,5 @@ def told_apart(model: Model, facts: Sequence[Fact], template: str, relation: Rel
     )
     if not kept:
         raise DataError(f"{words}. No fact is left; {model.name}'s tokenizer cannot tell these objects apart.")
-    warnings.warn(f"{words}: left out.", stacklevel=3)
+    warn(f"{words}: left out.")
     return kept

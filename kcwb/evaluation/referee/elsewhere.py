@@ -28,7 +28,7 @@ from kcwb.discovery.discover import score_edges
 from kcwb.discovery.methods import METHODS, scoring
 from kcwb.discovery.registry import DEFAULT
 from kcwb.discovery.selection import chosen_by, matched_circuit
-from kcwb.errors import DataError, SettingError
+from kcwb.errors import DataError, SettingError, warn
 from kcwb.evaluation.faithfulness import LEAST_GAIN, recovered_share
 from kcwb.evaluation.referee.scores import Scores
 from kcwb.models.graph import Graph
@@ -134,7 +134,7 @@ def edge_scores(model: Model, task: Task, circuit: Circuit, ablation: str | Abla
     try:
         return score_edges(model, task, method, metric=metric, ablation=ablation, progress=False, **own)
     except SettingError as error:  # a metric, or a setting, of another version
-        warnings.warn(f"Other circuits are scored by {DEFAULT}, not as this one was found: {error}", stacklevel=2)
+        warn(f"Other circuits are scored by {DEFAULT}, not as this one was found: {error}")
         return score_edges(model, task, DEFAULT, ablation=ablation, progress=False)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from kcwb.circuits.ablation import AblationKind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.ensemble import Ensemble
 from kcwb.circuits.run import check_same_model
-from kcwb.errors import CircuitError, DataError, choose
+from kcwb.errors import CircuitError, DataError, choose, warn
 from kcwb.evaluation.referee.hearing import Effort, Hearing, subjects_of
 from kcwb.evaluation.referee.judgement import Judgement
 from kcwb.files import user_folder, write_text
@@ -125,7 +124,7 @@ def referee(
         try:
             write_text(path, found.to_json())
         except OSError as error:
-            warnings.warn(f"The judgement cannot be kept as {path} ({error.strerror}).", stacklevel=2)
+            warn(f"The judgement cannot be kept as {path} ({error.strerror}).")
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ import pandas as pd
 from kcwb.discovery.methods import check_size
 from kcwb.editing.cases import EditCase, check_targets
 from kcwb.editing.edit import EditError, check_edits, edit, is_answer
-from kcwb.errors import CircuitError, DataError, SettingError
+from kcwb.errors import CircuitError, DataError, SettingError, warn
 from kcwb.models.loading import Model
 from kcwb.progress import Progress, track
 from kcwb.reading.roles import strongest_movers
@@ -103,9 +102,7 @@ def compare_edits(
                     rows.append({**case.told, "method": name, "nll": made.nll, **like.summary})
                 step(note=case.fact.subject)
     if left_out:
-        warnings.warn(
-            f"{len(left_out)} of {len(cases) * len(methods)} edits left out: {'; '.join(left_out)}", stacklevel=2
-        )
+        warn(f"{len(left_out)} of {len(cases) * len(methods)} edits left out: {'; '.join(left_out)}")
     if not rows:
         raise DataError(
             f"None of the {len(cases)} edits by {', '.join(methods)} could be compared; the last: {left_out[-1]}"
@@ -158,5 +155,5 @@ def edit_claims(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
 @verb
 def account(table: pd.DataFrame, seed: Seed = 0) -> pd.DataFrame:
     """What `edit_claims` was called in version 0.1."""
-    warnings.warn("account is edit_claims now.", DeprecationWarning, stacklevel=3)
+    warn("account is edit_claims now.", DeprecationWarning)
     return edit_claims(table, seed)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import html
 import logging
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
-from kcwb.errors import DataError
+from kcwb.errors import DataError, warn
 from kcwb.outputs import PAGE_MARK
 from kcwb.workbench import tables
 from kcwb.workbench.lasting import VIEW
@@ -68,7 +67,7 @@ def notebook_body(notebook: NotebookNode, folder: Path, *, hide_code: bool = Fal
     for number, picture in enumerate(soup.select('img[alt^="No description"]'), 1):
         picture["alt"] = f"Figure {number}"
     if lacking:
-        warnings.warn(f"The report lacks pictures: {'; '.join(dict.fromkeys(lacking))}", stacklevel=3)
+        warn(f"The report lacks pictures: {'; '.join(dict.fromkeys(lacking))}")
     return _take_title(soup)
 
 

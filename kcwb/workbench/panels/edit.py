@@ -181,7 +181,7 @@ class EditPanel(Panel):
             with hold:
                 self._take_out()
         except _Busy:
-            self._start("undo", lambda progress: self._take_out())
+            self._begin("undo", lambda progress: self._take_out())
 
     def _leave(self) -> None:
         while self.edits:

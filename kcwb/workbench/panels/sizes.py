@@ -17,8 +17,6 @@ from kcwb.workbench.panels.life import Living
 from kcwb.workbench.panels.results import Found, parameter, resizable
 from kcwb.workbench.panels.widgets import Group
 
-SIZING = "sizes"
-"""The name of the job."""
 _COLOURS = {"D_val": "#0072b2", "D_test": "#d55e00"}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 30, 330, 12, 72  # of what is drawn, pixels
 
@@ -49,7 +47,7 @@ class Sizes(Group):
         def job(progress: ProgressCallback) -> pd.DataFrame:
             return size_curve(panel.model, circuit, task, progress=progress)
 
-        panel._begin(SIZING, job, done, "Testing other sizes")
+        panel._begin("sizes", job, done, "Testing other sizes")
 
     def draw(self) -> None:
         """What is known of other sizes of the circuit on screen."""

@@ -37,8 +37,8 @@ def held(monkeypatch) -> Callable[[Any, str], tuple[threading.Event, threading.E
     return hold
 
 
-def edges_of(panel: Any) -> list[str]:
-    return [f"{row.sender}->{row.receiver}" for row in panel.circuit.edges.itertuples()]
+def edges_of(one: Any) -> list[str]:
+    return [f"{row.sender}->{row.receiver}" for row in one.circuit.edges.itertuples()]
 
 
 def fails(*args: Any, **more: Any) -> None:

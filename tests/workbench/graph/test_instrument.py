@@ -524,7 +524,9 @@ ACTS = """(() => {
 })()"""
 
 
-@pytest.mark.parametrize(("width", "rows"), [(1400, 1), (900, 1), (640, 2), (600, 1)])  # below 640 answers stand below
+@pytest.mark.parametrize(
+    ("width", "rows"), [(1400, 1), (900, 1), (640, 2), (600, 1), (300, 3)]
+)  # below 640 answers stand below
 def test_buttons_over_the_picture_hide_no_node_and_each_other_not(show: Any, width: int, rows: int) -> None:
     circuit = make_circuit(200)
     heads = circuit.nodes[circuit.nodes["kind"] == "head"].set_index("node")
@@ -538,6 +540,8 @@ def test_buttons_over_the_picture_hide_no_node_and_each_other_not(show: Any, wid
     boxes = asked(page, ACTS)
     assert len(boxes) == 9 and len({round(top + bottom) // 8 for _, top, _, bottom, _ in boxes}) == rows
     assert all(left >= 0 and right <= across for left, _, right, _, across in boxes)
+    ends = "[...shadow.querySelectorAll('header *')].map((one) => one.getBoundingClientRect().right)"
+    assert max(asked(page, ends)) <= width
     nodes = asked(page, "graph.boxes().map((name) => graph.place(name)).map(({ y, height }) => y - height / 2)")
     assert min(nodes) >= max(bottom for *_, bottom, _ in boxes)
     for one, other in itertools.combinations(boxes, 2):

@@ -1,6 +1,7 @@
 // A circuit on a canvas. The picture is painted whole once; while it is moved, its bitmap is.
 
-const GUTTER = 40, HEAD = 36, WRAPS = 570;  // pixels, for labels of layers; for the buttons over the picture, two rows of which are below a width
+const GUTTER = 40, HEAD = 36;  // pixels, for the labels of layers; for the buttons over the picture
+const WRAPS = [570, 340];  // below these widths they stand in a row more
 const SLOW = 24;  // milliseconds, above which moving shows the bitmap
 const FONT = 'system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif';
 
@@ -78,7 +79,7 @@ class Painter {
 
   // --- where things are ---
 
-  get head() { return this.width < WRAPS ? HEAD + 24 : HEAD; }
+  get head() { return HEAD + 25 * WRAPS.filter((width) => this.width < width).length; }
   place(box) { return [this.scale * this.stretch * box.x + this.left, this.scale * box.y + this.top]; }
   extent(boxes) {
     const xs = boxes.map((box) => this.stretch * box.x), ys = boxes.map((box) => box.y);

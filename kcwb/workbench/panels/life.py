@@ -194,10 +194,14 @@ class Living:
     def _begin(self, name: str, job: Job, on_done: Callable[[Any], None] | None = None, stage: str = "") -> None:
         """Start what a person asks for: what was said before goes, and what they asked for before is stopped."""
         self._message.value = ""
-        if self._runner.job == self._begun != name:
-            self._say("kc-note", f"Stopped for this: {self._begun}.")
+        self._tell_stopped(name)
         self._begun = name
         self._start(name, job, on_done, stage)
+
+    def _tell_stopped(self, by: str) -> None:
+        """Say what a person asked for and another job is about to stop."""
+        if self._runner.job == self._begun != by:
+            self._say("kc-note", f"Stopped for this: {self._begun}.")
 
     def _enter(self, stage: str, progress: ProgressCallback) -> None:
         """Name what a job does next."""

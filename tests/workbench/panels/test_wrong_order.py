@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kcwb.evaluation.play import Play
-from kcwb.workbench.panels import bench, edit, playing, runner, search, sizes
+from kcwb.workbench.panels import bench, edit, nodes, playing, runner, search, sizes
 from kcwb.workbench.panels import discovery as panels
 from kcwb.workbench.panels.edit import EditPanel
 from kcwb.workbench.panels.ensemble import EnsemblePanel
@@ -163,6 +163,24 @@ def test_an_ensemble_that_its_test_stops_and_an_edit_that_undo_stops_are_said_to
         editing._undo_button.click()
         editing.wait(SOON)
         assert "Stopped for this: edit." in shown_text(editing) and editing.edit is None
+
+
+def test_an_ablation_that_another_prompt_stops_is_said_to_be(found, held):  # noqa: F811
+    node = found.nodes
+    node.select("m0")
+    node.wait(SOON)
+    begun, _ = held(nodes, "ablate_nodes")
+    node.ablate()
+    assert begun.wait(SOON)
+    node._prompt.value = 3
+    node.wait(SOON)
+    assert "Stopped for this: ablate it." in shown_text(node) and node.ablated is None and node.tokens is not None
+
+
+def test_undo_before_any_edit_says_that_there_is_none(model, relation):  # noqa: F811
+    with EditPanel(model, relation, compare=False) as editing:
+        editing._undo_button.click()
+        assert "There is no edit to undo" in shown_text(editing)
 
 
 def test_a_judgement_of_a_size_that_was_left_is_said_to_be_none(found, held):  # noqa: F811

@@ -257,7 +257,8 @@ class EnsemblePanel(SearchPanel):
 
     # --- work; on the worker ---
 
-    _goes_on = True
+    def _goes_on(self) -> bool:
+        return True
 
     def _kept(self) -> Ensemble | None:
         return self.ensemble

@@ -170,7 +170,7 @@ class SearchPanel(Panel):
         """Stop what is running at its next report; what is on screen stays."""
         stopped = self._runner.job
         super().cancel()
-        if stopped == "run" and self._goes_on:
+        if stopped == "run" and self._goes_on():
             self._say("kc-note", "Stopped. What was finished is kept: Run with these settings goes on from there.")
 
     def _job(self) -> Job:
@@ -185,7 +185,6 @@ class SearchPanel(Panel):
             f"edit by hand. Its edges can still be read: kcwb.{self.noun.capitalize()}.load(path).edges."
         )
 
-    @property
     def _goes_on(self) -> bool:
         """Whether a run that was stopped is gone on with by the next one."""
         return not self.controls.sized

@@ -145,3 +145,8 @@ def test_a_saved_notebook_shows_the_picture_without_its_kernel(
     until(frame, "graph?.view().frames > 0")
     assert asked(frame, "graph.model.get('cut')") == ["a0.h1->m0"]
     sync_api.expect(page.get_by_text("Hit@10 alone").first).to_be_visible()
+
+    saved = (folder / "saved.ipynb").read_text().replace("Played", "Other")  # then it is not what was run here
+    (folder / "other.ipynb").write_text(saved)
+    page.goto(f"{address}/lab/tree/other.ipynb?reset")
+    sync_api.expect(page.get_by_text("Trust Notebook.").locator("visible=true")).to_have_count(2, timeout=60_000)

@@ -136,6 +136,37 @@ def until(frame: Any, question: str, arg: Any = None) -> None:
     frame.wait_for_function(f"(arg) => {{ {_HOST} return {question}; }}", arg=arg)
 
 
+def faint(frame: Any) -> list[Any]:
+    """Each text on a page that contrasts with what is behind it less than WCAG asks: its element, it, the contrast."""
+    return asked(frame, _FAINT)
+
+
+_FAINT = """(() => {
+    const context = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });
+    const rgb = (colour) => {
+        context.clearRect(0, 0, 1, 1);
+        context.fillStyle = colour;
+        context.fillRect(0, 0, 1, 1);
+        const [r, g, b, a] = context.getImageData(0, 0, 1, 1).data;
+        return [r, g, b, a / 255];
+    };
+    const over = (front, back) => [0, 1, 2].map((i) => front[i] * front[3] + back[i] * (1 - front[3]));
+    const linear = (c) => (c <= 10.31475 ? c / 3294.6 : ((c / 255 + .055) / 1.055) ** 2.4);
+    const light = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+    const told = (one) => one.matches('input, select, textarea')
+        || [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+    const seen = (one) => one.offsetWidth && !one.disabled && !one.closest('.unseen') && told(one);
+    return [...shadow.querySelectorAll('*')].filter(seen).map((one) => {
+        const styles = [];
+        for (let at = one; at; at = at.parentElement ?? at.getRootNode().host) styles.push(getComputedStyle(at));
+        const grounds = styles.map((style) => rgb(style.backgroundColor));
+        const back = grounds.reduceRight((below, ground) => over(ground, below), [255, 255, 255]);
+        const front = rgb(styles[0].color);
+        front[3] *= styles.reduce((all, style) => all * style.opacity, 1);
+        const [high, low] = [light(over(front, back)), light(back)].sort((a, b) => b - a);
+        return [one.id || one.className || one.tagName, one.textContent.slice(0, 20), (high + .05) / (low + .05)];
+    }).filter(([, , contrast]) => contrast < 4.5);
+})()"""
 _HOST = "const host = document.querySelector('.kcwb-instrument'), graph = host?.graph, shadow = host?.shadowRoot;"
 
 

@@ -18,6 +18,7 @@ from kcwb.workbench.graph.page import GraphView, view_of
 from kcwb.workbench.graph.state import CHECKS, is_blank
 from kcwb.workbench.lasting import Place, drawn, renew, show
 
+_DRAWN = ("scene", "pinned", "cut", "forced", "groups", "names", "notes", "answers")
 NONE = "There is no circuit yet: graph.show(circuit)."
 
 
@@ -26,6 +27,7 @@ class Kept(anywidget.AnyWidget):
 
     _drawing: Drawing | None = None
     _places: dict[str, Place]  # where it is shown
+    _told: tuple[Any, ...] = ()  # what was so at the last change
     height: Any
     view: Any
 
@@ -83,8 +85,9 @@ class Kept(anywidget.AnyWidget):
         closed = {"text/plain": repr(self), "text/html": drawn(self._repr_html_)}
         show(self, closed if self.comm is None else self._repr_mimebundle_()[0], self._places)
 
-    @T.observe("scene", "pinned", "cut", "forced", "groups", "names", "notes", "answers")
+    @T.observe(*_DRAWN)
     def _renew(self, change: Any) -> None:
-        """Draw the page anew where the graph is shown, for the notebook as it is saved."""
-        if self._places and self.comm is not None:
+        """Draw the page anew where the graph is shown, for the notebook as it is saved; once for each step."""
+        before, self._told = self._told, tuple(getattr(self, name) for name in _DRAWN)
+        if self._places and self.comm is not None and before != self._told:  # an answer comes within its step
             renew(self, self._repr_mimebundle_()[0], self._places)

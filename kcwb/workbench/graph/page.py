@@ -38,6 +38,8 @@ __all__ = ["ROLES", "GraphView", "compare_view", "graph_view"]
 
 _DATA = "__CIRCUIT__"  # where page.html has a circuit
 _MOST = 100_000_000  # letters of a page
+#: What is left of a frame, which no browser shows, in a notebook that was run elsewhere.
+_UNTRUSTED = "This graph is shown in a notebook that is trusted: File, Trust Notebook."
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _FILES = resources.files("kcwb.workbench.graph")
 _LOADER = re.split("__TITLE__|__PAGE__", _FILES.joinpath("loader.html").read_text(encoding="utf-8"))
@@ -72,7 +74,7 @@ class GraphView:
         source, title = html.escape(self.page, quote=True), _ascii(self.title)
         return (
             f'<iframe srcdoc="{source}" title="{title}" width="100%" height="{self.height}" '
-            'style="border:0;display:block"></iframe>'
+            f'style="border:0;display:block">{_UNTRUSTED}</iframe>'
         )
 
     def to_html(self, filename: str | os.PathLike[str] | None = None, *, force: bool = False) -> str | None:

@@ -59,6 +59,8 @@ class Bench(Group):
         def done(judgement: Judgement) -> None:
             if found.circuit is circuit:  # and was not cut to another size meanwhile
                 found.judgement = judgement
+            else:
+                panel._say("kc-note", "The circuit was cut to another size meanwhile: press Judge again.")
             self.draw()
 
         panel._begin("judgement", job, done, "Asking the referee")

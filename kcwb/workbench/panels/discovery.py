@@ -31,11 +31,11 @@ from kcwb.workbench.panels.playing import Playing
 from kcwb.workbench.panels.ranked import Ranked
 from kcwb.workbench.panels.results import Found
 from kcwb.workbench.panels.search import SearchPanel, Settings
-from kcwb.workbench.panels.sizes import SIZING, Sizes
+from kcwb.workbench.panels.sizes import Sizes
 from kcwb.workbench.panels.widgets import dropdown, hidden_graph, offer
 
 _NODE, _COMPARE, _REFEREE = "Node", "Compare runs", "Referee"
-_AFTER = ("test", "play", SIZING)  # jobs on a circuit that is there
+_AFTER = ("test", "play")  # jobs on the circuit that is on screen
 
 
 class DiscoveryPanel(SearchPanel):
@@ -103,6 +103,7 @@ class DiscoveryPanel(SearchPanel):
         self.history: list[Found] = []
         self._shown: Found | None = None
         self._draws = draws
+        self._untestable: Circuit | None = None  # whose test failed
         self._roles: tuple[Task, pd.DataFrame] | None = None  # the last ones asked for, and on what
         self._ask_button = self._button("Ask", "question", self.ask, tooltip="Which facts does the model know?")
         self.sizes = Sizes(self, lambda: self._shown)
@@ -270,8 +271,12 @@ class DiscoveryPanel(SearchPanel):
 
     def _show_state(self) -> None:
         super()._show_state()
-        if self.state == "done" and self._shown is not None and self._shown.completeness is None:
-            self._test(self._shown)  # which gave way to other work
+        if self.state not in ("done", "failed") or (found := self._shown) is None:
+            return
+        if found.completeness is None and found.circuit is not self._untestable:
+            self._test(found)  # which gave way to other work
+        elif self.state == "done":
+            self._playing.resume()
 
     def _test(self, found: Found) -> None:
         task, circuit = found.task, found.circuit
@@ -279,7 +284,11 @@ class DiscoveryPanel(SearchPanel):
             return
 
         def job(progress: ProgressCallback) -> pd.DataFrame:
-            return completeness(self.model, circuit, task, draws=self._draws, progress=progress)
+            try:
+                return completeness(self.model, circuit, task, draws=self._draws, progress=progress)
+            except Exception:
+                self._untestable = circuit
+                raise
 
         def done(table: pd.DataFrame) -> None:
             if found.circuit is circuit:

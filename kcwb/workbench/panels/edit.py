@@ -176,12 +176,14 @@ class EditPanel(Panel):
 
     def _undo_clicked(self) -> None:
         """Undo at once if the model is free. If not, wait for it on the worker: this thread has what is shown."""
+        if not self.edits and self.state != "running":
+            raise SettingError("There is no edit to undo: press Edit.")
         hold = self.model.exclusive(_refuse_to_wait)
         try:
             with hold:
                 self._take_out()
         except _Busy:
-            self._start("undo", lambda progress: self._take_out())
+            self._begin("undo", lambda progress: self._take_out())
 
     def _leave(self) -> None:
         while self.edits:

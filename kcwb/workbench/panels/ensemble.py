@@ -216,16 +216,7 @@ class EnsemblePanel(SearchPanel):
                 self.task, self.curve = known, None if isinstance(found, str) else found
                 self._fill({"Confidence curve": drawn})
 
-        self._start("test", job, done)
-
-    def cancel(self) -> None:
-        """Stop what is running at its next report; what is on screen stays."""
-        stopped = self._runner.job
-        super().cancel()
-        if stopped == "run":
-            self._say(
-                "kc-note", "Stopped. Runs that were finished are kept: Run with these settings goes on from there."
-            )
+        self._begin("test", job, done)
 
     def to_html(self) -> str:
         """The panel's state drawn plainly, for pages without widgets; every text in it is escaped."""
@@ -265,6 +256,9 @@ class EnsemblePanel(SearchPanel):
             self.select(change["new"][0])
 
     # --- work; on the worker ---
+
+    def _goes_on(self) -> bool:
+        return True
 
     def _kept(self) -> Ensemble | None:
         return self.ensemble

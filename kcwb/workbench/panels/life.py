@@ -52,6 +52,7 @@ class Living:
         self._lock, self._quiet = _LOCK, False
         self._runner = Runner(on_change=self._show_state, on_error=self._tell, hold=model.exclusive)
         self._stage, self._stage_started, self._drawn = "", 0.0, 0.0
+        self._begun, self._stopped = "", False  # what a person asked for last; whether that was cancelled
         self._places: dict[str, Place] = {}  # where it is shown
         self._works: list[Callable[[Any], None]] = []  # what our widgets' callbacks do
         self._bar = W.FloatProgress(min=0, max=1, layout=W.Layout(width="220px", margin="0"))
@@ -115,9 +116,10 @@ class Living:
 
     def cancel(self) -> None:
         """Stop what is running at its next report; what is on screen stays."""
-        self._runner.cancel()
-        if self.state == "running":
+        self._stopped = self.state == "running"
+        if self._stopped:
             self._status.value = _line("Stopping…")
+        self._runner.cancel()
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until nothing is running, so that a notebook executed from top to bottom holds the result.
@@ -186,12 +188,20 @@ class Living:
                 if on_done is not None:
                     on_done(result)
 
+        self._stopped = False
         self._runner.submit(name, noting, done, self._report)
 
     def _begin(self, name: str, job: Job, on_done: Callable[[Any], None] | None = None, stage: str = "") -> None:
-        """Start what a person asks for: what was said before goes."""
+        """Start what a person asks for: what was said before goes, and what they asked for before is stopped."""
         self._message.value = ""
+        self._tell_stopped(name)
+        self._begun = name
         self._start(name, job, on_done, stage)
+
+    def _tell_stopped(self, by: str) -> None:
+        """Say what a person asked for and another job is about to stop."""
+        if self._runner.job == self._begun != by:
+            self._say("kc-note", f"Stopped for this: {self._begun}.")
 
     def _enter(self, stage: str, progress: ProgressCallback) -> None:
         """Name what a job does next."""
@@ -253,8 +263,8 @@ class Living:
         self._cancel_button.disabled = not running
         self._bar.layout.display = "" if running else "none"
         if not running:
-            failed = self._runner.state == "failed"
-            self._status.value = _line("Failed; what was found before stays.") if failed else ""
+            ended = {"failed": "Failed", "idle": "Stopped" if self._stopped else ""}.get(self._runner.state)
+            self._status.value = _line(f"{ended}; what was found before stays.") if ended else ""
             self._refresh()
 
     def _report(self, done: int, total: int, note: str) -> None:

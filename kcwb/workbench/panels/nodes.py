@@ -215,6 +215,7 @@ class NodePanel(Panel):
             self._draw_edges()
             self._attention.value = self._writes.value = ""
             self._heading.value = tables.styled(self._heading_of())
+        self._tell_stopped("look")
         if node is None or self.task is None:
             self._runner.cancel()
         else:

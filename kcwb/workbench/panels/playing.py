@@ -33,7 +33,8 @@ class Playing:
         self._panel, self._graph, self._of = panel, graph, of
         self._play, self._cuts = Latest[Play](), Latest[Ablation]()
         self._full = Latest[list[dict[str, Any]]]()  # what is read of a node in the full model
-        self._read: object = None  # what was read last, and of what
+        self._played: object = None  # what was answered last, and of what
+        self._read: object = None  # the same of what was read
         for trait in ("cut", "forced"):
             panel._on(graph, lambda _: self.play(), trait)
         panel._on(graph, lambda _: self.ask(), "question")
@@ -48,9 +49,10 @@ class Playing:
             )
         self.play()
 
-    def resume(self, after: str) -> None:
+    def resume(self, after: str | None = None) -> None:
         """At the end of another job, by its name: answer what was cut meanwhile, and read what was chosen."""
-        if self._graph.cut or self._graph.forced or self._graph.question:
+        graph, now = self._graph, self._now()
+        if now != self._played if graph.answers else any(now[2:]):
             self.play(after)
         else:
             self.read(after)
@@ -70,7 +72,7 @@ class Playing:
         (circuit, task), graph, panel = self._of(), self._graph, self._panel
         if circuit is None or task is None or panel._runner.job not in (None, _PLAY, _READ, after):
             return
-        cut, forced, question = list(graph.cut), list(graph.forced), dict(graph.question)
+        asked = _, _, cut, forced, question = self._now()
 
         def job(progress: ProgressCallback) -> dict[str, Any]:
             graph.busy = True
@@ -82,10 +84,14 @@ class Playing:
 
         def done(answers: dict[str, Any]) -> None:
             if self._of() == (circuit, task):
-                graph.answers = answers
+                graph.answers, self._played = answers, asked
                 self.read(_PLAY)
 
         panel._start(_PLAY, job, done, "Asking the circuit as it is now")
+
+    def _now(self) -> tuple[Circuit | None, Task | None, list[str], list[str], dict[str, str]]:
+        graph = self._graph
+        return *self._of(), list(graph.cut), list(graph.forced), dict(graph.question)
 
     def read(self, after: str | None = None) -> None:
         """Read the selected node in the full model and in the circuit as it is now; after other work, not instead."""

@@ -45,6 +45,7 @@ class _Request:
     job: Job
     on_done: Callable[[Any], None] | None
     on_progress: ProgressCallback | None
+    follows: bool = False  # submitted by what the worker did before it
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
@@ -98,7 +99,7 @@ class Runner:
 
     @property
     def error(self) -> BaseException | None:
-        """What the latest request failed with, or what a callback raised."""
+        """What the latest request, or one that it follows, failed with, or what a callback raised."""
         with self._changed:
             return self._error
 
@@ -112,11 +113,13 @@ class Runner:
         """Run a job as soon as the current one has stopped; a request that was still waiting is dropped.
 
         `on_done` gets the job's result, unless it was cancelled or superseded meanwhile; `on_progress` its reports.
+        What callbacks submit follows what was before it: if that failed, the state stays `failed`.
         """
         with self._changed:
             if self._current:
                 self._current.cancelled.set()
-            self._next = _Request(name, job, on_done, on_progress)
+            follows = threading.current_thread() is self._thread
+            self._next = _Request(name, job, on_done, on_progress, follows)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="kcwb-runner", daemon=True)
                 self._thread.start()
@@ -167,13 +170,15 @@ class Runner:
         with self._changed:
             request = self._current = self._next
             self._next = None
-            if request is not None:
+            failed = request is not None and request.follows and self._state == "failed"
+            if request is not None and not failed:
                 self._error = None
         if request is not None:
             self._call(self._on_change)
             state, error = _run(request, self._enter, held)
             with self._changed:
-                self._current, self._state, self._error = None, state, error or self._error
+                self._current, self._error = None, error or self._error
+                self._state = "failed" if failed and state == "done" else state
             if error is not None:
                 self._call(self._on_error, error)
         self._call(self._on_change)

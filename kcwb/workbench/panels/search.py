@@ -166,6 +166,13 @@ class SearchPanel(Panel):
         source = the_file(path, f"{self.noun}.json")
         self._begin("load", lambda step: self._read(source, step), self._show_result, f"Reading the {self.noun}")
 
+    def cancel(self) -> None:
+        """Stop what is running at its next report; what is on screen stays."""
+        stopped = self._runner.job
+        super().cancel()
+        if stopped == "run" and self._goes_on():
+            self._say("kc-note", "Stopped. What was finished is kept: Run with these settings goes on from there.")
+
     def _job(self) -> Job:
         settings = self.settings
         check_method(settings["method"], settings["metric"], settings["ablation"])
@@ -177,6 +184,10 @@ class SearchPanel(Panel):
             f"This {self.noun} cannot be shown: its provenance holds something that no discovery writes, as after an "
             f"edit by hand. Its edges can still be read: kcwb.{self.noun.capitalize()}.load(path).edges."
         )
+
+    def _goes_on(self) -> bool:
+        """Whether a run that was stopped is gone on with by the next one."""
+        return not self.controls.sized
 
     def _kept(self) -> Circuit | Ensemble | None:
         """What is saved."""

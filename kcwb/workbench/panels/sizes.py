@@ -17,8 +17,6 @@ from kcwb.workbench.panels.life import Living
 from kcwb.workbench.panels.results import Found, parameter, resizable
 from kcwb.workbench.panels.widgets import Group
 
-SIZING = "sizes"
-"""The name of the job."""
 _COLOURS = {"D_val": "#0072b2", "D_test": "#d55e00"}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 30, 330, 12, 72  # of what is drawn, pixels
 
@@ -49,7 +47,7 @@ class Sizes(Group):
         def job(progress: ProgressCallback) -> pd.DataFrame:
             return size_curve(panel.model, circuit, task, progress=progress)
 
-        panel._begin(SIZING, job, done, "Testing other sizes")
+        panel._begin("sizes", job, done, "Testing other sizes")
 
     def draw(self) -> None:
         """What is known of other sizes of the circuit on screen."""
@@ -74,8 +72,8 @@ def _curve(table: pd.DataFrame, marked: float | None) -> str:
     def y(hit: float) -> float:
         return round(_BOTTOM - (_BOTTOM - _TOP) * hit, 1)
 
-    def words(left: float, top: float, text: str, anchor: str = "middle", colour: str = "var(--kc-muted)") -> str:
-        return f'<text x="{left}" y="{top}" text-anchor="{anchor}" style="fill:{colour}">{text}</text>'
+    def words(left: float, top: float, text: str, anchor: str = "middle") -> str:
+        return f'<text x="{left}" y="{top}" text-anchor="{anchor}" style="fill:var(--kc-muted)">{text}</text>'
 
     line = 'style="stroke:var(--kc-line)"'
     parts = [f'<line x1="{_LEFT}" x2="{_RIGHT}" y1="{y(hit)}" y2="{y(hit)}" {line}/>' for hit in (0, 0.5, 1)]
@@ -94,7 +92,8 @@ def _curve(table: pd.DataFrame, marked: float | None) -> str:
             told = f"{split}: {row.edges:,} edges, Hit@10 {tables.estimate(row.hit, row.low, row.high)}"
             dot = f'cx="{x(row.asked)}" cy="{y(row.hit)}" r="3" style="fill:{colour}"'
             parts.append(f"<circle {dot}><title>{told}</title></circle>")
-        parts.append(words(_RIGHT + 12, _TOP + 4 + 16 * number, f"Hit@10, {split} (n={rows[0].n})", "start", colour))
+        dot = f'<tspan style="fill:{colour}">\u25cf</tspan>'
+        parts.append(words(_RIGHT + 12, _TOP + 4 + 16 * number, f"{dot} Hit@10, {split} (n={rows[0].n})", "start"))
     parts.append(words(_RIGHT + 24, _BOTTOM + 14, "edges", "start"))
     told = "Hit@10 of circuits of other sizes, alone"
     size = f'width="{_RIGHT + 150}" height="{_BOTTOM + 20}" style="max-width:100%;font-size:11px"'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from kcwb.models.graph import Graph
 from kcwb.workbench.graph.drawing import COLOURS, Look, draw
 from kcwb.workbench.graph.page import graph_view, view_of
 from tests.hostile import HOSTILE
-from tests.workbench.pages import TOLD, asked, make_circuit, ready, spot, until
+from tests.workbench.pages import TOLD, asked, faint, make_circuit, ready, spot, until
 
 pytestmark = pytest.mark.browser
 
@@ -256,6 +257,58 @@ def test_tab_walks_through_all_nodes_and_leaves(show: Any) -> None:
     assert words["a1.h2"] == "a1.h2; head, layer 1; reads m0, a0.h1; read by logits, m1"
 
 
+def test_escape_and_then_tab_leaves_a_circuit_of_many_nodes(show: Any) -> None:
+    page = page_of(show)
+    press(page, "Tab", "Tab", "Escape", "Tab")
+    assert asked(page, "shadow.activeElement?.id") != "kc-canvas"
+    press(page, "Escape", "x", "Tab")  # any other key, and Tab walks again
+    assert page.get_attribute("#kc-canvas", "aria-activedescendant")
+
+
+def test_a_button_that_is_pressed_by_key_keeps_the_focus_or_gives_it_to_the_picture(show: Any) -> None:
+    page = page_of(show, answers={"facts": [FACT, FACT]}, paths=[["input", "a0.h0", "logits"], ["input", "logits"]])
+    click(page, "m0")
+    for name, then in (
+        ("kc-pin", "kc-pin"), ("kc-only", "kc-only"), ("kc-only", "kc-only"), ("kc-fact-1", "kc-fact-1"),
+        ("kc-path-1", "kc-path-1"), ("kc-fold", "kc-fold"), ("kc-cut", "kc-canvas"),
+    ):  # fmt: skip
+        page.focus(f"#{name}")
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(60)
+        assert asked(page, "shadow.activeElement?.id") == then, name
+
+
+def test_two_fingers_zoom_where_they_are_and_one_moves(show: Any) -> None:
+    page = ready(show(graph_view(Circuit.from_edges(GRAPH, SCORES)).page, has_touch=True))
+    fingers, box = page.context.new_cdp_session(page), page.locator("#kc-canvas").bounding_box()
+    x, y = box["x"] + 400, box["y"] + 200
+
+    def touch(kind: str, *places: tuple[float, float]) -> None:
+        points = [{"x": px, "y": py, "id": i} for i, (px, py) in enumerate(places)]
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    before, m0 = asked(page, "graph.view()"), spot(page, "m0")
+    touch("touchStart", (x - 40, y))
+    touch("touchStart", (x - 40, y), (x + 40, y))
+    for away in (48, 56, 64):
+        touch("touchMove", (x - away, y), (x + away, y))
+    touch("touchEnd")
+    page.wait_for_timeout(200)
+    after, now = asked(page, "graph.view()"), spot(page, "m0")
+    assert after["scale"] == pytest.approx(1.6 * before["scale"]) and trait(page, "selected") == []
+    for side, fixed in (("x", x - box["x"]), ("y", y - box["y"])):
+        assert now[side] - fixed == pytest.approx(1.6 * (m0[side] - fixed), abs=2)
+    touch("touchStart", (x, y))
+    for by in (10, 20, 30):
+        touch("touchMove", (x + by, y))
+    touch("touchEnd")
+    page.wait_for_timeout(100)
+    assert asked(page, "graph.view().left") == pytest.approx(after["left"] + 30, abs=2)
+    press(page, "0")
+    page.touchscreen.tap(box["x"] + spot(page, "m0")["x"], box["y"] + spot(page, "m0")["y"])
+    assert trait(page, "selected") == ["m0"]
+
+
 def test_zoom_and_keys_are_told(show: Any) -> None:
     page = page_of(show)
     before = asked(page, "graph.view()")
@@ -462,6 +515,54 @@ def test_answers_stand_below_the_graph_where_it_is_narrow(show: Any) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         header = page.locator("#kc-keys").bounding_box()
         assert header["x"] + header["width"] <= width and canvas["height"] > 150
+
+
+ACTS = """(() => {
+    const place = (one) => one.getBoundingClientRect(), canvas = place(shadow.querySelector('#kc-canvas'));
+    return [...shadow.querySelectorAll('#kc-acts > *')].map(place).map(({ left, top, right, bottom }) => (
+        [left - canvas.left, top - canvas.top, right - canvas.left, bottom - canvas.top, canvas.width]));
+})()"""
+
+
+@pytest.mark.parametrize(
+    ("width", "rows"), [(1400, 1), (900, 1), (640, 2), (600, 1), (300, 3)]
+)  # below 640 answers stand below
+def test_buttons_over_the_picture_hide_no_node_and_each_other_not(show: Any, width: int, rows: int) -> None:
+    circuit = make_circuit(200)
+    heads = circuit.nodes[circuit.nodes["kind"] == "head"].set_index("node")
+    most = (heads["in_edges"] + heads["out_edges"]).idxmax()
+    edge = next(edge for edge in circuit.edges.itertuples() if edge.sender == most)
+    state = {"selected": [most], "pinned": [most], "cut": [f"{edge.sender}->{edge.receiver}"]}
+    page = page_of(show, circuit, answers={"facts": [FACT]}, **state)
+    page.set_viewport_size({"width": width, "height": 640})
+    asked(page, "(graph.model.set('live', true), graph.model.set('notes', {}), 0)")
+    page.wait_for_timeout(200)
+    boxes = asked(page, ACTS)
+    assert len(boxes) == 9 and len({round(top + bottom) // 8 for _, top, _, bottom, _ in boxes}) == rows
+    assert all(left >= 0 and right <= across for left, _, right, _, across in boxes)
+    ends = "[...shadow.querySelectorAll('header *')].map((one) => one.getBoundingClientRect().right)"
+    assert max(asked(page, ends)) <= width
+    nodes = asked(page, "graph.boxes().map((name) => graph.place(name)).map(({ y, height }) => y - height / 2)")
+    assert min(nodes) >= max(bottom for *_, bottom, _ in boxes)
+    for one, other in itertools.combinations(boxes, 2):
+        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out_from_what_is_behind_it(show: Any, scheme: str) -> None:
+    tokens = READ["tokens"]
+    layer = {"number": 1, "tokens": tokens, "heads": [[1000, 0, 1000, 0, 0, 1000, 0, 0, 0, 1000]] * 3}
+    one = READ | {"layer": layer, "attention": [0.0, 0.1, 0.4, 0.9]}
+    state = {"reading": {"node": "a1.h2", "runs": [{"run": "the full model", "prompts": [one]}]}, "selected": ["a1.h2"]}
+    state |= {"answers": {"facts": [FACT], "own": OWN}, "paths": [["input", "logits"]], "problem": "x"}
+    drawing = draw(Circuit.from_edges(GRAPH, SCORES), Look({"a0.h0": "mover"}, 20_000, "T", None))
+    page = ready(show(view_of(drawing, 640, state).page, color_scheme=scheme))
+    page.click("[data-key=q]")
+    page.hover("#kc-large .token >> nth=1")  # what comes later than it is shown to be out of sight
+    page.mouse.move(1, 1)
+    assert faint(page) == []
+    page.click("#kc-keys")
+    assert faint(page) == []
 
 
 def test_paths_are_lit_in_order_and_stepped_through(show: Any) -> None:

@@ -21,6 +21,7 @@ from kcwb.evaluation.play import Play
 from kcwb.models.graph import Graph
 from kcwb.tasks.task import make_task
 from kcwb.workbench import lasting
+from kcwb.workbench.graph import kept
 from kcwb.workbench.graph.page import GraphView, graph_view
 from kcwb.workbench.graph.widget import CircuitGraph
 from tests.hostile import HOSTILE, SURROGATE
@@ -354,6 +355,29 @@ def test_where_it_is_shown_a_drawing_follows_it(graph: CircuitGraph, monkeypatch
     again, renewed = shown.values()
     assert again is widget and html.escape(graph.as_view().page, quote=True) in renewed["text/html"]
     assert f"kcwb-w-{graph.model_id}" in graph._dom_classes and f"kcwb-p-{graph.model_id}" in renewed["text/html"]
+
+
+def test_a_step_is_drawn_once_for_the_saved_notebook_with_its_answers(tiny: Any, monkeypatch: Any) -> None:
+    model = tiny("llama")
+    task = make_task(model, known_relation(model, 16, unknown=6), n=4)
+    circuit = discover(model, task, "eap", edges=30, progress=False)
+    graph, drawn = CircuitGraph(circuit), []
+    monkeypatch.setattr(lasting, "display", lambda *args, **more: SimpleNamespace(display_id="one"))
+    monkeypatch.setattr(lasting, "update_display", lambda *args, **more: None)
+    graph._ipython_display_()
+    graph.play(Play(model, circuit, task))
+    draw = kept.view_of
+    monkeypatch.setattr(kept, "view_of", lambda *args: drawn.append(args[2]["answers"]) or draw(*args))
+    edge, other = (f"{row.sender}->{row.receiver}" for row in circuit.edges.head(2).itertuples())
+    for step in (
+        lambda: graph.set_state({"cut": [edge]}),
+        graph.undo,
+        graph.redo,
+        lambda: setattr(graph, "cut", [other]),
+    ):
+        step()
+        assert drawn == [graph.answers]
+        drawn.clear()
 
 
 @pytest.mark.parametrize("start", range(0, len(NAMES), 6))

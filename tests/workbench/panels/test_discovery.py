@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 import warnings
@@ -201,6 +202,7 @@ def test_other_sizes_are_tested_when_asked_for_and_the_one_on_screen_is_marked(f
     assert drawn.count("<circle") == len(expected) and drawn.count("dasharray") == 1 and drawn in found.to_html()
     for row in expected.itertuples():
         assert f"{row.split}: {row.edges} edges, Hit@10 {row.hit:.2f} [{row.low:.2f}, {row.high:.2f}]" in drawn
+    assert set(re.findall(r'<text [^>]*style="fill:([^"]+)"', drawn)) == {"var(--kc-muted)"}  # read in any theme
     found.resize(30)
     found.wait(SOON)
     assert found.sizes.drawn.value not in ("", drawn)  # the mark has moved

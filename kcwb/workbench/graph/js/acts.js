@@ -1,7 +1,7 @@
 // What can be done to what is selected: cut, restore, force in, pin, group, name, note, explain; and the buttons for it.
 
 function actsOf(page) {
-  const { get, put, local, model, act, acts, prompt, canvas, guarded, tell, ask, redraw } = page;
+  const { get, put, local, model, act, acts, prompt, canvas, guarded, tell, ask, redraw, keeping } = page;
 
   function draw(picked) {
     const names = get("selected"), edges = get("selected_edges"), cut = new Set(get("cut")), pinned = get("pinned"), touched = touchedEdges();
@@ -26,7 +26,7 @@ function actsOf(page) {
       return make("option", { value, disabled: unknown, title: unknown ? needs : "" }, unknown ? `${value} (${needs})` : value);
     }));
     if (page.scene.nodes.length && (row.length || Object.keys(get("groups")).length)) row.push(menu);
-    acts.replaceChildren(...row);
+    keeping(acts, () => acts.replaceChildren(...row));
   }
   function touchedEdges() {  // the selected edges, and all at the selected nodes
     const names = new Set(get("selected")), chosen = new Set(get("selected_edges"));

@@ -40,7 +40,7 @@ function answersOf(answers, opened, toggle) {
     const line = make(
       "tr", { className: "fact" },
       make("td", {}, make("button", {
-        className: "key", "aria-expanded": String(opened.has(i)), title: "The most probable tokens", on: { click: () => toggle(i) },
+        id: `kc-fact-${i}`, className: "key", "aria-expanded": String(opened.has(i)), title: "The most probable tokens", on: { click: () => toggle(i) },
       }, opened.has(i) ? "\u25be" : "\u25b8"), make("span", { className: "prompt", dir: "auto" }, plainText(fact.prompt, 90)), " ", make("span", { className: "answer", dir: "auto" }, plainText(fact.answer, 40)), bars),
     );
     const more = opened.has(i) ? states.map(([name, run]) => make("tr", {}, make("td", { className: "tops" }, `${name}: ${topsOf(run)}`))) : [];
@@ -53,7 +53,7 @@ function answersOf(answers, opened, toggle) {
 
 function pathsOf(paths, current, choose) {
   const rows = paths.map((path, i) => make("li", {}, make("button", {
-    "aria-current": String(i === current), on: { click: () => choose(i) },
+    id: `kc-path-${i}`, "aria-current": String(i === current), on: { click: () => choose(i) },
   }, `${i + 1}. ${path.map((name) => plainText(name, 20)).join(" \u2192 ")}`)));
   return make("section", {}, make("h3", {}, "Strongest paths"), make("ol", { className: "paths" }, rows));
 }

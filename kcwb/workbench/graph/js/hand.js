@@ -25,16 +25,27 @@ function handOn(page, can) {
     tip.style.left = `${Math.max(4, x + 16 + w > innerWidth ? x - w - 12 : x + 16)}px`;
     tip.style.top = `${Math.max(4, Math.min(y + 12, innerHeight - h - 4))}px`;
   }
+  const fingers = new Map();  // where those are that touch
+  const span = () => { const [[ax, ay], [bx, by]] = fingers.values(); return [Math.hypot(bx - ax, by - ay) || 1, (ax + bx) / 2, (ay + by) / 2]; };
   let drag = null, awake = window.parent === window && !model.get("live");
   canvas.addEventListener("pointerdown", guarded((event) => {
     if (event.button !== 0) return;
     canvas.setPointerCapture(event.pointerId);
-    [awake, drag] = [true, { at: spot(event), last: spot(event), moved: false, frame: event.shiftKey }];
+    if (event.pointerType === "touch") fingers.set(event.pointerId, spot(event));
+    [awake, drag] = [true, fingers.size > 1 ? null : { at: spot(event), last: spot(event), moved: false, frame: event.shiftKey }];
     tip.hidden = true;
   }));
   canvas.addEventListener("pointermove", guarded((event) => {
     const [x, y] = spot(event);
+    if (fingers.size > 1) {  // pinched
+      const [far, fromX, fromY] = span();
+      fingers.set(event.pointerId, [x, y]);
+      const [now, toX, toY] = span();
+      painter.move(toX - fromX, toY - fromY);
+      return painter.zoom(now / far, toX, toY);
+    }
     if (!drag) {
+      if (fingers.size) return;  // what is left of a pinch
       const box = painter.boxAt(x, y), link = box ? null : painter.linkAt(x, y), over = box ?? link;
       if ((local.hover?.of ?? null) !== over) hover(over);
       if (over) showTip(over.lines, event); else tip.hidden = true;
@@ -52,6 +63,7 @@ function handOn(page, can) {
     drag.last = [x, y];
   }));
   const release = guarded((event) => {
+    fingers.delete(event.pointerId);
     if (!drag) return;
     const { moved, at, frame: framed } = drag, [x, y] = spot(event);
     drag = null;
@@ -117,11 +129,13 @@ function handOn(page, can) {
     Escape: () => {
       if (!help.hidden) help.hidden = true;
       else if (get("paths").length) put({ paths: [] });
-      else { local.cursor = null; local.hover = null; tip.hidden = true; select([]); }
+      else { local.cursor = null; local.hover = null; local.leaving = true; tip.hidden = true; select([]); }
     },
   };
+  canvas.addEventListener("focus", () => { local.leaving = false; });
   root.addEventListener("keydown", guarded((event) => {
     const typing = event.composedPath()[0].matches?.("input, select, textarea"), key = event.key, control = event.ctrlKey || event.metaKey;
+    local.leaving &&= key === "Tab" || key === "Shift";
     if (event.composedPath()[0] !== canvas && key === "Escape") {
       if (!help.hidden || !typing) KEYS.Escape(event);
       canvas.focus();
@@ -129,7 +143,7 @@ function handOn(page, can) {
     else if (control && key.toLowerCase() === "z") { event.preventDefault(); ask(event.shiftKey ? "redo" : "undo"); }
     else if (control && key.toLowerCase() === "y") { event.preventDefault(); ask("redo"); }
     else if (control || event.altKey) return;
-    else if (key === "Tab") { if (event.composedPath()[0] === canvas && walk(event.shiftKey ? -1 : 1)) event.preventDefault(); }
+    else if (key === "Tab") { if (event.composedPath()[0] === canvas && !local.leaving && walk(event.shiftKey ? -1 : 1)) event.preventDefault(); }
     else if (event.composedPath()[0].matches?.("button") && (key === "Enter" || key === " ")) return;
     else if (Object.hasOwn(KEYS, key)) { event.preventDefault(); KEYS[key](event); }
     event.stopPropagation();

@@ -58,7 +58,7 @@ function largeOf(head, tokens, name, local, ink) {
     if (key !== null) context.strokeRect(key * size + 0.5, query * size + 0.5, size - 1, size - 1);
     for (const [i, chip] of chips.entries()) {
       const share = cell(head, query, i);
-      chip.style.setProperty("--share", `${Math.round(70 * share)}%`);
+      chip.style.setProperty("--share", `${Math.round(45 * share)}%`);
       chip.classList.toggle("at", i === query);
       chip.classList.toggle("later", i > query);
       chip.lastChild.textContent = share >= 0.005 ? share.toFixed(2).replace(/^0/, "") : "\u00a0";

@@ -40,8 +40,8 @@ function render({ model, el }) {
   const canvas = make("canvas", { id: "kc-canvas", tabIndex: 0, role: "application", "aria-label": "Circuit" });
   const acts = make("div", { className: "bar-of-acts", id: "kc-acts" }), tip = make("div", { className: "tip", id: "kc-tip", role: "tooltip", hidden: true }), aside = make("aside", { id: "kc-aside", "aria-label": "The selected node, paths and answers", hidden: true });
   const empty = make("div", { className: "empty", hidden: true }, "This circuit has no edges."), frame = make("div", { className: "frame", hidden: true }), prompt = make("form", { className: "ask", id: "kc-ask", hidden: true });
-  const mirror = make("ul", { id: "kc-mirror", className: "unseen", "aria-label": "Nodes of the circuit" }), live = make("div", { className: "unseen", id: "kc-live", "aria-live": "polite" });
-  const trouble = make("span"), problem = make("div", { className: "problem", id: "kc-problem", role: "alert", hidden: true }, trouble, make("button", { type: "button", on: { click: () => { problem.hidden = true; put({ problem: "" }); } } }, "Dismiss"));
+  const mirror = make("ul", { id: "kc-mirror", className: "unseen", role: "listbox", "aria-label": "Nodes of the circuit" }), live = make("div", { className: "unseen", id: "kc-live", "aria-live": "polite" });
+  const trouble = make("span"), problem = make("div", { className: "problem", id: "kc-problem", role: "alert", hidden: true }, trouble, make("button", { type: "button", on: { click: () => { problem.hidden = true; put({ problem: "" }); canvas.focus(); } } }, "Dismiss"));
   const help = make("div", { className: "help", id: "kc-help", role: "dialog", "aria-label": "Keys", hidden: true }, make("h3", {}, "Keys"), make("dl", {}, HELP.flatMap(([key, words]) => [make("dt", {}, key), make("dd", {}, words)])), make("button", { type: "button", on: { click: () => { help.hidden = true; canvas.focus(); } } }, "Close"));
   const legend = make("footer"), main = make("main", {}, make("div", { className: "card" }, canvas, empty, acts, prompt, frame, help), aside);
   const header = make("header", {}, make("div", { className: "top" }, title, counts, notice, make("span", { className: "push" }, undo, redo, asks, layers,
@@ -81,7 +81,7 @@ function render({ model, el }) {
     Object.assign(local, { open: new Set(), layered: scene.edges.length > LAYERED_FROM, hover: null, cursor: null, path: 0 });
     levels = [...new Set(scene.edges.map((edge) => edge.weight))].sort((a, b) => a - b);
     title.textContent = scene.title;
-    canvas.setAttribute("aria-label", `${scene.title || "Circuit"}: Tab walks through its nodes, ? shows the keys`);
+    canvas.setAttribute("aria-label", `${scene.title || "Circuit"}: Tab walks through its nodes, Escape and then Tab leaves them, ? shows the keys`);
     notice.textContent = scene.notice;
     empty.hidden = scene.edges.length > 0;
     slider.max = Math.max(0, levels.length - 1);
@@ -175,9 +175,14 @@ function render({ model, el }) {
     return [...box.lines.slice(0, 2), box.pinned ? "pinned" : "", ...ends].filter(Boolean).join("; ");
   };
   function tell(words) { live.textContent = words; }
-  function reflect() {
-    const focused = shadow.activeElement?.closest("aside") ? shadow.activeElement.id : "";
-    mirror.replaceChildren(...view.boxes.map((box) => make("li", { id: `kc-n${box.id}`, "aria-selected": String(box.chosen) }, describe(box))));
+  function keeping(where, work) {  // the focus stays where it was, else it goes to the picture
+    const { activeElement: focused } = shadow, inside = focused !== where && where.contains(focused);
+    work();
+    if (inside) (shadow.getElementById(focused.id) ?? canvas).focus({ preventScroll: true });
+  }
+  function reflect() { keeping(aside, fill); }
+  function fill() {
+    mirror.replaceChildren(...view.boxes.map((box) => make("li", { id: `kc-n${box.id}`, role: "option", "aria-selected": String(box.chosen) }, describe(box))));
     const answers = get("answers"), paths = get("paths").filter(Array.isArray), parts = [], reading = get("reading"), chosen = get("selected");
     const alone = chosen.length === 1 ? chosen[0] : !chosen.length && !model.get("live") ? reading.node : undefined;  // a page keeps the last one
     if (reading.node !== undefined && (reading.node === alone || layerOf(alone) && layerOf(alone) === layerOf(reading.node))) parts.push(readingOf(reading, get("names"), local, alone, COLOURS[theme()], (name) => circuit.ofName.has(name), (name) => select([name]), reflect));
@@ -194,7 +199,6 @@ function render({ model, el }) {
     aside.classList.toggle("folded", local.folded);
     const fold = make("button", { className: "fold", id: "kc-fold", type: "button", title: local.folded ? "Unfold" : "Fold away", "aria-expanded": String(!local.folded), on: { click: () => { local.folded = !local.folded; reflect(); } } }, local.folded ? "\u2039" : "\u203a");
     aside.replaceChildren(fold, ...(local.folded ? [] : parts.filter(Boolean)));
-    if (focused) shadow.getElementById(focused)?.focus();
   }
 
   // --- finding, saving, full screen ---
@@ -226,7 +230,7 @@ function render({ model, el }) {
   // --- what is shared with those who act on it ---
 
   const page = {
-    get, put, local, model, act, acts, prompt, host, root, canvas, painter, search, slider, sure, tip, frame, help, guarded, tell, ask, redraw, choose, describe, fullScreen, reflect,
+    get, put, local, model, act, acts, prompt, host, root, canvas, painter, search, slider, sure, tip, frame, help, guarded, tell, ask, redraw, choose, describe, fullScreen, reflect, keeping,
     get circuit() { return circuit; }, get view() { return view; }, get scene() { return scene; }, get levels() { return levels; },
   };
   const can = actsOf(page), asking = askingOf(page), { select } = handOn(page, { ...can, askOwn: () => { if (!asks.hidden) asking.open(); } });

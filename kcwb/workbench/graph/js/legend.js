@@ -1,11 +1,11 @@
 // The legend, which filters by kind, role and port; the keys; a sign.
 
 const HELP = [
-  ["click, Shift+click", "select a node or an edge; add one"], ["Shift+drag", "select all in a frame"], ["drag, wheel", "move, zoom (the wheel after a click)"],
+  ["click, Shift+click", "select a node or an edge; add one"], ["Shift+drag", "select all in a frame"], ["drag, wheel, pinch", "move, zoom (the wheel after a click)"],
   ["double click", "open a group"], ["Tab, Shift+Tab", "walk through the nodes"], ["Enter", "select the node that was walked to"], ["arrows, + \u2212 0", "move, zoom, show all"],
   ["x or Delete", "cut the selected edges, or all edges of the selected nodes"], ["r", "restore them"], ["f", "force an edge in: a3.h1->m7 or a3.h1->a5.h0<q>"],
   ["Ctrl+Z, Ctrl+Shift+Z", "undo, redo"], ["p", "pin the selection; pinned nodes stay lit"], ["g", "group the selection; ungroup a group"], ["e, then [ ]", "explain: the strongest paths; the one before, the next"],
-  ["F2, n", "give a node a name, a note"], ["a", "ask a prompt of your own"], ["/", "find"], ["F", "full screen"], ["Esc", "clear"], ["?", "these keys"],
+  ["F2, n", "give a node a name, a note"], ["a", "ask a prompt of your own"], ["/", "find"], ["F", "full screen"], ["Esc, then Tab", "clear; leave the graph"], ["?", "these keys"],
 ];
 
 function legendOf(scene, hidden, changed) {

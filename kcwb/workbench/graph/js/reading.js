@@ -15,7 +15,7 @@ function attentionOf(one) {
   const most = Math.max(...one.attention, 1e-9);
   const chips = one.tokens.map((token, i) => {
     const share = Number(one.attention[i]) || 0, chip = make("span", { className: `token${i === one.at ? " at" : ""}`, title: `${JSON.stringify(String(token))}: ${rounded(share)}` }, make("bdi", {}, visible(token)), make("small", {}, share >= 0.005 ? share.toFixed(2).replace(/^0/, "") : "\u00a0"));
-    chip.style.setProperty("--share", `${Math.round(70 * share / most)}%`);
+    chip.style.setProperty("--share", `${Math.round(45 * share / most)}%`);
     return chip;
   });
   return [make("h4", {}, "Attention from END"), make("div", { className: "tokens" }, chips)];

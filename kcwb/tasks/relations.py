@@ -21,7 +21,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,10 @@ class Fact:
     def right(self) -> tuple[str, ...]:
         """All right answers, the first one first."""
         return (self.object, *self.also)
+
+    def with_object(self, name: str) -> Fact:
+        """The same question, to which this answer is right and no other."""
+        return replace(self, object=name, also=(), wrong=())
 
 
 @noun

@@ -3,9 +3,9 @@
 After each block the residual stream is read as if the model ended there, W_U . LN_final(residual): the logit lens
 (nostalgebraist 2020), at END and at the subject's tokens.
 
-A prompt is **right** if the first token of its object is the model's likeliest, else wrong. Two tokens are followed:
-the right answer, and the **rival**, which is the likeliest token but the right one: what the model says where it is
-wrong, its runner-up where it is right.
+A prompt is **right** if the first token of its object, or of another right answer, is the model's likeliest, else
+wrong. Two tokens are followed: the right answer, of several the likeliest, and the **rival**, which is the likeliest
+token but the right ones: what the model says where it is wrong, its runner-up where it is right.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kcwb.models.network import Network
 from kcwb.reading.positions import check_prompts, position_groups
 from kcwb.tasks.metrics import at_end
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts
-from kcwb.tasks.ranks import rank_of
+from kcwb.tasks.ranks import rank_of, rank_of_best
 
 #: The two tokens that are followed, in the order of all axes of size 2.
 WHO = ("right answer", "rival")
@@ -143,16 +143,23 @@ def read_trajectories(model: Model, prompts: Prompts, step: Callable[[int], None
     return Trajectories(*(torch.cat(field, axis) for field, axis in zip(zip(*parts, strict=True), along, strict=True)))
 
 
+def right_and_rival(logits: Float[Tensor, "N V"], prompts: Prompts) -> Int[Tensor, "N 2"]:
+    """The token that the likeliest right answer begins with, and the likeliest with which none does."""
+    right = prompts.right[:, 0]
+    right = torch.where(right < 0, right[:, :1], right)
+    gold = right.gather(-1, logits.gather(-1, right).argmax(-1, keepdim=True))
+    return torch.cat([gold, logits.scatter(-1, right, -math.inf).argmax(-1, keepdim=True)], -1)
+
+
 def _read_chunk(network: Network, prompts: Prompts) -> tuple[Tensor, ...]:
     """The fields of Trajectories."""
     streams = layer_streams(network, prompts.tokens)
     final = network.logits(at_end(streams[-1], prompts)).float()
-    gold = prompts.answers[:, 0]
-    tokens = torch.stack([gold, final.scatter(-1, gold[:, None], -math.inf).argmax(-1)], -1)
+    tokens = right_and_rival(final, prompts)
     logp = final.log_softmax(-1)
     return (
         tokens,
-        rank_of(final, gold) == 1,
+        rank_of_best(final, prompts.right[:, 0]) == 1,
         *follow(network, streams, prompts, tokens, position_groups(prompts)[0]),
         final.gather(-1, tokens) - final.mean(-1, keepdim=True),
         logp.max(-1).values.exp(),

@@ -97,3 +97,21 @@ def test_small_batches_read_the_same(tiny, monkeypatch):
     assert seen == [1] * 7
     assert torch.equal(whole.ranks, parts.ranks) and torch.equal(whole.tokens, parts.tokens)
     torch.testing.assert_close(whole.probabilities, parts.probabilities)
+
+
+def test_of_several_right_answers_the_likeliest_is_followed_and_none_is_the_rival(tiny):
+    model = tiny("llama")
+    facts, seen = known_relation(model, 9).facts, set()
+    for fact in facts:
+        logits = unpadded_logits(model, fact)[0]
+        best = [f"w{token - 4}" for token in logits.argsort(descending=True).tolist() if token >= 4]
+        for right in ((best[5], best[0], best[2]), (best[1], best[6], best[40])):
+            prompts = encode(model, [replace(fact, object=right[0], also=right[1:])], "w1 {} w2", [])
+            found, tokens = read_trajectories(model, prompts), {*model.tokenizer.convert_tokens_to_ids([*right])}
+            gold = max(tokens, key=lambda token: float(logits[token]))
+            rival = max(set(range(len(logits))) - tokens, key=lambda token: float(logits[token]))
+            assert found.tokens[0].tolist() == [gold, rival]
+            assert bool(found.right[0]) == (float(logits[gold]) > float(logits[rival]))
+            assert found.ranks[0, -1, 0].tolist() == [int((logits >= logits[token]).sum()) for token in (gold, rival)]
+            seen.add(bool(found.right[0]))
+    assert seen == {True, False}

@@ -38,11 +38,12 @@ from kcwb.progress import Progress, track
 from kcwb.reading.dla import attribute, head_outputs, named_heads
 from kcwb.reading.positions import check_prompts, rows_told_at_end, says_its_object, token_text
 from kcwb.reading.roles import strongest_movers
+from kcwb.reading.trajectories import right_and_rival
 from kcwb.settings import Count, Seed, at_least
 from kcwb.statistics import matched_head_sets, mean_interval, p_value, proportion_interval
 from kcwb.studies.hallucination.measurement import FEWEST_FACTS, task_of
 from kcwb.tasks.prompts import Prompts, encode
-from kcwb.tasks.ranks import rank_of
+from kcwb.tasks.ranks import rank_of_best
 from kcwb.tasks.relations import Relation, load_relation, require_subjects
 from kcwb.verbs import verb
 
@@ -238,14 +239,13 @@ def _patch_relation(
         source, target = asked.prompts[right].select(rows), asked.prompts[wrong].select(rows)
         outputs = head_outputs(network, attribute(model, source))
         before = network.logits(at_end(forward(network, target.tokens).residual, target)).float()
-        gold = target.answers[:, 0]
-        rival = before.scatter(-1, gold[:, None], -torch.inf).argmax(-1)  # with which the right answer may tie
+        gold, rival = right_and_rival(before, target).unbind(-1)  # which may tie
         gap = _gap(before, gold, rival)
         after = []  # of movers and random sets, and of all heads: whether it rescues each prompt, and the rise
         for which in (sets, every):
             found = []
             for logits in logits_with(model, target, outputs, which):
-                first = rank_of(logits, gold.expand(len(logits), -1)) == 1
+                first = rank_of_best(logits, target.right[:, 0].expand(len(logits), -1, -1)) == 1
                 found.append(torch.stack([first.double(), (_gap(logits, gold, rival) - gap).double()]))
             after.append(torch.cat(found, 1).cpu().numpy())
         table = pd.DataFrame(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -183,10 +184,13 @@ class Ablation:
         What the kind took from the task, or None.
     reference
         SHA-256 of the prompts that it took that from; empty if it took nothing.
+    model_digest
+        The weights that it is of.
     """
 
     kind: AblationKind
     network: Network
+    model_digest: str
     fitted: Any = None
     reference: str = ""
 
@@ -206,6 +210,14 @@ class Ablation:
             raise DataError(f"{words}. Use zero or mean ablation, or a relation with more facts.")
         warnings.warn(f"{words}: left out.", stacklevel=2)
         return prompts.select(rows)
+
+    def require_of(self, model: Model) -> None:
+        """Refuse another model, or other weights of it: what is delivered would not be that one's; SettingError."""
+        if model.digest != self.model_digest and not isinstance(self.kind, Zero):
+            raise SettingError(
+                f"The {self.kind} ablation was made for weights {self.model_digest[:12]}; {model.name!r} has "
+                f"{model.digest[:12]}. Make it again: make_ablation(model, task, {str(self.kind)!r})."
+            )
 
     def _lonely(self, prompts: Prompts) -> str:
         """Words that say which subjects have no partner."""
@@ -247,10 +259,10 @@ def make_ablation(model: Model, task: Task | None, kind: str | AblationKind) -> 
     kind = ablation_kind(kind)
     fitted = kind.fit(model.network, task)
     if task is None or fitted is None:
-        return Ablation(kind, model.network)
+        return Ablation(kind, model.network, model.digest)
     prompts = task.reference
     digest = hashlib.sha256(prompts.tokens.cpu().numpy().tobytes() + prompts.lengths.cpu().numpy().tobytes())
-    return Ablation(kind, model.network, fitted, digest.hexdigest())
+    return Ablation(kind, model.network, model.digest, fitted, digest.hexdigest())
 
 
 # --- the kinds that come with the package ---
@@ -323,6 +335,15 @@ class Resample(AblationKind):
     def told(self, prompts: Prompts, fitted: Any) -> str:
         """The corrupted prompt."""
         return f"A cut edge delivers what its sender writes on \u201c{prompts.facts[0].corrupted}\u201d."
+
+
+def require_several(prompts: Sequence[Sequence[int]], name: str) -> None:
+    """Refuse to take the mean over a task's only prompt, which cut edges would deliver as it is; DataError."""
+    if all(prompt == prompts[0] for prompt in prompts):
+        raise DataError(
+            f"mean ablation averages over the prompts of {name}, and there is only one: cut edges would deliver what "
+            "the full model has there. Use zero ablation, or a relation with more facts."
+        )
 
 
 def sender_outputs(network: Network, tokens: Int[Tensor, "N T"]) -> Float[Tensor, "S N T D"]:

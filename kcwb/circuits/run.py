@@ -52,6 +52,8 @@ def run_circuit(
     ------
     CircuitError
         If the circuit belongs to another model.
+    SettingError
+        If the ablation was made for other weights.
     """
     if isinstance(circuit, Circuit):
         check_same_model(model, circuit)
@@ -63,6 +65,9 @@ def run_circuit(
             f"The mask has shape {tuple(kept.shape)}; {model.name} has {tuple(model.graph.exists.shape)} "
             "(senders, receivers)."
         )
+
+    if kept is not None:
+        ablation.require_of(model)
 
     def work(rows: slice) -> Tensor:
         part = prompts.select(rows)

@@ -95,6 +95,7 @@ class Search:
         self.evaluations = 1
         self.near_ties = 0
         self.surprises, self.seen = 0.0, 0.0
+        ablation.require_of(model)
         ablated = ablation.values(loss.prompts)
         self.current = Current(model.network, loss, ablated, self.kept)
         outputs = self.current.outputs.clone()

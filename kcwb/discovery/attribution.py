@@ -94,6 +94,7 @@ def attribution_scores(
     Tensor
         `[S, R]` float32 on the CPU, in the loss's units; 0 where there is no edge.
     """
+    ablation.require_of(model)
     chunk = partial(_chunk_scores, model.network.under(rules), ablation=ablation, steps=steps)
     return _scores(model, loss, chunk, steps, progress)
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
+from kcwb.circuits.ablation import Ablation, AblationKind, ablation_kind, make_ablation, require_several
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.provenance import record
 from kcwb.circuits.run import check_same_model
@@ -99,7 +99,7 @@ def discover(
     SettingError
         If a parameter is out of range, or not one of the method's.
     DataError
-        If the metric or the ablation is not defined on the task's prompts.
+        If the metric or the ablation is not defined on the task's prompts: the mean not on a single one.
     """
     settled, cuts, loss, started = _begin(model, task, method, metric, ablation, settings, progress)
     if settled.method.prunes:
@@ -218,6 +218,8 @@ def _begin(
     if "edges" in known:
         known["edges"] = check_size(model.graph, known["edges"], model.name)
     started = time.perf_counter()
+    if ablation_kind(settled.ablation).name == "mean":
+        require_several([*task.val.own, *task.reference.own], task.relation.name)
     find_circuits(model, task, settled, metric, progress)
     cuts = make_ablation(model, task, settled.ablation)
     return settled, cuts, make_loss(model, cuts.usable(task.val), metric), started

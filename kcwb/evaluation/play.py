@@ -101,6 +101,7 @@ class Play:
         cuts = ablation or circuit.ablation
         if not isinstance(cuts, Ablation):
             cuts = make_ablation(model, task if isinstance(task, Task) else None, cuts)
+        cuts.require_of(model)
         if not len(asked):
             raise DataError("There is no fact to ask: the task's D_val is empty. Use a relation with more facts.")
         self.model, self.given, self._digest, self._cuts = model, circuit, model.digest, cuts

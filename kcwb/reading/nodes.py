@@ -263,6 +263,7 @@ def planned_run(
         kept, cuts = circuit.kept, ablation or circuit.ablation
         if not isinstance(cuts, Ablation):
             cuts = make_ablation(model, task if isinstance(task, Task) else None, cuts)
+        cuts.require_of(model)
     if prompt is not None:
         return PlannedRun(model.network, prompts.select([prompt]), kept, cuts, [prompt])
     usable = prompts if cuts is None else cuts.usable(prompts)

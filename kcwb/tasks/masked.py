@@ -192,7 +192,7 @@ def _row(encoder: Encoder, fact: Fact, template: str, ending: str) -> _Row | Non
 
 def _prompts(encoder: Encoder, rows: list[_Row], seed: int) -> MaskedPrompts:
     shapes = [(len(row.tokens), row.mask) for row in rows]
-    partners = draw_partners(shapes, [{row.answer} for row in rows], random.Random(seed))
+    partners = draw_partners(shapes, [row.tokens for row in rows], [{row.answer} for row in rows], random.Random(seed))
     pad, column = partial(padded, device=encoder.device), partial(torch.tensor, device=encoder.device)
     tokens, real = pad([row.tokens for row in rows]), pad([[1] * len(row.tokens) for row in rows]).bool()
     masks, answers = column([row.mask for row in rows]), column([row.answer for row in rows])

@@ -303,3 +303,13 @@ def test_optimal_needs_a_size(model, task) -> None:
         discover(model, task, "eap", threshold=0.1, select="optimal", progress=False)
     found = discover(model, task, "eap", edges=25, select="optimal", progress=False)
     assert 0 < found.n_edges <= 25
+
+
+def test_a_single_prompt_is_no_mean(model, task, monkeypatch) -> None:
+    """Its mean is the prompt itself: no cut would change a thing, and any circuit would do as well as the model."""
+    fact = task.val.facts[0]
+    lonely = make_task(model, replace(task.relation, facts=(fact,)))
+    assert float(score_edges(model, lonely, "exact", ablation="zero", progress=False).abs().max()) > 0.01
+    monkeypatch.setattr("kcwb.discovery.discover.make_ablation", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(DataError, match="averages over the prompts of words, and there is only one"):
+        discover(model, lonely, "gim", progress=False)

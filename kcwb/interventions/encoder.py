@@ -61,7 +61,7 @@ def ablate_encoder(
         raise DataError("No fact of D_val has a partner whose prompt is as long, for resample. Use zero or mean.")
     splits = {split: prompts for split, prompts in splits.items() if len(prompts)}
     if ablation == "mean":
-        require_several(task.reference.tokens.tolist(), task.relation.name)
+        require_several([*task.val.tokens.tolist(), *task.reference.tokens.tolist()], task.relation.name)
     means = _mean_nodes(encoder, task.reference) if ablation == "mean" else None
     rows, graph = [], Graph(encoder.n_layers, encoder.n_heads)
     with track(progress, len(splits) * (1 + len(encoder.nodes)), "ablation") as step:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -335,15 +334,6 @@ class Resample(AblationKind):
     def told(self, prompts: Prompts, fitted: Any) -> str:
         """The corrupted prompt."""
         return f"A cut edge delivers what its sender writes on \u201c{prompts.facts[0].corrupted}\u201d."
-
-
-def require_several(prompts: Sequence[Sequence[int]], name: str) -> None:
-    """Refuse to take the mean over a task's only prompt, which cut edges would deliver as it is; DataError."""
-    if all(prompt == prompts[0] for prompt in prompts):
-        raise DataError(
-            f"mean ablation averages over the prompts of {name}, and there is only one: cut edges would deliver what "
-            "the full model has there. Use zero ablation, or a relation with more facts."
-        )
 
 
 def sender_outputs(network: Network, tokens: Int[Tensor, "N T"]) -> Float[Tensor, "S N T D"]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation, AblationKind, ablation_kind, make_ablation, require_several
+from kcwb.circuits.ablation import Ablation, AblationKind, ablation_kind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.provenance import record
 from kcwb.circuits.run import check_same_model
@@ -21,7 +21,7 @@ from kcwb.discovery.methods.acdc import pruning
 from kcwb.discovery.registry import DEFAULT, Settled, read_within
 from kcwb.discovery.selection import select_edges, sure_signs
 from kcwb.discovery.tuning import Tuning
-from kcwb.errors import SettingError, choose
+from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.models.memory import noting_pieces
 from kcwb.progress import Progress
@@ -218,8 +218,12 @@ def _begin(
     if "edges" in known:
         known["edges"] = check_size(model.graph, known["edges"], model.name)
     started = time.perf_counter()
-    if ablation_kind(settled.ablation).name == "mean":
-        require_several([*task.val.own, *task.reference.own], task.relation.name)
+    prompts = [*task.val.own, *task.reference.own]
+    if ablation_kind(settled.ablation).name == "mean" and all(one == prompts[0] for one in prompts):
+        raise DataError(
+            f"mean ablation averages over the prompts of {task.relation.name}, and there is only one: cut edges would "
+            "deliver what the full model has there. Use zero ablation, or a relation with more facts."
+        )
     find_circuits(model, task, settled, metric, progress)
     cuts = make_ablation(model, task, settled.ablation)
     return settled, cuts, make_loss(model, cuts.usable(task.val), metric), started

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import PositionClasses, require_several
+from kcwb.circuits.ablation import PositionClasses
 from kcwb.errors import DataError, choose
 from kcwb.models.encoder import Encoder, record_nodes, run_encoder
 from kcwb.models.graph import Graph, Node
@@ -60,8 +60,6 @@ def ablate_encoder(
     if not len(splits["D_val"]):
         raise DataError("No fact of D_val has a partner whose prompt is as long, for resample. Use zero or mean.")
     splits = {split: prompts for split, prompts in splits.items() if len(prompts)}
-    if ablation == "mean":
-        require_several([*task.val.tokens.tolist(), *task.reference.tokens.tolist()], task.relation.name)
     means = _mean_nodes(encoder, task.reference) if ablation == "mean" else None
     rows, graph = [], Graph(encoder.n_layers, encoder.n_heads)
     with track(progress, len(splits) * (1 + len(encoder.nodes)), "ablation") as step:

@@ -213,11 +213,3 @@ def test_tasks_and_settings_that_make_no_sense_are_refused(bert, words: Relation
         make_masked_task(bert, longer)
     with pytest.raises(DataError, match="2 mask tokens"):
         make_masked_task(bert, words, template="w89 {} w1")
-
-
-def test_a_single_prompt_is_no_mean(bert, words: Relation) -> None:
-    task = make_masked_task(bert, words, n=4)
-    lonely = make_masked_task(bert, replace(words, facts=(task.val.facts[0],)))
-    assert ablate_encoder(bert, lonely, ablation="zero", progress=False)["change"].abs().max() > 0.01
-    with pytest.raises(DataError, match="there is only one"):
-        ablate_encoder(bert, lonely, ablation="mean", progress=False)

@@ -298,6 +298,14 @@ def test_stable_keeps_edges_whose_sign_is_sure(model, task) -> None:
         discover_many(model, task, "eap", stable=0.9, draws=3, progress=False)
 
 
+@pytest.mark.parametrize("select", ["signed", "absolute", 0.5])
+def test_resizing_keeps_to_the_stable_edges(model, words, select) -> None:
+    task, how = make_task(model, words, n=8), {"select": select, "stable": 0.8, "progress": False}
+    large, small = (discover(model, task, "gim", edges=edges, **how) for edges in (90, 10))
+    assert torch.equal(resize(small, edges=90).kept, large.kept)
+    assert not (resize(small, threshold=-1e9).kept & (small.scores == 0)).any()
+
+
 def test_optimal_needs_a_size(model, task) -> None:
     with pytest.raises(SettingError, match="give edges, not threshold"):
         discover(model, task, "eap", threshold=0.1, select="optimal", progress=False)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kcwb.circuits.ablation import Ablation, AblationKind, ablation_kind, make_ablation
@@ -104,13 +104,7 @@ def discover(
     settled, cuts, loss, started = _begin(model, task, method, metric, ablation, settings, progress)
     if settled.method.prunes:
         return _pruned(model, task, settled, loss, started, settled.run(model, loss, cuts, progress))
-    stable, sure = settled.settings.get("stable"), None
-    if stable is None:
-        scores = settled.run(model, loss, cuts, progress)
-    else:
-        each = settled.by_fact(model, loss, cuts, progress)
-        sure = sure_signs(each, stable)
-        scores = each.mean(0) * sure
+    scores, sure = _scored(model, settled, loss, cuts, progress)
     chosen: dict[str, Any] = {name: settled.settings.get(name) for name in ("edges", "threshold", "select")}
     if chosen["select"] == "tuned":
         del chosen["select"]
@@ -134,7 +128,7 @@ def score_edges(
     """The scores that a method gives to all edges, `[S, R]`; parameters as in `discover`."""
     choose("The method", method, scoring())
     settled, cuts, loss, _ = _begin(model, task, method, metric, ablation, settings, progress)
-    return settled.run(model, loss, cuts, progress)
+    return _scored(model, settled, loss, cuts, progress)[0]
 
 
 @verb
@@ -227,6 +221,18 @@ def _begin(
     find_circuits(model, task, settled, metric, progress)
     cuts = make_ablation(model, task, settled.ablation)
     return settled, cuts, make_loss(model, cuts.usable(task.val), metric), started
+
+
+def _scored(
+    model: Model, settled: Settled, loss: Loss, cuts: Ablation, progress: Progress
+) -> tuple[Float[Tensor, "S R"], Bool[Tensor, "S R"] | None]:
+    """The scores of all edges; and if they are to be stable, which are, the scores of the others being 0."""
+    stable = settled.settings.get("stable")
+    if stable is None:
+        return settled.run(model, loss, cuts, progress), None
+    each = settled.by_fact(model, loss, cuts, progress)
+    sure = sure_signs(each, stable)
+    return each.mean(0) * sure, sure
 
 
 def find_circuits(model: Model, task: Task, settled: Settled, metric: str, progress: Progress = False) -> None:

@@ -304,6 +304,8 @@ def test_resizing_keeps_to_the_stable_edges(model, words, select) -> None:
     large, small = (discover(model, task, "gim", edges=edges, **how) for edges in (90, 10))
     assert torch.equal(resize(small, edges=90).kept, large.kept)
     assert not (resize(small, threshold=-1e9).kept & (small.scores == 0)).any()
+    scores = score_edges(model, task, "gim", stable=0.8, progress=False)
+    assert torch.equal(scores[model.graph.exists], small.scores[model.graph.exists])
 
 
 def test_optimal_needs_a_size(model, task) -> None:

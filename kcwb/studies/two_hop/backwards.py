@@ -50,7 +50,8 @@ def both_ways(
     """
     relation = load_relation(relation) if isinstance(relation, str) else relation
     back = reverse(relation) if backwards is None else backwards
-    facts = [Fact(fact.object, fact.subject) for fact in back.facts]
+    own = {fact.subject: fact for fact in relation.facts}
+    facts = [own.get(fact.object) or Fact(fact.object, fact.subject, space=fact.space) for fact in back.facts]
     asked = {
         "forward": (facts, relation.template(template), relation.objects),
         "backward": (back.facts, back.template(back_template), back.objects),

@@ -276,6 +276,8 @@ def _parse(data: Any, path: Path) -> Relation:
 
 #: Endings of tables of prompts.
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+#: Endings of relations.
+FILES = (".json", *TABLES)
 _KINDS = {str: "a text", bool: "true or false", list: "a list", Mapping: "an object"}
 
 

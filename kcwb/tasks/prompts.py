@@ -240,8 +240,8 @@ def assemble(
         ranks=column([0] * len(rows)),
         corrupted=pad([(other or row.prompt) + row.answer[:-1] for row, other in zip(rows, partners, strict=True)]),
         paired=column([other is not None for other in partners]),
-        also=column(_even([row.also for row in rows]), dtype=torch.long),
-        more_foils=column(_even([some[1:] for some in own]), dtype=torch.long),
+        also=column(even([row.also for row in rows]), dtype=torch.long),
+        more_foils=column(even([some[1:] for some in own]), dtype=torch.long),
         compared=column(compared),
     )
     return replace(prompts, ranks=full_ranks(model, prompts, progress))
@@ -276,7 +276,7 @@ def _own_foils(row: PromptTokens, place: int) -> list[int]:
     return [token for token in dict.fromkeys(found) if token not in right] or [-1]
 
 
-def _even(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+def even(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """Rows made as long as the longest by -1."""
     width = max(map(len, rows))
     return [[*row, *[-1] * (width - len(row))] for row in rows]

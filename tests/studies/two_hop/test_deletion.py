@@ -42,5 +42,5 @@ def test_a_first_hop_within_the_second_cannot_be_deleted(planted, hops, found):
 def test_circuits_of_other_weights_are_not_deleted(planted, found):
     """Of a twin, a model of the same shape and tokens, the costs would be numbers without a meaning."""
     twin = replace(planted.model, digest="0" * 64)
-    with pytest.raises(SettingError, match="was made for .* with weights"):
+    with pytest.raises(SettingError, match=r"was made for .* with weights"):
         delete_first_hop(twin, found, draws=19, progress=False)

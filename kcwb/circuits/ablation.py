@@ -210,14 +210,6 @@ class Ablation:
         warnings.warn(f"{words}: left out.", stacklevel=2)
         return prompts.select(rows)
 
-    def require_of(self, model: Model) -> None:
-        """Refuse another model, or other weights of it: what is delivered would not be that one's; SettingError."""
-        if model.digest != self.model_digest and not isinstance(self.kind, Zero):
-            raise SettingError(
-                f"The {self.kind} ablation was made for weights {self.model_digest[:12]}; {model.name!r} has "
-                f"{model.digest[:12]}. Make it again: make_ablation(model, task, {str(self.kind)!r})."
-            )
-
     def _lonely(self, prompts: Prompts) -> str:
         """Words that say which subjects have no partner."""
         without = [prompts.facts[i].subject for i in (~prompts.paired).nonzero()[:, 0].tolist()]
@@ -262,6 +254,15 @@ def make_ablation(model: Model, task: Task | None, kind: str | AblationKind) -> 
     prompts = task.reference
     digest = hashlib.sha256(prompts.tokens.cpu().numpy().tobytes() + prompts.lengths.cpu().numpy().tobytes())
     return Ablation(kind, model.network, model.digest, fitted, digest.hexdigest())
+
+
+def check_made_for(model: Model, cuts: Ablation) -> None:
+    """Refuse an ablation of another model, or of other weights, whose values are not this one's; SettingError."""
+    if model.digest != cuts.model_digest and not isinstance(cuts.kind, Zero):
+        raise SettingError(
+            f"The {cuts.kind} ablation was made for weights {cuts.model_digest[:12]}; {model.name!r} has "
+            f"{model.digest[:12]}. Make it again: make_ablation(model, task, {str(cuts.kind)!r})."
+        )
 
 
 # --- the kinds that come with the package ---

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation
+from kcwb.circuits.ablation import Ablation, check_made_for
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.masked import MaskedRuns
 from kcwb.circuits.provenance import part
@@ -67,7 +67,7 @@ def run_circuit(
         )
 
     if kept is not None:
-        ablation.require_of(model)
+        check_made_for(model, ablation)
 
     def work(rows: slice) -> Tensor:
         part = prompts.select(rows)

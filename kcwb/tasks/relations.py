@@ -79,6 +79,7 @@ class Fact:
         """All right answers, the first one first."""
         return (self.object, *self.also)
 
+    @verb
     def with_object(self, name: str) -> Fact:
         """The same question, to which this answer is right and no other."""
         return replace(self, object=name, also=(), wrong=())

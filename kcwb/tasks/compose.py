@@ -160,14 +160,16 @@ class Composition:
 
     def facts_of(self, question: str) -> tuple[Fact, ...]:
         """What `hop 1`, `hop 2` or a `two-hop` question asks of each chain, with all right answers of its relation."""
-        first, second = ({fact.subject: fact for fact in one.facts} for one in (self.first, self.second))
-        if question == "hop 1":
-            return tuple(first[chain.subject] for chain in self.chains)
-        facts = [second[chain.bridge] for chain in self.chains]
-        if question == "hop 2":
-            return tuple(facts)
-        pairs = zip(facts, self.chains, strict=True)
-        return tuple(replace(fact, subject=chain.subject, corrupted="") for fact, chain in pairs)
+        hop_1 = question == "hop 1"
+        own = {fact.subject: fact for fact in (self.first if hop_1 else self.second).facts}
+        found = []
+        for chain in self.chains:
+            subject, answer = (chain.subject, chain.bridge) if hop_1 else (chain.bridge, chain.object)
+            fact = own.get(subject, Fact(subject, answer))
+            fact = fact if fact.object == answer else fact.with_object(answer)
+            both = question == "two-hop"
+            found.append(replace(fact, subject=chain.subject, corrupted="") if both else fact)
+        return tuple(found)
 
     def wording(self, which: int) -> Wording:
         """A wording by its number; SettingError if there is none."""

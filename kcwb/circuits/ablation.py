@@ -182,10 +182,13 @@ class Ablation:
         What the kind took from the task, or None.
     reference
         SHA-256 of the prompts that it took that from; empty if it took nothing.
+    model_digest
+        The weights that it is of.
     """
 
     kind: AblationKind
     network: Network
+    model_digest: str
     fitted: Any = None
     reference: str = ""
 
@@ -256,10 +259,19 @@ def make_ablation(model: Model, task: Task | None, kind: str | AblationKind) -> 
     kind = ablation_kind(kind)
     fitted = kind.fit(model.network, task)
     if task is None or fitted is None:
-        return Ablation(kind, model.network)
+        return Ablation(kind, model.network, model.digest)
     prompts = task.reference
     digest = hashlib.sha256(prompts.tokens.cpu().numpy().tobytes() + prompts.lengths.cpu().numpy().tobytes())
-    return Ablation(kind, model.network, fitted, digest.hexdigest())
+    return Ablation(kind, model.network, model.digest, fitted, digest.hexdigest())
+
+
+def check_made_for(model: Model, cuts: Ablation) -> None:
+    """Refuse an ablation of another model, or of other weights, whose values are not this one's; SettingError."""
+    if model.digest != cuts.model_digest and not isinstance(cuts.kind, Zero):
+        raise SettingError(
+            f"The {cuts.kind} ablation was made for weights {cuts.model_digest[:12]}; {model.name!r} has "
+            f"{model.digest[:12]}. Make it again: make_ablation(model, task, {str(cuts.kind)!r})."
+        )
 
 
 # --- the kinds that come with the package ---

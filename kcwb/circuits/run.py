@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation
+from kcwb.circuits.ablation import Ablation, check_made_for
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.masked import MaskedRuns
 from kcwb.circuits.provenance import part
@@ -52,6 +52,8 @@ def run_circuit(
     ------
     CircuitError
         If the circuit belongs to another model.
+    SettingError
+        If the ablation was made for other weights.
     """
     if isinstance(circuit, Circuit):
         check_same_model(model, circuit)
@@ -63,6 +65,9 @@ def run_circuit(
             f"The mask has shape {tuple(kept.shape)}; {model.name} has {tuple(model.graph.exists.shape)} "
             "(senders, receivers)."
         )
+
+    if kept is not None:
+        check_made_for(model, ablation)
 
     def work(rows: slice) -> Tensor:
         part = prompts.select(rows)

@@ -37,7 +37,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation
+from kcwb.circuits.ablation import Ablation, check_made_for
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.propagate import Current, Need, Plan
 from kcwb.discovery.checkpoint import Checkpoint
@@ -95,6 +95,7 @@ class Search:
         self.evaluations = 1
         self.near_ties = 0
         self.surprises, self.seen = 0.0, 0.0
+        check_made_for(model, ablation)
         ablated = ablation.values(loss.prompts)
         self.current = Current(model.network, loss, ablated, self.kept)
         outputs = self.current.outputs.clone()

@@ -47,7 +47,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation
+from kcwb.circuits.ablation import Ablation, check_made_for
 from kcwb.models.forward import Pass, forward
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model
@@ -94,6 +94,7 @@ def attribution_scores(
     Tensor
         `[S, R]` float32 on the CPU, in the loss's units; 0 where there is no edge.
     """
+    check_made_for(model, ablation)
     chunk = partial(_chunk_scores, model.network.under(rules), ablation=ablation, steps=steps)
     return _scores(model, loss, chunk, steps, progress)
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
+from kcwb.circuits.ablation import Ablation, AblationKind, ablation_kind, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.provenance import record
 from kcwb.circuits.run import check_same_model
@@ -22,7 +22,7 @@ from kcwb.discovery.methods.acdc import pruning
 from kcwb.discovery.registry import DEFAULT, Settled, read_within
 from kcwb.discovery.selection import select_edges, sure_signs
 from kcwb.discovery.tuning import Tuning
-from kcwb.errors import SettingError, choose
+from kcwb.errors import DataError, SettingError, choose
 from kcwb.models.loading import Model
 from kcwb.models.memory import noting_pieces
 from kcwb.progress import Progress
@@ -100,18 +100,12 @@ def discover(
     SettingError
         If a parameter is out of range, or not one of the method's.
     DataError
-        If the metric or the ablation is not defined on the task's prompts.
+        If the metric or the ablation is not defined on the task's prompts: the mean not on a single one.
     """
     settled, cuts, loss, started = _begin(model, task, method, metric, ablation, settings, progress)
     if settled.method.prunes:
         return _pruned(model, task, settled, loss, started, settled.run(model, loss, cuts, progress))
-    stable, sure = settled.settings.get("stable"), None
-    if stable is None:
-        scores = settled.run(model, loss, cuts, progress)
-    else:
-        each = settled.by_fact(model, loss, cuts, progress)
-        sure = sure_signs(each, stable)
-        scores = each.mean(0) * sure
+    scores, sure = _scored(model, settled, loss, cuts, progress)
     chosen: dict[str, Any] = {name: settled.settings.get(name) for name in ("edges", "threshold", "select")}
     if chosen["select"] == "tuned":
         del chosen["select"]
@@ -135,7 +129,7 @@ def score_edges(
     """The scores that a method gives to all edges, `[S, R]`; parameters as in `discover`."""
     choose("The method", method, scoring())
     settled, cuts, loss, _ = _begin(model, task, method, metric, ablation, settings, progress)
-    return settled.run(model, loss, cuts, progress)
+    return _scored(model, settled, loss, cuts, progress)[0]
 
 
 @verb
@@ -226,9 +220,27 @@ def _begin(
     if "edges" in known:
         known["edges"] = check_size(model.graph, known["edges"], model.name)
     started = time.perf_counter()
+    prompts = [*task.val.own, *task.reference.own]
+    if ablation_kind(settled.ablation).name == "mean" and all(one == prompts[0] for one in prompts):
+        raise DataError(
+            f"mean ablation averages over the prompts of {task.relation.name}, and there is only one: cut edges would "
+            "deliver what the full model has there. Use zero ablation, or a relation with more facts."
+        )
     find_circuits(model, task, settled, metric, progress)
     cuts = make_ablation(model, task, settled.ablation)
     return settled, cuts, make_loss(model, cuts.usable(task.val), metric), started
+
+
+def _scored(
+    model: Model, settled: Settled, loss: Loss, cuts: Ablation, progress: Progress
+) -> tuple[Float[Tensor, "S R"], Bool[Tensor, "S R"] | None]:
+    """The scores of all edges; and if they are to be stable, which are, the scores of the others being 0."""
+    stable = settled.settings.get("stable")
+    if stable is None:
+        return settled.run(model, loss, cuts, progress), None
+    each = settled.by_fact(model, loss, cuts, progress)
+    sure = sure_signs(each, stable)
+    return each.mean(0) * sure, sure
 
 
 def find_circuits(model: Model, task: Task, settled: Settled, metric: str, progress: Progress = False) -> None:

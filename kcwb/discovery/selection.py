@@ -169,7 +169,8 @@ def resize(
     Parameters
     ----------
     circuit
-        A circuit whose every edge has a score (found by attribution).
+        A circuit whose every edge has a score (found by attribution). Of one that was found among `stable` edges, these
+        alone are kept.
     edges, threshold, select
         As in `select_edges`; `select` defaults to the circuit's own.
 
@@ -190,8 +191,10 @@ def resize(
         )
     if select is None:
         select = chosen_by(circuit)
-    kept = select_edges(circuit.graph, circuit.scores, edges=edges, threshold=threshold, select=select)
-    parameters = dict(circuit.provenance.get("parameters", {}), edges=edges, threshold=threshold, select=select)
+    before = part(circuit.provenance, "parameters")
+    sure = None if before.get("stable") is None else circuit.scores != 0  # those of other edges were set to 0
+    kept = select_edges(circuit.graph, circuit.scores, edges=edges, threshold=threshold, select=select, among=sure)
+    parameters = {**before, "edges": edges, "threshold": threshold, "select": select}
     provenance = dict(circuit.provenance, parameters=parameters)
     return replace(circuit, kept=kept, provenance=provenance, session=None).without_dangling()
 

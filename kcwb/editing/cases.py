@@ -17,7 +17,7 @@ from kcwb.tasks.prompts import encode
 from kcwb.tasks.records import read_json, readable
 from kcwb.tasks.relations import Fact, Relation, check_template, load_relation, load_relations, require_subjects
 from kcwb.tasks.subjects import blank
-from kcwb.tasks.tokens import object_tokens
+from kcwb.tasks.tokens import objects_after
 from kcwb.verbs import noun, verb
 
 #: Relations with shared objects, from which edits are made where none are named.
@@ -79,6 +79,11 @@ class EditCase:
         return self.template.replace("{}", self.fact.subject)
 
     @property
+    def wanted(self) -> Fact:
+        """The subject with its new object."""
+        return self.fact.with_object(self.target)
+
+    @property
     def told(self) -> dict[str, str]:
         """What tables say of it."""
         fact = self.fact
@@ -88,7 +93,7 @@ class EditCase:
 def check_targets(cases: Iterable[EditCase]) -> None:
     """Refuse an edit to what its subject has already; SettingError."""
     for i, case in enumerate(cases):
-        if case.target == case.fact.object:
+        if case.target in case.fact.right:
             raise SettingError(
                 f"Case {i}: the target {case.target!r:.60} is what {case.fact.subject!r:.60} has already."
             )
@@ -168,13 +173,15 @@ def _cases_of(
     facts = draw.sample(relation.facts, len(relation.facts))
     if neighbours:
         facts = [fact for fact in facts if any(one.object == fact.object and one != fact for one in relation.facts)]
-    tokens = object_tokens(model, text, relation.facts[0].subject, relation.objects)
+    tokens = objects_after(model, text, relation.facts, relation.objects)
     for start in range(0, len(facts), _AT_ONCE):
         part = facts[start : start + _AT_ONCE]
         prompts = encode(model, part, text, relation.objects)
         for fact, known in zip(part, (prompts.ranks <= rank).tolist(), strict=True):
-            true = tokens[fact.object]  # neither object may begin the other
-            targets = [one for one in relation.objects if any(a != b for a, b in zip(tokens[one], true, strict=False))]
+            named = tokens[fact.space]
+            true = named[fact.object]  # neither object may begin the other
+            targets = [one for one in relation.objects if any(a != b for a, b in zip(named[one], true, strict=False))]
+            targets = [one for one in targets if one not in fact.also]
             if known and targets:
                 yield _case(relation, fact, draw.choice(targets), template, apart, draw, neighbours, others)
 

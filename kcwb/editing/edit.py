@@ -181,7 +181,7 @@ def _requests(
         fact, target, template = request
         if not target.strip() or target != target.strip():
             raise SettingError(f"The target {target!r:.60} is empty, or starts or ends with white space.")
-        if target == fact.object or (bound < math.inf and is_answer(model, request.wanted, template)):
+        if target in fact.right or (bound < math.inf and is_answer(model, request.wanted, template)):
             raise SettingError(
                 f"The target {target!r:.60} is already the answer to {template.replace('{}', fact.subject)!r:.120}; "
                 "choose another."

@@ -44,7 +44,6 @@ from kcwb.models.memory import by_prompts
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed
 from kcwb.statistics import mean_interval, proportion_interval, statistic_interval
-from kcwb.tasks.relations import Fact
 from kcwb.tasks.tokens import answer_tokens, padded
 from kcwb.verbs import verb
 
@@ -85,7 +84,8 @@ class Asked:
         pairs = [(kind, text, *answers) for kind, texts in asked.items() for text in texts]
         pairs += [("portability", *composition) for composition in case.compositions]
         self.kinds = np.array([kind for kind, *_ in pairs])
-        self.rows = [_row(model, text, answer) for _, text, *both in pairs for answer in both]
+        space = case.fact.space
+        self.rows = [_row(model, text, answer, space) for _, text, *both in pairs for answer in both]
         self.plain = [_row(model, text, None) for text in (*case.same_subject, *case.other_subjects)]
         self.n_same = len(case.same_subject)
         self.target = case.target
@@ -126,10 +126,10 @@ def measure(model: Model, asked: Sequence[Asked], tokens: int) -> list[Measured]
     return [(one.probabilities(model), one.likeliest(model), text) for one, text in zip(asked, said, strict=True)]
 
 
-def _row(model: Model, text: str, answer: str | None) -> _Tokens:
-    """Tokens of a prompt and of " answer" as they follow it; DataError where they do not fit."""
+def _row(model: Model, text: str, answer: str | None, space: bool = True) -> _Tokens:
+    """Tokens of a prompt and of its answer as they follow it; DataError where they do not fit."""
     prompt = text_tokens(model, text)
-    tokens = [] if answer is None else answer_tokens(model, "{}", text, answer)
+    tokens = [] if answer is None else answer_tokens(model, "{}", text, answer, space)
     width = len(prompt + tokens[:-1])
     if width > model.network.n_ctx:
         raise DataError(f"A prompt has {width} tokens with its answer; {model.name} reads {model.network.n_ctx}.")
@@ -218,7 +218,7 @@ def edit_scores(
             raise SettingError(f"Case {i}: {case.fact.subject!r:.60} is in its batch of {batch} before; take batch=1.")
     for name, own in methods.items():
         check_edits(model, name, *layers, **{**settings, **own})
-    make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
+    make_rows(model, [(case.wanted, case.template) for case in cases])
     each = {case: Asked(model, case) for case in cases}  # a case may come again, for another layer
     before_each = dict(zip(each, measure(model, [*each.values()], tokens), strict=True))
     rows: list[dict[str, Any]] = []

@@ -38,7 +38,6 @@ from kcwb.models.loading import Model
 from kcwb.models.memory import by_prompts
 from kcwb.progress import Progress, track
 from kcwb.settings import Count, Natural, Seed
-from kcwb.tasks.relations import Fact
 from kcwb.verbs import noun, verb
 from kcwb.versions import versions
 
@@ -148,7 +147,7 @@ def sequential_edits(
     _check(cases, looks)
     cases = _apart(cases[: looks[-1]])
     check_edits(model, method, layer, **settings)
-    make_rows(model, [(Fact(case.fact.subject, case.target), case.template) for case in cases])
+    make_rows(model, [(case.wanted, case.template) for case in cases])
     judged_at = {n: {"first": range(min(judged, n)), "last": range(max(0, n - judged), n)} for n in looks}
     numbers = {n: sorted({*which["first"], *which["last"]}) for n, which in judged_at.items()}
     asked = {i: Asked(model, cases[i]) for i in sorted({i for some in numbers.values() for i in some})}

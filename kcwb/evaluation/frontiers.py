@@ -137,9 +137,9 @@ def frontier(
             spent = {"seconds": seconds, "peak_mib": peak}
             summary.append({"method": name, **_summary(curve, gained, possible, seed), **spent})
 
-        def tuned(of_edges: Tensor) -> list[float]:
+        def tuned(of_edges: Tensor, among: Tensor | None) -> list[float]:
             tuning = Tuning(model, make_loss(model, cuts.usable(task.val), metric), cuts)
-            return [tuning.share(of_edges, edges=size) for size in sizes]
+            return [tuning.share(of_edges, edges=size, among=among) for size in sizes]
 
         for name, settings in chosen.items():
             own = {"select": select, **settings}
@@ -147,11 +147,12 @@ def frontier(
             more = {"metric": metric, "ablation": ablation, "progress": False}
             of_edges, seconds, peak = _spent(model, partial(score_edges, model, task, **own, **more))
             step()
+            sure = None if own.get("stable") is None else of_edges != 0
             if selections[0] == "tuned":
-                selections, tuning, higher = _spent(model, partial(tuned, of_edges))
+                selections, tuning, higher = _spent(model, partial(tuned, of_edges, sure))
                 seconds, peak = seconds + tuning / len(sizes), max(peak, higher)
             kept = [
-                select_edges(model.graph, of_edges, edges=size, select=one)
+                select_edges(model.graph, of_edges, edges=size, select=one, among=sure)
                 for size, one in zip(sizes, selections, strict=True)
             ]
             measure(name, sizes, [Circuit(model.graph, one).without_dangling() for one in kept], seconds, peak)

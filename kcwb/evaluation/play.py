@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
+from kcwb.circuits.ablation import Ablation, AblationKind, check_made_for, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.masked import ChangingRun, MaskedRuns
 from kcwb.circuits.naming import edges_meant, edges_named, known_name
@@ -101,6 +101,7 @@ class Play:
         cuts = ablation or circuit.ablation
         if not isinstance(cuts, Ablation):
             cuts = make_ablation(model, task if isinstance(task, Task) else None, cuts)
+        check_made_for(model, cuts)
         if not len(asked):
             raise DataError("There is no fact to ask: the task's D_val is empty. Use a relation with more facts.")
         self.model, self.given, self._digest, self._cuts = model, circuit, model.digest, cuts

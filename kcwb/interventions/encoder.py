@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,7 +15,8 @@ from kcwb.models.graph import Graph, Node
 from kcwb.progress import Progress, track
 from kcwb.settings import Count
 from kcwb.tasks.masked import MaskedPrompts, MaskedTask, at_masks
-from kcwb.tasks.ranks import rank_of
+from kcwb.tasks.metrics import together
+from kcwb.tasks.ranks import rank_of_best
 from kcwb.tasks.task import check_same_weights
 from kcwb.verbs import verb
 
@@ -85,9 +85,7 @@ def _measure(
 ) -> tuple[Float[Tensor, " N"], Tensor]:
     """The answer's loss and whether it is a hit, for each prompt."""
     logits = at_masks(run_encoder(encoder, prompts.tokens, prompts.real, replaced), prompts.masks).float()
-    return torch.nn.functional.cross_entropy(logits, prompts.answers, reduction="none"), (
-        rank_of(logits, prompts.answers) <= k
-    )
+    return logits.logsumexp(-1) - together(logits, prompts.right), rank_of_best(logits, prompts.right) <= k
 
 
 def _ablated(

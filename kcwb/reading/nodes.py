@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kcwb.circuits.ablation import Ablation, AblationKind, make_ablation
+from kcwb.circuits.ablation import Ablation, AblationKind, check_made_for, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model
 from kcwb.errors import CircuitError, SettingError
@@ -263,6 +263,7 @@ def planned_run(
         kept, cuts = circuit.kept, ablation or circuit.ablation
         if not isinstance(cuts, Ablation):
             cuts = make_ablation(model, task if isinstance(task, Task) else None, cuts)
+        check_made_for(model, cuts)
     if prompt is not None:
         return PlannedRun(model.network, prompts.select([prompt]), kept, cuts, [prompt])
     usable = prompts if cuts is None else cuts.usable(prompts)

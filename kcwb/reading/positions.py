@@ -136,10 +136,10 @@ def without_copies(model: Model, prompts: Prompts) -> Prompts:
 
 
 def says_its_object(model: Model, prompts: Prompts, row: int) -> bool:
-    """Whether an answer's first token is, but for spaces and case, among its subject's tokens."""
+    """Whether the first token of a right answer is, but for spaces and case, among its subject's tokens."""
     subject = prompts.tokens[row, int(prompts.subject_start[row]) : int(prompts.subject_stop[row])].tolist()
     words = {token_text(model, token).strip().casefold() for token in subject}
-    return token_text(model, int(prompts.answers[row, 0])).strip().casefold() in words
+    return any(token_text(model, token).strip().casefold() in words for token in prompts.firsts[row])
 
 
 def token_text(model: Model, token: int) -> str:

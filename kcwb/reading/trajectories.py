@@ -3,9 +3,9 @@
 After each block the residual stream is read as if the model ended there, W_U . LN_final(residual): the logit lens
 (nostalgebraist 2020), at END and at the subject's tokens.
 
-A prompt is **right** if the first token of its object is the model's likeliest, else wrong. Two tokens are followed:
-the right answer, and the **rival**, which is the likeliest token but the right one: what the model says where it is
-wrong, its runner-up where it is right.
+A prompt is **right** if the first token of its object, or of another right answer, is the model's likeliest, else
+wrong. Two tokens are followed: the right answer, of several the likeliest, and the **rival**, which is the likeliest
+token but the right ones: what the model says where it is wrong, its runner-up where it is right.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from kcwb.progress import Progress, track
 from kcwb.settings import Count, Kind, Positive, Seed, fits
 from kcwb.sweep.run import Cell, Outcome, run_cell, run_in_worker
 from kcwb.sweep.store import cell_table, check_store, finished, known_weights, open_store, stored_digests, write_cell
-from kcwb.tasks.relations import Relation, load_relation
+from kcwb.tasks.relations import FILES, Relation, load_relation
 from kcwb.verbs import verb
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def read_sweep_file(path: str | Path) -> dict[str, Any]:
             raise SettingError(f"{path} lacks {key}.")
     _delivers(data.get("ablations", [None]), data.get("methods", []), data.get("metric", "nll"))
     here = path.parent
-    data["relations"] = [str(here / one) if one.endswith(".json") else one for one in data["relations"]]
+    data["relations"] = [str(here / one) if one.endswith(FILES) else one for one in data["relations"]]
     return data | {"store": str(here / data["store"])}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -155,8 +155,21 @@ class Composition:
             symmetric=False,
             prompt_templates=templates,
             prompt_templates_zs=templates,
-            facts=tuple(Fact(chain.subject, chain.object) for chain in self.chains),
+            facts=self.facts_of("two-hop"),
         )
+
+    def facts_of(self, question: str) -> tuple[Fact, ...]:
+        """What `hop 1`, `hop 2` or a `two-hop` question asks of each chain, with all right answers of its relation."""
+        hop_1 = question == "hop 1"
+        own = {fact.subject: fact for fact in (self.first if hop_1 else self.second).facts}
+        found = []
+        for chain in self.chains:
+            subject, answer = (chain.subject, chain.bridge) if hop_1 else (chain.bridge, chain.object)
+            fact = own.get(subject, Fact(subject, answer))
+            fact = fact if fact.object == answer else fact.with_object(answer)
+            both = question == "two-hop"
+            found.append(replace(fact, subject=chain.subject, corrupted="") if both else fact)
+        return tuple(found)
 
     def wording(self, which: int) -> Wording:
         """A wording by its number; SettingError if there is none."""
@@ -287,8 +300,10 @@ def reverse(relation: Relation | str, *, templates: Sequence[str] | None = None)
             f"There are no templates that ask {relation.name} backwards: give some, for example "
             f"reverse({relation.name!r}, templates=['... {{}} ...']). {nearest(relation.name, BACKWARDS)}"
         )
-    times = Counter(fact.object for fact in relation.facts)
-    facts = tuple(Fact(fact.object, fact.subject) for fact in relation.facts if times[fact.object] == 1)
+    times = Counter(name for fact in relation.facts for name in fact.right)
+    facts = tuple(
+        Fact(fact.object, fact.subject, space=fact.space) for fact in relation.facts if times[fact.object] == 1
+    )
     if not facts:
         raise DataError(
             f"{relation.name} cannot be asked backwards: each of its {len(times)} objects belongs to several of its "

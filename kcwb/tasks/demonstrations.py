@@ -73,17 +73,17 @@ def deranged(facts: Sequence[Fact], relation: Relation, draw: random.Random) -> 
     Where that cannot be (a single fact, or most have the same object), what is left over gets another object of the
     relation.
     """
-    cost = [[draw.random() + len(facts) * (a.object == b.object) for b in facts] for a in facts]
+    cost = [[draw.random() + len(facts) * (b.object in a.right) for b in facts] for a in facts]
     given = [facts[j].object for j in linear_sum_assignment(cost)[1]]
     wrong = []
     for fact, name in zip(facts, given, strict=True):
-        others = [other for other in relation.objects if other != fact.object]
+        others = [other for other in relation.objects if other not in fact.right]
         if not others:
             raise DataError(
                 f"All {len(relation.facts)} facts of {relation.name} have the object {fact.object!r:.60}: its labels "
                 "cannot be shuffled."
             )
-        chosen = draw.choice(others) if name == fact.object else name
+        chosen = draw.choice(others) if name in fact.right else name
         wrong.append(Fact(fact.subject, chosen, space=fact.space))
     return wrong
 
@@ -107,7 +107,7 @@ class UnrelatedText:
     def __init__(self, model: Model, relation: Relation, question: str, others: Sequence[Relation] | None) -> None:
         self._model, self._question = model, question
         others = load_relations() if others is None else others
-        names = {name for fact in relation.facts for name in (fact.subject, fact.object)}
+        names = {name for fact in relation.facts for name in (fact.subject, *fact.right)}
         named = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(names)))})(?!\w)", re.IGNORECASE)
         found = []
         for other in others:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pandas as pd
@@ -137,12 +137,13 @@ def ask_hops(
     first, second, chains = composition.first, composition.second, composition.chains
     wording = composition.wording(template)
     hop_1, hop_2 = first.template(first_template), second.template(second_template)
-    questions: dict[str, tuple[str, list[Fact]]] = {
-        "hop 1": (hop_1, [Fact(chain.subject, chain.bridge) for chain in chains]),
-        "hop 2": (hop_2, [Fact(chain.bridge, chain.object) for chain in chains]),
-        "two-hop": (wording.template, [Fact(chain.subject, chain.object) for chain in chains]),
-        "entity alone": (hop_2, [Fact(chain.subject, chain.object) for chain in chains]),
-        "relation alone": ("{}", [Fact(wording.relation_alone, chain.object) for chain in chains]),
+    both = composition.facts_of("two-hop")
+    questions: dict[str, tuple[str, Sequence[Fact]]] = {
+        "hop 1": (hop_1, composition.facts_of("hop 1")),
+        "hop 2": (hop_2, composition.facts_of("hop 2")),
+        "two-hop": (wording.template, both),
+        "entity alone": (hop_2, both),
+        "relation alone": ("{}", [replace(fact, subject=wording.relation_alone) for fact in both]),
     }
     table = pd.DataFrame([vars(chain) for chain in chains])
     asked = {}

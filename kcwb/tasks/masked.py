@@ -22,8 +22,8 @@ from torch import Tensor
 from kcwb.errors import DataError
 from kcwb.models.encoder import Encoder, run_encoder
 from kcwb.settings import Count, Seed
-from kcwb.tasks.prompts import draw_partners, known_rows, select_rows
-from kcwb.tasks.ranks import rank_of
+from kcwb.tasks.prompts import draw_partners, even, known_rows, select_rows
+from kcwb.tasks.ranks import rank_of_best
 from kcwb.tasks.relations import Fact, Relation, load_relation, require_subjects
 from kcwb.tasks.task import split
 from kcwb.tasks.tokens import padded
@@ -44,6 +44,8 @@ class MaskedPrompts:
         `[N, T]`: token ids, padded on the right, and which are not padding.
     masks, answers
         `[N]`: where the mask is, and the token that belongs there.
+    right
+        `[N, R]`: all tokens that may stand there, that one first; -1 where there are fewer than R.
     ranks
         `[N]`: the full model's rank of the answer, from 1.
     corrupted, paired
@@ -57,6 +59,7 @@ class MaskedPrompts:
     real: Bool[Tensor, "N T"]
     masks: Int[Tensor, " N"]
     answers: Int[Tensor, " N"]
+    right: Int[Tensor, "N R"]
     ranks: Int[Tensor, " N"]
     corrupted: Int[Tensor, "N T"]
     paired: Bool[Tensor, " N"]
@@ -107,7 +110,7 @@ class _Row(NamedTuple):
     text: str
     tokens: list[int]
     mask: int
-    answer: int
+    right: list[int]
 
 
 @verb
@@ -132,7 +135,7 @@ def make_masked_task(
     seed
         Of the draw of D_val, D_test and corrupted partners.
     template
-        As in `make_task`: the mask follows it after a space.
+        As in `make_task`: the mask follows it as the answer would.
     ending
         What follows the mask.
 
@@ -148,9 +151,9 @@ def make_masked_task(
     require_subjects(relation, "A masked-token prompt")
     text = relation.template(template)
     found = [_row(encoder, fact, text, ending) for fact in relation.facts]
-    objects = {(row.answer, row.fact.object) for row in found if row is not None}
+    objects = {(row.right[0], row.fact.object) for row in found if row is not None}
     times = Counter(answer for answer, _ in objects)
-    rows = [row for row in found if row is not None and times[row.answer] == 1]
+    rows = [row for row in found if row is not None and times[row.right[0]] == 1]
     if not rows:
         raise DataError(
             f"None of the {len(found)} objects of {relation.name} is one token of its own for {encoder.name} after "
@@ -173,41 +176,43 @@ def make_masked_task(
 
 
 def _row(encoder: Encoder, fact: Fact, template: str, ending: str) -> _Row | None:
-    """Tokens of one prompt, and the token that its mask stands for; None if it is not one."""
+    """Tokens of one prompt, and those that its mask may stand for; None if the object is not one token."""
     tokenizer: Any = encoder.tokenizer
-    start = template.replace("{}", fact.subject)
-    text = f"{start} {tokenizer.mask_token}{ending}"
+    start = template.replace("{}", fact.subject) + (" " if fact.space else "")
+    text = f"{start}{tokenizer.mask_token}{ending}"
     tokens = tokenizer(text).input_ids
     at = [i for i, token in enumerate(tokens) if token == tokenizer.mask_token_id]
     if len(at) != 1:
         raise DataError(f"{text!r:.120} has {len(at)} mask tokens; a masked-token prompt has one.")
     if len(tokens) > encoder.n_ctx:
         raise DataError(f"A prompt of {template!r} has {len(tokens)} tokens, and {encoder.name} reads {encoder.n_ctx}.")
-    whole = tokenizer(f"{start} {fact.object}{ending}").input_ids
-    if len(whole) != len(tokens) or whole[: at[0]] + whole[at[0] + 1 :] != tokens[: at[0]] + tokens[at[0] + 1 :]:
-        return None
-    answer = whole[at[0]]
-    return None if answer == tokenizer.unk_token_id else _Row(fact, text, tokens, at[0], answer)
+    right: dict[str, int] = {}
+    for name in fact.right:
+        whole = tokenizer(f"{start}{name}{ending}").input_ids
+        if len(whole) == len(tokens) and whole == [*tokens[: at[0]], whole[at[0]], *tokens[at[0] + 1 :]]:
+            right[name] = whole[at[0]]
+    known = right.get(fact.object, tokenizer.unk_token_id) != tokenizer.unk_token_id
+    return _Row(fact, text, tokens, at[0], [*dict.fromkeys(right.values())]) if known else None
 
 
 def _prompts(encoder: Encoder, rows: list[_Row], seed: int) -> MaskedPrompts:
     shapes = [(len(row.tokens), row.mask) for row in rows]
-    partners = draw_partners(shapes, [{row.answer} for row in rows], random.Random(seed))
+    partners = draw_partners(shapes, [row.tokens for row in rows], [{*row.right} for row in rows], random.Random(seed))
     pad, column = partial(padded, device=encoder.device), partial(torch.tensor, device=encoder.device)
     tokens, real = pad([row.tokens for row in rows]), pad([[1] * len(row.tokens) for row in rows]).bool()
-    masks, answers = column([row.mask for row in rows]), column([row.answer for row in rows])
-    ranks = []
+    masks, right, ranks = column([row.mask for row in rows]), column(even([row.right for row in rows])), []
     for start in range(0, len(rows), _CHUNK):
         part = slice(start, start + _CHUNK)
         logits = at_masks(run_encoder(encoder, tokens[part], real[part]), masks[part])
-        ranks.append(rank_of(logits, answers[part]))
+        ranks.append(rank_of_best(logits, right[part]))
     return MaskedPrompts(
         facts=tuple(row.fact for row in rows),
         texts=tuple(row.text for row in rows),
         tokens=tokens,
         real=real,
         masks=masks,
-        answers=answers,
+        answers=right[:, 0],
+        right=right,
         ranks=torch.cat(ranks),
         corrupted=pad([rows[i if other is None else other].tokens for i, other in enumerate(partners)]),
         paired=column([other is not None for other in partners]),

@@ -26,6 +26,7 @@ from kcwb.errors import DataError, choose, warn
 from kcwb.settings import Count
 from kcwb.tasks.pairs import is_empty, read_pairs, read_table
 from kcwb.tasks.relations import Relation
+from kcwb.tasks.subjects import places
 from kcwb.verbs import verb
 
 #: Task -> the counterfactual that its corrupted prompts are of by default.
@@ -106,8 +107,8 @@ def _row(task: str, record: Mapping[Any, Any], other: Any, where: str) -> dict[s
     if task == "ioi":
         about = _get(record, "metadata", where)
         right, wrong = (str(_get(about, key, f"{where}, metadata")) for key in ("indirect_object", "subject"))
-        at = str(_get(record, "prompt", where)).rfind(wrong)
-        return {"answer": [right], "wrong": [wrong], "subject": None if at < 0 else [at, at + len(wrong)]}
+        at = places(str(_get(record, "prompt", where)), wrong)[-1:]
+        return {"answer": [right], "wrong": [wrong], "subject": [at[0], at[0] + len(wrong)] if at else None}
     answers = [_label(one, task, where) for one in (record, other)]
     return {"answer": answers[:1], "wrong": answers[1:]}
 

@@ -11,7 +11,8 @@ from kcwb.models.forward import forward
 from kcwb.models.loading import Model
 from kcwb.tasks.prompts import Prompts, assemble
 from kcwb.tasks.relations import Fact
-from kcwb.tasks.tokens import PromptTokens, answer_tokens, located_tokens, text_tokens
+from kcwb.tasks.subjects import places
+from kcwb.tasks.tokens import PromptTokens, answer_tokens, located_tokens, object_tokens, text_tokens
 
 
 def own_prompt(
@@ -22,7 +23,7 @@ def own_prompt(
     Parameters
     ----------
     subject
-        Which part of the text is the subject: where it stands there last. Empty: it is not known.
+        Which part of the text is the subject: where it stands there last, as whole words. Empty: it is not known.
     answer
         What follows, after a space unless the text ends with one; its rank is that of its first token, since there is
         nothing else to tell it from. Empty: the token that the full model holds likeliest.
@@ -40,9 +41,10 @@ def own_prompt(
     text, subject, answer = prompt.strip(" "), subject.strip(), answer.strip()
     if not text.strip():
         raise SettingError("The prompt is empty. Type what the model is to go on with.")
-    start = text.rfind(subject) if subject else 0
+    start = (places(text, subject) or [-1])[-1] if subject else 0
     if start < 0:
-        raise SettingError(f"The subject {shown(subject)} does not stand in the prompt in these letters.")
+        how = "as a whole word" if subject in text else "in these letters"
+        raise SettingError(f"The subject {shown(subject)} does not stand in the prompt {how}.")
     tokens, first, stop = located_tokens(model, text, start, start + len(subject))
     space = not text[-1].isspace()
     wanted = answer_tokens(model, "{}", text, answer, space) if answer else []
@@ -53,9 +55,10 @@ def own_prompt(
     corrupted, partner = "", None
     for other in others if subject else ():
         changed = text[:start] + other.named + text[start + len(subject) :]
-        if other.named in ("", subject) or len(row := text_tokens(model, changed)) != len(tokens):
+        row = text_tokens(model, changed)
+        if not other.named or len(row) != len(tokens) or row == tokens:
             continue
-        if answer_tokens(model, "{}", text, other.object, space)[0] != answers[0]:
+        if answers[0] not in {one[0] for one in object_tokens(model, "{}", text, other.right, space).values()}:
             corrupted, partner = changed, row
             break
     said = answer or str(model.tokenizer.decode(answers)).strip() or repr(model.tokenizer.decode(answers))

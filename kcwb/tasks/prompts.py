@@ -118,6 +118,11 @@ class Prompts:
         return () if plain else (self.also, self.more_foils, self.compared)
 
     @property
+    def own(self) -> list[list[int]]:
+        """Each prompt's own tokens, without its answer's."""
+        return [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
+
+    @property
     def ends(self) -> Int[Tensor, " N"]:
         """The position of END, each prompt's last token: where the answer's first token is predicted."""
         return self.lengths - 1
@@ -184,7 +189,8 @@ def encode(
         None if fact.wrong and foil is None else _foil(row, fact, firsts[fact.space], foil, draw)
         for row, fact in zip(rows, facts, strict=True)
     ]
-    partners = draw_partners([len(row.prompt) for row in rows], [row.firsts for row in rows], draw)
+    own = [row.prompt for row in rows]
+    partners = draw_partners([*map(len, own)], own, [row.firsts for row in rows], draw)
     width = max(len(row.prompt) + len(row.answer) - 1 for row in rows)
     if width > model.network.n_ctx:
         raise DataError(f"A prompt of {template!r} has {width} tokens; {model.name} reads {model.network.n_ctx}.")
@@ -192,7 +198,8 @@ def encode(
     others = [None if partner is None else rows[partner].prompt for partner in partners]
     for i, row in enumerate(rows):
         if row.corrupted is not None:
-            others[i] = row.corrupted if len(row.corrupted) == len(row.prompt) else None
+            differs = row.corrupted != row.prompt and len(row.corrupted) == len(row.prompt)
+            others[i] = row.corrupted if differs else None
     return assemble(model, facts, texts, rows, tokens, foils, others, progress)
 
 
@@ -233,18 +240,21 @@ def assemble(
         ranks=column([0] * len(rows)),
         corrupted=pad([(other or row.prompt) + row.answer[:-1] for row, other in zip(rows, partners, strict=True)]),
         paired=column([other is not None for other in partners]),
-        also=column(_even([row.also for row in rows]), dtype=torch.long),
-        more_foils=column(_even([some[1:] for some in own]), dtype=torch.long),
+        also=column(even([row.also for row in rows]), dtype=torch.long),
+        more_foils=column(even([some[1:] for some in own]), dtype=torch.long),
         compared=column(compared),
     )
     return replace(prompts, ranks=full_ranks(model, prompts, progress))
 
 
-def draw_partners(alike: Sequence[Any], firsts: Sequence[set[int]], draw: random.Random) -> list[int | None]:
-    """For each prompt another one that is `alike` and whose answers start otherwise, or None."""
+def draw_partners(
+    alike: Sequence[Any], prompts: Sequence[list[int]], firsts: Sequence[set[int]], draw: random.Random
+) -> list[int | None]:
+    """For each prompt another one that is `alike`, of other tokens, and whose answers start otherwise; or None."""
     found: list[int | None] = []
-    for own, first in zip(alike, firsts, strict=True):
+    for own, prompt, first in zip(alike, prompts, firsts, strict=True):
         others = [i for i, one in enumerate(alike) if one == own and firsts[i].isdisjoint(first)]
+        others = [i for i in others if prompts[i] != prompt]
         found.append(draw.choice(others) if others else None)
     return found
 
@@ -266,7 +276,7 @@ def _own_foils(row: PromptTokens, place: int) -> list[int]:
     return [token for token in dict.fromkeys(found) if token not in right] or [-1]
 
 
-def _even(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+def even(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """Rows made as long as the longest by -1."""
     width = max(map(len, rows))
     return [[*row, *[-1] * (width - len(row))] for row in rows]

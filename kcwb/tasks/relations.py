@@ -20,7 +20,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ class Fact:
     def right(self) -> tuple[str, ...]:
         """All right answers, the first one first."""
         return (self.object, *self.also)
+
+    @verb
+    def with_object(self, name: str) -> Fact:
+        """The same question, to which this answer is right and no other."""
+        return replace(self, object=name, also=(), wrong=())
 
 
 @noun
@@ -271,6 +276,8 @@ def _parse(data: Any, path: Path) -> Relation:
 
 #: Endings of tables of prompts.
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+#: Endings of relations.
+FILES = (".json", *TABLES)
 _KINDS = {str: "a text", bool: "true or false", list: "a list", Mapping: "an object"}
 
 

@@ -195,7 +195,7 @@ def shot_tasks(
     zero = encode(model, deal.asked, text, relation.objects, seed, progress=progress)
     known = known_rows(model, zero.ranks, f"{relation.name} that are asked in {text!r:.120}", ", no shot")
     rows = split(known, len(zero), n, seed, n_test)
-    partners = draw_partners(zero.lengths.tolist(), zero.firsts, random.Random(seed))
+    partners = draw_partners(zero.lengths.tolist(), zero.own, zero.firsts, random.Random(seed))
     reference_rows = rows.reference[:_REFERENCE_SIZE]
     references = {k: deal.reference(k, zero, reference_rows, partners) for k, _ in contexts}
     tasks = {}

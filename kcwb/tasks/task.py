@@ -105,7 +105,7 @@ def make_task(
     -----
     UserWarning
         Of facts that are left out, since all tokens of their object begin another object of the relation (or of their
-        own wrong answers); and of corrupted prompts that do not have as many tokens as their own.
+        own wrong answers); and of corrupted prompts that do not have as many tokens as their own, or the same.
 
     Raises
     ------
@@ -124,7 +124,8 @@ def make_task(
     if lonely:
         warn(
             f"{len(lonely)} of {len(facts)} corrupted prompts of {relation.name} do not have as many tokens as the "
-            f"clean one (the first: {lonely[0].corrupted!r:.60} for {lonely[0].subject!r:.60}), and are not used."
+            f"clean one, or the same (the first: {lonely[0].corrupted!r:.60} for {lonely[0].subject!r:.60}), and are "
+            "not used."
         )
     rows = split(known, len(everything), n, seed, n_test)
     return Task(
@@ -158,8 +159,7 @@ def ask_again(model: Model, task: Task) -> Task:
     for name in Split._fields:
         prompts = getattr(task, name)
         ids = [text_tokens(model, text) for text in prompts.texts]
-        own = [row[:length] for row, length in zip(prompts.tokens.tolist(), prompts.lengths.tolist(), strict=True)]
-        if ids != own or prompts.tokens.device != model.device:
+        if ids != prompts.own or prompts.tokens.device != model.device:
             raise SettingError(
                 f"{model.name} reads the task's prompts as other tokens, or elsewhere, than {task.model_name} does; "
                 f"make the task anew: make_task(model, {task.relation.name!r})."

@@ -56,7 +56,7 @@ def with_other_partners(task: Task, seed: int) -> Task:
     pool = [row for part in parts for row in zip(*_tokens(part), part.subject_start.tolist(), strict=True)]
     prompts, firsts = [prompt for prompt, _, _ in pool], [first for part in parts for first in part.firsts]
     alike = [(len(prompt), prompt[:start]) for prompt, _, start in pool]
-    drawn = draw_partners(alike, firsts, random.Random(seed))[: len(task.val)]
+    drawn = draw_partners(alike, prompts, firsts, random.Random(seed))[: len(task.val)]
     old, given = _corrupted(task.val), [bool(fact.corrupted) for fact in task.val.facts]
     partners = [old[i] if partner is None or given[i] else prompts[partner] for i, partner in enumerate(drawn)]
     paired = [one is not None for one in partners]
@@ -131,8 +131,7 @@ def _derangement(firsts: Sequence[set[int]], draw: random.Random, task: Task) ->
 
 def _tokens(prompts: Prompts) -> tuple[list[list[int]], list[list[int]]]:
     """Each prompt's own tokens, and its answer's."""
-    own = _beginnings(prompts.tokens, prompts.lengths)
-    return own, _beginnings(prompts.answers, prompts.answer_mask.sum(1))
+    return prompts.own, _beginnings(prompts.answers, prompts.answer_mask.sum(1))
 
 
 def _corrupted(prompts: Prompts) -> list[list[int] | None]:

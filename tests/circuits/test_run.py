@@ -11,11 +11,16 @@ import torch
 from kcwb.circuits.ablation import ABLATIONS, make_ablation
 from kcwb.circuits.circuit import Circuit
 from kcwb.circuits.run import check_same_model, run_circuit
-from kcwb.errors import CircuitError, KcwbError
+from kcwb.discovery.acdc import Search
+from kcwb.discovery.attribution import attribution_scores
+from kcwb.errors import CircuitError, KcwbError, SettingError
+from kcwb.evaluation.play import Play
 from kcwb.models import memory
 from kcwb.models.digest import state_digest
 from kcwb.models.forward import forward
 from kcwb.models.graph import Graph
+from kcwb.reading.nodes import component_logits
+from kcwb.tasks.metrics import make_loss
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
 from kcwb.tasks.task import make_task
@@ -189,3 +194,21 @@ def test_a_circuit_with_the_digest_that_depended_on_a_bridges_names_is_still_the
     check_same_model(model, circuit)
     with pytest.raises(CircuitError, match="found on"):
         check_same_model(tiny_model(name, seed=1), circuit)
+
+
+def test_what_cut_edges_deliver_of_other_weights_is_refused(llama):
+    """Of a twin, a model of the same shape, the numbers would be wrong and nothing would say so."""
+    task, twin = task_of(llama), tiny_model("llama", seed=9)
+    half = Circuit(llama.graph, llama.graph.exists & (torch.rand(llama.graph.exists.shape) < 0.5))
+    for kind in ("mean", "resample"):
+        cuts = replace(make_ablation(llama, task, kind), model_digest=twin.digest, network=twin.network)
+        for run in (
+            lambda cuts=cuts: run_circuit(llama, half, task.val, cuts),
+            lambda cuts=cuts: Play(llama, half, task, ablation=cuts),
+            lambda cuts=cuts: component_logits(llama, task, "m1", circuit=half, ablation=cuts),
+            lambda cuts=cuts: attribution_scores(llama, make_loss(llama, task.val), cuts),
+            lambda cuts=cuts: Search(llama, make_loss(llama, task.val), cuts, tau=0.1),
+        ):
+            with pytest.raises(SettingError, match=rf"made for weights .* Make it again: make_ablation.*'{kind}'"):
+                run()
+    run_circuit(llama, half, task.val, make_ablation(twin, None, "zero"))  # nothing is nobody's

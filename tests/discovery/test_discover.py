@@ -298,8 +298,28 @@ def test_stable_keeps_edges_whose_sign_is_sure(model, task) -> None:
         discover_many(model, task, "eap", stable=0.9, draws=3, progress=False)
 
 
+@pytest.mark.parametrize("select", ["signed", "absolute", 0.5])
+def test_resizing_keeps_to_the_stable_edges(model, words, select) -> None:
+    task, how = make_task(model, words, n=8), {"select": select, "stable": 0.8, "progress": False}
+    large, small = (discover(model, task, "gim", edges=edges, **how) for edges in (90, 10))
+    assert torch.equal(resize(small, edges=90).kept, large.kept)
+    assert not (resize(small, threshold=-1e9).kept & (small.scores == 0)).any()
+    scores = score_edges(model, task, "gim", stable=0.8, progress=False)
+    assert torch.equal(scores[model.graph.exists], small.scores[model.graph.exists])
+
+
 def test_optimal_needs_a_size(model, task) -> None:
     with pytest.raises(SettingError, match="give edges, not threshold"):
         discover(model, task, "eap", threshold=0.1, select="optimal", progress=False)
     found = discover(model, task, "eap", edges=25, select="optimal", progress=False)
     assert 0 < found.n_edges <= 25
+
+
+def test_a_single_prompt_is_no_mean(model, task, monkeypatch) -> None:
+    """Its mean is the prompt itself: no cut would change a thing, and any circuit would do as well as the model."""
+    fact = task.val.facts[0]
+    lonely = make_task(model, replace(task.relation, facts=(fact,)))
+    assert float(score_edges(model, lonely, "exact", ablation="zero", progress=False).abs().max()) > 0.01
+    monkeypatch.setattr("kcwb.discovery.discover.make_ablation", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(DataError, match="averages over the prompts of words, and there is only one"):
+        discover(model, lonely, "gim", progress=False)

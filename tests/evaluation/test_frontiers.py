@@ -101,3 +101,12 @@ def test_what_cannot_be_compared_is_refused_before_edges_are_scored(model, task,
     for methods, circuits in ((["eap"], {"none": []}), ([], None)):
         with pytest.raises(SettingError, match="nothing to compare"):
             frontier(model, task, methods, circuits=circuits, known=False, progress=False)
+
+
+@pytest.mark.parametrize("select", ["signed", "tuned"])
+def test_circuits_of_stable_edges_are_those_that_are_discovered(model, task, select) -> None:
+    how = {"method": "gim", "stable": 0.8, "select": select}
+    curves, _ = frontier(model, task, {"sure": how}, sizes=(10, 90), known=False, progress=False)
+    found = [discover(model, task, edges=size, progress=False, **how).n_edges for size in (10, 90)]
+    plain = discover(model, task, "gim", edges=90, select=select, progress=False).n_edges
+    assert curves["edges"].tolist() == found and found[1] != plain

@@ -19,6 +19,7 @@ from kcwb.evaluation.play import Play
 from kcwb.interventions.nodes import ablate_nodes
 from kcwb.models.network import Network
 from kcwb.tasks.metrics import make_loss
+from kcwb.tasks.own import own_prompt
 from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
 from kcwb.tasks.task import make_task
@@ -341,6 +342,16 @@ def test_a_prompt_of_ones_own_is_answered_as_by_runs_of_it(tiny, name, ablation)
     assert not torch.equal(cuts.values(prompts), torch.zeros(())) if ablation != "zero" else True
 
 
+def test_a_subject_is_where_it_stands_as_a_whole_word(tiny):
+    """Not in w10, which begins with its letters; nor is a partner one whose other right answer is the answer."""
+    model = tiny("llama")
+    others = [Fact("w3", "w41", also=("w40",)), Fact("w4", "w42")]
+    prompts = own_prompt(model, "w80 w1 w10", subject="w1", answer="w40", others=others)
+    assert (int(prompts.subject_start[0]), int(prompts.subject_stop[0])) == (1, 2)
+    assert prompts.facts[0].named == "w1" and prompts.facts[0].corrupted == "w80 w4 w10"
+    assert not own_prompt(model, "w80 x1", subject="x1", others=[Fact("x2", "w41")]).paired.any()  # both unknown
+
+
 def test_an_answer_that_is_left_out_is_what_the_model_says(play):
     table = play.ask("w80 w3 w9").set_index("run")
     assert table.at["model", "rank"] == 1 and table.at["model", "top"][0][0] == table.at["model", "answer"]
@@ -375,6 +386,7 @@ def test_what_cut_edges_deliver_on_it_is_said(tiny):
     [
         ({"prompt": "  "}, "The prompt is empty. Type what the model is to go on with."),
         ({"prompt": "w1 w2", "subject": "w7"}, "The subject 'w7' does not stand in the prompt in these letters."),
+        ({"prompt": "w10 w2", "subject": "w1"}, "The subject 'w1' does not stand in the prompt as a whole word."),
         ({"prompt": "w1 " * 70}, r"The prompt has 7\d tokens; .* reads 64\."),
         ({"prompt": "w1 w2"}, "resample ablation needs the prompt with another subject in it: say the subject."),
         ({"prompt": "w1 w2 w3 w4 w5", "subject": "w1 w2 w3 w4 "}, "no other subject .* in the place of 'w1 w2 w3 w4'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from kcwb.models.encoder import Encoder, load_encoder, record_nodes, run_encoder
 from kcwb.models.loading import load_model
 from kcwb.tasks.masked import at_masks, make_masked_task
 from kcwb.tasks.relations import Fact, Relation
+from tests.tasks import spaced_tokenizer
 from tests.tiny import ENCODERS, tiny_encoder, tiny_hf, tokenizer
 
 _MADE: dict[str, Encoder] = {}
@@ -135,6 +137,34 @@ def test_the_table_of_zero_ablations_is_what_each_edited_model_says(bert, words:
             assert rows.loc[node, "change"] == pytest.approx(expected - rows.loc["none", "nll"], abs=1e-5)
     assert table.loc[table["node"] == "none", "change"].eq(0).all()
     assert set(table["kind"]) == {"none", "head", "mlp"} and table["change"].abs().max() > 0.01
+
+
+def test_all_right_answers_of_a_mask_are_right(bert, words: Relation) -> None:
+    single = [fact for fact in words.facts if " " not in fact.object]
+    facts = tuple(replace(fact, also=(f"w{70 + i % 9}", "w60 w61")) for i, fact in enumerate(single))
+    task = make_masked_task(bert, replace(words, facts=facts), n=6)
+    prompts = task.val
+    logits = at_masks(run_encoder(bert, prompts.tokens, prompts.real), prompts.masks)
+    losses, hits = [], 0
+    for fact, values, rank in zip(prompts.facts, logits.tolist(), prompts.ranks.tolist(), strict=True):
+        right = set(bert.tokenizer.convert_tokens_to_ids(fact.right[:2]))
+        best = max(values[token] for token in right)
+        assert rank == 1 + sum(value >= best for token, value in enumerate(values) if token not in right)
+        losses.append(-math.log(sum(torch.tensor(values).softmax(-1)[token].item() for token in right)))
+        hits += rank <= 3
+    none = ablate_encoder(bert, task, ablation="zero", k=3, progress=False).iloc[0]
+    assert none["nll"] == pytest.approx(sum(losses) / len(losses), abs=1e-5) and none["hit"] == hits / len(losses)
+
+
+def test_a_mask_follows_its_prompt_as_the_answer_would() -> None:
+    words = spaced_tokenizer()
+    words.add_special_tokens({"mask_token": "[M]"})
+    encoder = load_encoder(tiny_hf("bert"), words, device="cpu")
+    facts = tuple(Fact(f"w{i}", f"w{20 + i}", space=False) for i in range(9))
+    relation = Relation("r", "factual", "", "", False, ("{} w1",), ("{} w1",), facts)
+    prompts = make_masked_task(encoder, relation, n=4, ending="\n").val
+    named = [words.convert_ids_to_tokens(one) for one in prompts.answers.tolist()]
+    assert named == [fact.object for fact in prompts.facts]
 
 
 def test_the_mean_is_over_the_same_place_counted_from_the_mask(bert, words: Relation) -> None:

@@ -544,8 +544,10 @@ def test_a_sweep_file_that_makes_no_sense_is_refused(tmp_path: Path, text: str, 
 
 def test_a_sweep_file_is_the_arguments_with_paths_from_its_folder(words: Relation, tmp_path: Path) -> None:
     words.save(tmp_path / "mine.json")
-    lists = "models = ['gpt2']\nrelations = ['mine.json', 'country_capital']\ntaus = [1, 0.5]\n"
+    (tmp_path / "own.csv").write_text("clean,answer\nw1 w2,w3\n")
+    lists = "models = ['gpt2']\nrelations = ['mine.json', 'country_capital', 'own.csv']\ntaus = [1, 0.5]\n"
     (tmp_path / "sweep.toml").write_text(f"{lists}store = 'results'\nn = 4\n")
     found = read_sweep_file(tmp_path / "sweep.toml")
     assert load_relation(found["relations"][0]) == words and found["relations"][1] == "country_capital"
+    assert load_relation(found["relations"][2]).facts[0].object == "w3"
     assert (found["store"], found["taus"], found["n"]) == (str(tmp_path / "results"), [1, 0.5], 4)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 
 from kcwb.errors import DataError, SettingError
+from kcwb.models.loading import load_model
 from kcwb.tasks.compose import Composition, compose
 from kcwb.tasks.hops import ASKED, HOPS, ask_hops, funnel, make_hops
 from kcwb.tasks.relations import Fact, Relation
-from tests.tasks import prompt_ids, slow_rank
+from tests.tasks import prompt_ids, slow_rank, spaced_tokenizer
+from tests.tiny import tiny_hf
 from tests.twohop import two_hop_model
 
 
@@ -58,6 +62,28 @@ def test_ranks_are_those_of_one_prompt_at_a_time(tiny, name):
         ]
     assert list(found.columns) == ["subject", "bridge", "object", *ASKED]
     assert steps[-1] == (15 + 5 + 15 + 15 + 5, 15 + 5 + 15 + 15 + 5)  # what chains share is asked once
+
+
+def test_every_right_answer_of_a_hop_is_right(tiny):
+    """And what has no space before it in a hop has none in both: `w9` and ` w9` are two tokens."""
+    model = load_model(tiny_hf("llama", 3), spaced_tokenizer(), device="cpu")
+    first = [Fact(f"w{i}", f"w{30 + i}", also=(f"w{20 + i}",), space=False) for i in range(4)]
+    second = [Fact(f"w{30 + i}", f"w{10 + i}", also=(f"w{14 + i}", f"w{24 + i}"), space=False) for i in range(4)]
+    relations = [
+        Relation(name, "factual", "", "", False, (text,), (text,), tuple(facts))
+        for name, text, facts in (("one", "w41 {} w42", first), ("two", "w43 {} w42", second))
+    ]
+    chains = compose(*relations, wordings=[("w40 {} w39", "w38 {} w37")])
+    asked = {"hop 1": "w41 {} w42", "hop 2": "w43 {} w42", "two-hop": "w38 w40 {} w39 w37"}
+    found = ask_hops(model, chains, progress=False)
+    for row, one, two in zip(found.ranks.to_dict("records"), first, second, strict=True):
+        for name, fact in {"hop 1": one, "hop 2": two, "two-hop": replace(two, subject=one.subject)}.items():
+            ids = prompt_ids(model, asked[name].replace("{}", fact.subject))
+            logits = model.logits(torch.tensor([ids]))[0, -1]
+            right = set(model.tokenizer.convert_tokens_to_ids([*fact.right]))
+            best = max(float(logits[token]) for token in right)
+            assert row[name] == 1 + sum(x >= best for token, x in enumerate(logits.tolist()) if token not in right)
+    assert chains.relation.facts[0] == replace(second[0], subject="w0")
 
 
 def test_answers_are_told_apart_from_all_objects_of_their_relation_also_those_in_no_chain(tiny):

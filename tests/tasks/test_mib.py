@@ -139,3 +139,9 @@ def test_the_built_in_model_is_asked_with_its_own_tokens(smollm2, tmp_path):
     assert smollm2.tokenizer.decode(prompts.answers[0]) == " Bob" and bool(prompts.paired.all())
     assert smollm2.tokenizer.decode([int(prompts.foils[0])]) == " Ann"
     assert smollm2.tokenizer.decode(prompts.tokens[0, int(prompts.subject_start[0])]) == " Ann"
+
+
+def test_a_giver_is_where_its_name_stands_as_a_whole_word(tmp_path):
+    prompt = "When Ann and Bob went to the park, Ann gave a ball to Annabel and"
+    (fact,) = load_mib_task(written(tmp_path / "test.jsonl", IOI | {"prompt": prompt}), "ioi").facts
+    assert fact.span == (35, 38)

@@ -350,3 +350,14 @@ def test_an_answer_that_merges_into_its_prompt_is_an_error_with_both():
     )
     with pytest.raises(DataError, match="answer 'w3' runs into the last token of 'w1 w10 w2'"):
         encode(merging, [Fact("w10", "w3")], TEMPLATE, ["w3"])
+
+
+def test_a_prompt_of_the_same_tokens_is_no_partner(model):
+    """Two unknown words are one token: what is asked of both is the same prompt, which corrupts nothing."""
+    same = [Fact("x1", "w40"), Fact("x2", "w41")]
+    assert not all_prompts(model, relation_of(same)).paired.any()
+    prompts = all_prompts(model, relation_of([*same, Fact("w5", "w42")]), seed=3)
+    for n in range(3):
+        assert bool(prompts.paired[n]) and prompts.corrupted[n].tolist() != prompts.tokens[n].tolist()
+    given = relation_of([replace(fact, corrupted="x9") for fact in same])
+    assert not all_prompts(model, given).paired.any()

@@ -299,3 +299,11 @@ def test_the_built_in_model_reads_demonstrations_and_controls_of_one_length(smol
     for name, words in {"object": "object", "subject": "subject"}.items():
         found = smollm2.tokenizer.decode(shots.val.tokens[i][groups[GROUPS.index(name), i]].tolist())
         assert found.split() == " ".join(getattr(fact, words) for fact in context.shown).split()
+
+
+def test_no_shuffled_line_is_true_where_several_answers_are(relation):
+    facts = [Fact(f"w{i}", f"w{40 + i}", also=(f"w{41 + i}",)) for i in range(3)]
+    some = replace(relation, facts=(*facts, Fact("w9", "w43")))
+    for seed in range(20):
+        for fact, shown in zip(facts, deranged(facts, some, random.Random(seed)), strict=True):
+            assert shown.object not in fact.right

@@ -33,7 +33,7 @@ class Request(NamedTuple):
     @property
     def wanted(self) -> Fact:
         """The subject with its new object."""
-        return Fact(self.fact.subject, self.target)
+        return self.fact.with_object(self.target)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ def _kept_at(
         "scores": None if scores is None else hashlib.sha256(scores.numpy().tobytes()).hexdigest(),
         "from": [circuit.provenance.get(key) for key in ("method", "metric", "facts", "parameters")],
         "relation": task.relation.digest, "template": task.template, "n": task.n, "task seed": task.seed,
+        "prompts": [task.val.own, task.reference.own],
         "others": others if isinstance(others, int) else [one.digest for one in others],
         "seen": sorted(seen), "exclude": sorted({*exclude} - seen), **settings,
     }  # fmt: skip

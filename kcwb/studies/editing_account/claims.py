@@ -18,7 +18,6 @@ from kcwb.reading.roles import strongest_movers
 from kcwb.settings import Count, Seed, at_least
 from kcwb.statistics import mean_interval
 from kcwb.studies.editing_account.comparison import compare_edit
-from kcwb.tasks.relations import Fact
 from kcwb.tasks.task import Task, make_task
 from kcwb.verbs import verb
 
@@ -91,7 +90,7 @@ def compare_edits(
                         task = make_task(model, case.relation, n=n, seed=seed, template=case.template)
                         tasks[key] = task, strongest_movers(model, task, movers, seed)
                     task, heads = tasks[key]
-                    if is_answer(model, Fact(case.fact.subject, case.target), case.template):
+                    if is_answer(model, case.wanted, case.template):
                         raise DataError(f"the target {case.target!r:.60} is the answer already")
                     more = {"layer": layer, "seed": seed, "progress": False, **settings, **own}
                     made = edit(model, case.fact, case.target, name, template=case.template, **more)

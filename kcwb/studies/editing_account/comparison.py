@@ -197,7 +197,7 @@ def compare_edit(
     _check(model, made, task, edges)
     if not isinstance(movers, int) and not named_heads(model, movers):
         raise SettingError("movers=[]: name a head, or give a number.")
-    fact, new = made.facts[0], Fact(made.facts[0].subject, made.targets[0])
+    fact, new = made.facts[0], made.facts[0].with_object(made.targets[0])
     other = _paraphrase_of(task) if paraphrase is None else paraphrase
     asked = {answer: _asked(model, task, answer, made.templates[0]) for answer in (fact, new)}
     tokens = torch.stack([asked[fact].answers[0, 0], asked[new].answers[0, 0]])

@@ -1,6 +1,6 @@
 """What a model and its heads do on many prompts, which it answers right or wrong: the ground of `hallucination_study`.
 
-One prompt per fact, over several relations; an answer is wrong if the likeliest token is not the first of the object.
+One prompt per fact, over several relations; an answer is wrong if the likeliest token is the first of no right one.
 Recorded are numbers per prompt, and for every head of the model its attention and what it writes, so that features can
 be made of any heads without running the model again.
 """
@@ -29,7 +29,7 @@ from kcwb.settings import Seed, at_least
 from kcwb.tasks.prompts import Prompts, encode
 from kcwb.tasks.relations import Relation, load_relation, require_subjects
 from kcwb.tasks.task import Task
-from kcwb.tasks.tokens import object_tokens
+from kcwb.tasks.tokens import objects_after
 from kcwb.verbs import verb
 
 #: Kinds of answers: another object of the relation is a hallucination proper, another word often a generic one.
@@ -140,11 +140,11 @@ def _measure(
     by_head = torch.stack([attention, *found.total.permute(3, 2, 0, 1)]).flatten(2).cpu().numpy()
     right = readings.right
     predicted = torch.where(right, readings.tokens[:, 0], readings.tokens[:, 1]).tolist()
-    any_subject = relation.facts[0].subject
-    objects = {answer[0] for answer in object_tokens(model, template, any_subject, relation.objects).values()}
+    after = objects_after(model, template, prompts.facts, relation.objects)
+    objects = {space: {answer[0] for answer in some.values()} for space, some in after.items()}
     kinds = [
-        KINDS[0] if good else KINDS[1] if token in objects else KINDS[2]
-        for good, token in zip(right.tolist(), predicted, strict=True)
+        KINDS[0] if good else KINDS[1] if token in objects[fact.space] else KINDS[2]
+        for good, token, fact in zip(right.tolist(), predicted, prompts.facts, strict=True)
     ]
     table = pd.DataFrame(
         {

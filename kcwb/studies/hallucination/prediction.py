@@ -1,6 +1,6 @@
 """Can it be seen, from inside, that an answer is wrong: features of prompts, tried on relations not trained on.
 
-One prompt per fact, over several relations. An answer is wrong if the likeliest token is not the first of the object.
+One prompt per fact, over several relations. An answer is wrong if the likeliest token is the first of no right one.
 Features of a prompt:
 
 - **deployable**, known without knowing the answer: `max_probability` and `entropy` of the answer (together:

@@ -50,7 +50,9 @@ def both_ways(
     """
     relation = load_relation(relation) if isinstance(relation, str) else relation
     back = reverse(relation) if backwards is None else backwards
-    facts = [Fact(fact.object, fact.subject) for fact in back.facts]
+    own = {(fact.subject, name): fact for fact in relation.facts for name in fact.right}
+    pairs = [(fact.object, fact.subject) for fact in back.facts]
+    facts = [own.get(pair, Fact(*pair, space=fact.space)) for pair, fact in zip(pairs, back.facts, strict=True)]
     asked = {
         "forward": (facts, relation.template(template), relation.objects),
         "backward": (back.facts, back.template(back_template), back.objects),

@@ -29,6 +29,7 @@ from kcwb.studies.two_hop.circuits import INTEGRATED, HopCircuits, usable_chains
 from kcwb.tasks.hops import HOPS
 from kcwb.tasks.metrics import answer_ranks, make_loss
 from kcwb.tasks.prompts import Prompts
+from kcwb.tasks.task import check_same_weights
 from kcwb.verbs import verb
 
 #: The question whose cost is the two-hop question's less hop 2's.
@@ -67,6 +68,8 @@ def delete_first_hop(
         (itself counted in) that cost as much. The question `two-hop less hop 2` holds the difference of the costs,
         chain by chain.
     """
+    for task in found.hops.tasks.values():
+        check_same_weights(model, task)
     cuts = _cuts(found)
     if not len(cuts["hop 1 only"]):
         raise DataError(

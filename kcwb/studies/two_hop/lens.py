@@ -10,6 +10,7 @@ of the other chains, read at the same place of the same prompt; and beside the o
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -27,7 +28,6 @@ from kcwb.tasks.compose import Wording
 from kcwb.tasks.hops import Hops
 from kcwb.tasks.prompts import KNOWN_RANK, Prompts
 from kcwb.tasks.ranks import rank_of
-from kcwb.tasks.relations import Fact
 from kcwb.tasks.task import check_same_weights
 from kcwb.tasks.tokens import answer_tokens, encode_one
 from kcwb.verbs import verb
@@ -60,7 +60,7 @@ def hop_lens(model: Model, hops: Hops, *, progress: Progress = True) -> pd.DataF
     told = rows_told_at_end(task.val, hops.tasks["hop 1"].val)
     prompts, chains = task.val.select(told), hops.chains.iloc[told].reset_index(drop=True)
     asked = zip(prompts.facts, chains["bridge"], strict=True)
-    firsts = [answer_tokens(model, task.template, fact.subject, bridge)[0] for fact, bridge in asked]
+    firsts = [answer_tokens(model, task.template, fact.subject, bridge, fact.space)[0] for fact, bridge in asked]
     bridges = torch.tensor(firsts, device=model.device)
     objects = prompts.answers[:, 0]
     places = _places(model, prompts, hops.wording)
@@ -155,7 +155,7 @@ def _places(model: Model, prompts: Prompts, words: Wording) -> dict[str, list[in
     ends = prompts.ends.tolist()
     described = []
     for fact in prompts.facts:
-        whole = Fact(words.description.replace("{}", fact.subject), fact.object)
+        whole = replace(fact, subject=words.description.replace("{}", fact.subject))
         described.append(encode_one(model, whole, words.question).stop - 1)  # the same prompt, its span being this one
     return {
         "subject": [None if s == end else s for s, end in zip(subject, ends, strict=True)],

@@ -191,9 +191,9 @@ class EditPanel(Panel):
 
     def _offer_targets(self) -> None:
         fact, objects = self.picker.chosen_fact, self.picker.chosen.objects
-        self._target.options = [name for name in objects if name != fact.object]
+        self._target.options = [name for name in objects if name not in fact.right]
         after = objects[(objects.index(fact.object) + 1) % len(objects)]
-        self._target.value = after if after != fact.object else ""
+        self._target.value = after if after not in fact.right else ""
 
     def _job(self) -> Job:
         asked, relation, fact = self.settings, self.picker.chosen, self.picker.chosen_fact

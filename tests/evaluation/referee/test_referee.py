@@ -192,6 +192,9 @@ def test_a_judgement_is_kept_and_read_again(planted, tmp_path, monkeypatch):
     for more in ({"draws": 11}, {"draws": 10, "exclude": [unseen]}):
         with pytest.raises(TypeError):
             referee(found.model, circuit, task, quick=True, **more, **SETTINGS)
+    fewer = replace(task, reference=task.reference.select(range(3)))  # a mean over others
+    with pytest.raises(TypeError):
+        referee(found.model, circuit, fewer, quick=True, draws=10, **SETTINGS)
     (kept,) = (tmp_path / "judgements").iterdir()
     kept.write_text(kept.read_text()[:100])
     with pytest.raises(TypeError):

@@ -53,6 +53,12 @@ def test_for_a_wrong_answer_the_mover_that_brings_it_stands_first():
     assert part["movers"] > 0.9 * part["all"] and abs(part["other heads"]) < 0.25 * part["movers"]
 
 
+def test_another_right_answer_is_no_wrong_one():
+    found = diagnose(copying().model, copying().relation, Fact("s1", "o5", also=("o1",)), progress=False)
+    assert found.right and found.gold == "o1" and found.rival not in ("o1", "o5")
+    assert (found.gold, found.rival) == (made("s1", "o1").gold, made("s1", "o1").rival)
+
+
 def test_a_failure_is_of_selection_exactly_where_the_object_was_recalled_at_the_subject():
     model, relation = copying().model, copying().relation
     seen = set()

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from torch import tensor
 
 from kcwb.errors import DataError, SettingError
 from kcwb.models.graph import Graph
+from kcwb.models.loading import load_model
 from kcwb.reading.dla import attribute
 from kcwb.reading.roles import head_roles
 from kcwb.reading.trajectories import read_trajectories
@@ -30,7 +32,8 @@ from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact, Relation
 from kcwb.tasks.task import make_task
 from tests.handmade import additive
-from tests.tasks import known_relation
+from tests.tasks import known_relation, spaced_tokenizer
+from tests.tiny import tiny_hf
 
 GRAPH = Graph(n_layers=3, n_heads=10)
 MOVER = 14  # a1.h4
@@ -363,6 +366,26 @@ def test_facts_whose_object_is_in_the_subject_are_left_out_and_counted(tiny):
     found = measure_answers(model, relations, n=12, progress=False)
     assert found.relations["left_out"][1] >= 3
     assert not set(found.prompts["subject"]) & {fact.subject for fact in copies}
+
+
+def test_another_object_is_told_as_it_follows_the_prompts():
+    """`w9` and ` w9` are two tokens, and these facts have no space before their objects."""
+    module, relations = tiny_hf("llama", 3), []
+    module.lm_head.weight.data[48:] = 0  # which the model says only where all else is unlikely
+    model = load_model(module, spaced_tokenizer(), device="cpu")
+    for i in range(3):
+        template, facts = f"w{i} {{}} w4", []
+        for subject in (f"w{10 + 8 * i + j}" for j in range(8)):
+            ids = model.tokenizer(template.replace("{}", subject), add_special_tokens=False)["input_ids"]
+            best = model.tokenizer.convert_ids_to_tokens(model.logits(tensor([ids]))[0, -1].argsort(descending=True))
+            best = [token for token in best if str(token).startswith("w") and token != subject]
+            facts.append(Fact(subject, best[len(facts) % 2], space=False))
+        relations.append(Relation(f"r{i}", "factual", "", "", False, (template,), (template,), tuple(facts)))
+    found = measure_answers(model, relations, progress=False).prompts
+    names = {relation.name: relation.objects for relation in relations}
+    seen = {(one.kind, one.wrong, one.wrong and one.predicted in names[one.relation]) for one in found.itertuples()}
+    assert seen <= {("right", False, False), ("another object", True, True), ("another word", True, False)}
+    assert {kind for kind, *_ in seen} >= {"right", "another object"}
 
 
 # --- what is refused ---

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
 from kcwb.errors import SettingError
 from kcwb.studies.two_hop.backwards import both_ways, reversal
 from kcwb.tasks.compose import reverse
+from kcwb.tasks.prompts import encode
 from kcwb.tasks.relations import Fact
 from tests.tasks import relation_of, slow_rank
 from tests.tasks.test_hops import rank
@@ -36,6 +39,15 @@ def test_answers_both_ways_are_told_apart_from_all_objects(tiny):
     for row in found.itertuples():
         fact = Fact(row.subject, row.object)
         assert row.forward == slow_rank(model, fact, ["w40 w1", "w40 w2", "w41", "w42"], "w1 {} w2")
+
+
+def test_an_object_that_is_right_for_two_subjects_is_not_asked_backwards(tiny):
+    model = tiny("llama")
+    facts = [Fact("w1", "w40", also=("w41",)), Fact("w2", "w41"), Fact("w3", "w42", space=False)]
+    back = reverse(relation_of(facts), templates=["w4 {} w5"])
+    assert back.facts == (Fact("w40", "w1"), Fact("w42", "w3", space=False))
+    found = both_ways(model, relation_of(facts[:2], "w1 {} w2"), replace(back, facts=back.facts[:1]), progress=False)
+    assert found["forward"].tolist() == encode(model, facts[:1], "w1 {} w2", ["w40", "w41"]).ranks.tolist()
 
 
 def test_reversal_counts_by_hand():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kcwb.circuits.circuit import Circuit
-from kcwb.errors import DataError
+from kcwb.errors import DataError, SettingError
 from kcwb.studies.two_hop.deletion import DIFFERENCE, delete_first_hop
 from tests.studies.two_hop.conftest import made_by_hand
 
@@ -35,3 +37,10 @@ def test_a_first_hop_within_the_second_cannot_be_deleted(planted, hops, found):
     one = [found.circuits["hop 1"]] * 9
     with pytest.raises(DataError, match="no edge to delete"):
         delete_first_hop(planted.model, made_by_hand(hops, one, one, one, one), progress=False)
+
+
+def test_circuits_of_other_weights_are_not_deleted(planted, found):
+    """Of a twin, a model of the same shape and tokens, the costs would be numbers without a meaning."""
+    twin = replace(planted.model, digest="0" * 64)
+    with pytest.raises(SettingError, match=r"was made for .* with weights"):
+        delete_first_hop(twin, found, draws=19, progress=False)

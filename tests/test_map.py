@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -48,3 +49,9 @@ def test_what_is_left_out_of_the_daily_loop_is_there():
     for line in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines():
         path, name = line.split("::")
         assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "benchmarks").glob("test_*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_finds_what_it_measures(path):
+    """They are run by hand alone, and what they import is renamed meanwhile."""
+    importlib.import_module(f"tests.benchmarks.{path.stem}")

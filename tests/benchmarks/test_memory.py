@@ -23,7 +23,7 @@ from kcwb.circuits.run import run_circuit
 from kcwb.discovery.baselines import random_circuit
 from kcwb.discovery.discover import discover, score_edges
 from kcwb.editing.covariance import covariance
-from kcwb.evaluation.frontiers import _Measured
+from kcwb.evaluation.frontiers import _spent
 from kcwb.models.graph import Graph
 from kcwb.models.loading import Model, load_model
 from kcwb.models.memory import memory_budget
@@ -78,9 +78,8 @@ def test_peaks(shape: str) -> None:
     about = graph.n_layers, graph.n_heads, network.d_model, len(network.layers[0].W_out), network.dtype.itemsize
     said = predicted(about, len(task.val), len(task.reference), task.val.tokens.shape[1], memory_budget(model.device))
     for name, work in works(model, task).items():
-        with _Measured(model) as measured:
-            work()
-        print(f"| {shape} | {name} | {said[name] / 2**20:,.0f} | {measured.found[1]:,.0f} |", flush=True)
+        _, _, peak = _spent(model, work)
+        print(f"| {shape} | {name} | {said[name] / 2**20:,.0f} | {peak:,.0f} |", flush=True)
 
 
 def test_a_model_of_seven_billion_is_predicted() -> None:

@@ -21,7 +21,7 @@ from typing import NoReturn
 import kcwb.commands
 import kcwb.commands_referee
 from kcwb.console import COMMANDS, command, option, say
-from kcwb.errors import KcwbError, SettingError, choose
+from kcwb.errors import KcwbError, KcwbWarning, SettingError, choose
 from kcwb.workbench.report.run import take_parameters
 
 __all__ = ["command", "main", "option"]
@@ -65,7 +65,7 @@ def _calm() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("always", category=UserWarning, module=r"kcwb\.")
+            warnings.simplefilter("always", KcwbWarning)
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
             yield
     finally:

@@ -29,7 +29,11 @@ class SettingError(KcwbError, ValueError):
     """A parameter has a value that cannot be meant."""
 
 
-def warn(message: str, category: type[Warning] = UserWarning) -> None:
+class KcwbWarning(UserWarning):
+    """Something was left out, or could not be kept, and the work goes on."""
+
+
+def warn(message: str, category: type[Warning] = KcwbWarning) -> None:
     """Warn at the line that called this package, from however deep within it: of one thing once for each such line."""
     frames = [frame for frame, _ in traceback.walk_stack(sys._getframe(1))]
     ours = [i for i, frame in enumerate(frames) if frame.f_globals.get("__name__", "").split(".")[0] == "kcwb"]

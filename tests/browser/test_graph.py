@@ -59,6 +59,7 @@ def test_a_circuit_is_played_in_jupyterlab(serve: Any, page: Any, tmp_path_facto
     ):
         page.keyboard.press(keys)
         sync_api.expect(said).to_contain_text(words)
+        until(page, "graph.model.get('cut').length === arg", 2 * ("m0" in words))  # which may come after the label's
     page.keyboard.press("e")
     until(page, "graph.model.get('paths').length > 0 && graph.model.get('asked') === ''")
     page.keyboard.press("Escape")

@@ -108,7 +108,7 @@ def shown(notebook: Any, source: str, kind: str = "text/html") -> str:
 
 def no_warnings(notebook: Any) -> None:
     """Nothing on stderr but progress bars, and the notice of facts whose answer's first token does not tell it."""
-    notice = re.compile(r".*UserWarning: .*so that this token does not tell which is meant.*: left out\.\n.*\n")
+    notice = re.compile(r".*KcwbWarning: .*so that this token does not tell which is meant.*: left out\.\n.*\n")
     for output in (output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs):
         if output.output_type == "stream" and output.name == "stderr":
             said = notice.sub("", output.text)
@@ -338,7 +338,7 @@ def test_how_sure_draws_many_circuits_and_says_what_they_depend_on(run, tmp_path
 def test_the_referee_judges_circuits_and_puts_claims_beside_them(run, tmp_path):
     relation, other = few(tmp_path, "country_capital", "antonym")
     executed = run(
-        "12_referee", tmp_path, relation=relation, relations=[other], methods=["gim"], edges=60, n=4,
+        "12_referee", tmp_path, relation=relation, relations=[other], methods=["eap-ig", "gim"], edges=60, n=4,
         facts=5, draws=2,
     )  # fmt: skip
     assert "equivalence" in shown(executed, "judgement.questions[")

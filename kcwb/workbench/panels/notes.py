@@ -43,7 +43,7 @@ def _replace() -> None:
         texts = _TAKEN.get(threading.get_ident())
         if texts is None:
             usual(message, category, *more, **named)
-        elif category is UserWarning:
+        elif issubclass(category, UserWarning):
             texts.append(str(message))
 
     warnings.showwarning = show

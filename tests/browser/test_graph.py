@@ -62,6 +62,7 @@ def test_a_circuit_is_played_in_jupyterlab(serve: Any, page: Any, tmp_path_facto
         until(page, "graph.model.get('cut').length === arg", 2 * ("m0" in words))  # which may come after the label's
     page.keyboard.press("e")
     until(page, "graph.model.get('paths').length > 0 && graph.model.get('asked') === ''")
+    assert page.is_hidden("#kc-problem")
     page.keyboard.press("Escape")
     page.keyboard.press("F2")
     page.fill("#kc-ask input", "dd")  # in JupyterLab, two d outside of a field delete a cell

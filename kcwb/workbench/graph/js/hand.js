@@ -151,5 +151,5 @@ function handOn(page, can) {
   slider.addEventListener("input", () => put({ threshold: Number(slider.value) ? page.levels[Number(slider.value)] : 0 }));
   sure.addEventListener("input", () => put({ confidence: Number(sure.value) }));
 
-  return { select };
+  return { select, step };
 }

@@ -233,7 +233,7 @@ function render({ model, el }) {
     get, put, local, model, act, acts, prompt, host, root, canvas, painter, search, slider, sure, tip, frame, help, guarded, tell, ask, redraw, choose, describe, fullScreen, reflect, keeping,
     get circuit() { return circuit; }, get view() { return view; }, get scene() { return scene; }, get levels() { return levels; },
   };
-  const can = actsOf(page), asking = askingOf(page), { select } = handOn(page, { ...can, askOwn: () => { if (!asks.hidden) asking.open(); } });
+  const can = actsOf(page), asking = askingOf(page), { select, step } = handOn(page, { ...can, askOwn: () => { if (!asks.hidden) asking.open(); } });
 
   // --- following the model, the theme and the size ---
 

@@ -1,8 +1,9 @@
 """Kernels that have imported everything already: a process imports once what notebooks do, each kernel is its fork.
 
-A kernel of its own spends six seconds on imports, and every notebook has one. Run as a program, this file is one of two
-things. `serve` imports, and forks a kernel for whoever asks at its socket. `ask` is what Jupyter starts as a kernel:
-it asks for one, passes interrupts on, and ends when it ends; when it is killed, so is its kernel.
+A kernel of its own spends six seconds on imports and two on loading the built-in model, and every notebook has one. Run
+as a program, this file is one of two things. `serve` imports and loads, and forks a kernel for whoever asks at its
+socket. `ask` is what Jupyter starts as a kernel: it asks for one, passes interrupts on, and ends when it ends; when it
+is killed, so is its kernel.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ IMPORTED = (
     "seaborn", "scipy.stats", "transformers.models.llama.modeling_llama", "transformers.generation.utils",
     "transformer_lens.model_bridge.sources.transformers", "kcwb.models.loading", "kcwb.models.selfcheck",
     "kcwb.discovery.methods", "kcwb.editing.registry", "kcwb.workbench.panels.edit", "kcwb.workbench.plots.charts",
+    "sklearn.metrics", "bs4", "tinycss2",
 )  # fmt: skip
 
 
@@ -53,9 +55,10 @@ def forked_kernels(folder: Path) -> Iterator[type]:
 
 
 def serve(place: str) -> None:
-    """Import, then fork a kernel for each that asks."""
+    """Import, and load the built-in model, then fork a kernel for each that asks."""
     for name in IMPORTED:
         importlib.import_module(name)
+    _load()
     from ipykernel.kernelapp import IPKernelApp
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
@@ -78,6 +81,19 @@ def serve(place: str) -> None:
             threading.Thread(target=_end_with, args=[asking], daemon=True).start()
             IPKernelApp.launch_instance(wanted["arguments"])
             os._exit(0)
+
+
+def _load() -> None:
+    """Have `kcwb.load_model()` give a model that is there already; a fork that edits it has its own weights."""
+    import torch
+
+    import kcwb
+
+    threads, load = torch.get_num_threads(), kcwb.load_model
+    torch.set_num_threads(1)  # a fork has no threads but the one that forks
+    model = load()
+    torch.set_num_threads(threads)
+    kcwb.load_model = lambda *args, **settings: load(*args, **settings) if args or settings else model  # type: ignore[assignment]
 
 
 def _end_with(asking: socket.socket) -> None:

@@ -211,7 +211,13 @@ class Ablation:
 
     @verb
     def splits(self, task: Task) -> dict[str, Prompts]:
-        """The `usable` prompts of `D_val` and, if there are any, of `D_test`; warns where D_test has none."""
+        """The `usable` prompts of `D_val` and, if there are any, of `D_test`; warns where D_test has none.
+
+        Raises
+        ------
+        DataError
+            If D_val has none.
+        """
         found = {"D_val": self.usable(task.val)}
         if len(task.test) and self.kind.paired and not bool(task.test.paired.any()):
             warn(f"{self._lonely(task.test)}: D_test is left out.")

@@ -189,10 +189,10 @@ def _row(encoder: Encoder, fact: Fact, template: str, ending: str) -> _Row | Non
     right: dict[str, int] = {}
     for name in fact.right:
         whole = tokenizer(f"{start}{name}{ending}").input_ids
-        if len(whole) == len(tokens) and whole == [*tokens[: at[0]], whole[at[0]], *tokens[at[0] + 1 :]]:
+        alone = len(whole) == len(tokens) and whole == [*tokens[: at[0]], whole[at[0]], *tokens[at[0] + 1 :]]
+        if alone and whole[at[0]] != tokenizer.unk_token_id:
             right[name] = whole[at[0]]
-    known = right.get(fact.object, tokenizer.unk_token_id) != tokenizer.unk_token_id
-    return _Row(fact, text, tokens, at[0], [*dict.fromkeys(right.values())]) if known else None
+    return _Row(fact, text, tokens, at[0], [*dict.fromkeys(right.values())]) if fact.object in right else None
 
 
 def _prompts(encoder: Encoder, rows: list[_Row], seed: int) -> MaskedPrompts:

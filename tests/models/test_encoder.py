@@ -141,7 +141,7 @@ def test_the_table_of_zero_ablations_is_what_each_edited_model_says(bert, words:
 
 def test_all_right_answers_of_a_mask_are_right(bert, words: Relation) -> None:
     single = [fact for fact in words.facts if " " not in fact.object]
-    facts = tuple(replace(fact, also=(f"w{70 + i % 9}", "w60 w61")) for i, fact in enumerate(single))
+    facts = tuple(replace(fact, also=(f"w{70 + i % 9}", "w60 w61", "nobody")) for i, fact in enumerate(single))
     task = make_masked_task(bert, replace(words, facts=facts), n=6)
     prompts = task.val
     logits = at_masks(run_encoder(bert, prompts.tokens, prompts.real), prompts.masks)
